@@ -174,7 +174,7 @@ class SubmissionUnknownError(SiliconFlowError):
 
 
 class CredentialLeakError(SiliconFlowError):
-    """A request would have carried the API key to a host that is not the connection's own; it was not sent."""
+    """A request would have carried the API key to a host other than the connection's own; not sent."""
 
     retryable = False
 

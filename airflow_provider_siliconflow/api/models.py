@@ -90,7 +90,7 @@ class RequestCounts(_Model):
 
     @field_validator("total", "completed", "failed", mode="before")
     @classmethod
-    def _null_is_zero(cls, value: object) -> object:
+    def _null_is_zero(cls, value: Any) -> Any:
         return 0 if value is None else value
 
 
@@ -121,19 +121,19 @@ class Batch(_Model):
 
     @field_validator("request_counts", mode="before")
     @classmethod
-    def _no_counts_yet(cls, value: object) -> object:
+    def _no_counts_yet(cls, value: Any) -> Any:
         return {} if value is None else value
 
     @field_validator("metadata", mode="before")
     @classmethod
-    def _metadata_as_text(cls, value: object) -> object:
+    def _metadata_as_text(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return {}
         return {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in value.items()}
 
     @field_validator("output_file_id", "error_file_id", "file_name", mode="before")
     @classmethod
-    def _empty_is_none(cls, value: object) -> object:
+    def _empty_is_none(cls, value: Any) -> Any:
         return value or None
 
     @property
@@ -170,7 +170,7 @@ class Batch(_Model):
         return data
 
 
-def _as_sentence(item: object) -> str:
+def _as_sentence(item: Any) -> str:
     if isinstance(item, str):
         return item
     if isinstance(item, dict) and item.get("message"):
@@ -210,7 +210,7 @@ class Account(_Model):
 
     @field_validator("id", "name", "status", "balance", "charge_balance", "total_balance", mode="before")
     @classmethod
-    def _as_text(cls, value: object) -> object:
+    def _as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int | float) else value
 
 
