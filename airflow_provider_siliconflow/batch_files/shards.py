@@ -1,0 +1,293 @@
+"""Cut rows of any number into shards: request files that fit into one batch each."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+from airflow_provider_siliconflow.batch_files.requests import (
+    MAX_BYTES,
+    MAX_ROWS,
+    CustomIdSet,
+    Problems,
+    read_rows,
+)
+from airflow_provider_siliconflow.batch_files.sources import ByteWriter, Directory, LineReader, Source
+
+#: Bytes of lines gathered before they are hashed and written: both cost by the call.
+_BLOCK_BYTES = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """
+    One request file.
+
+    :param index: position among the shards written together, from 0.
+    :param first_row: position of its first row among the rows written together, from 0.
+    :param rows: number of request lines.
+    :param bytes: size of the file.
+    :param sha256: hex digest of the file's bytes.
+    :param name: file name below the folder it was written to.
+    :param sources: for a shard of selected rows, the indexes of the shards they were selected from.
+    """
+
+    index: int
+    first_row: int
+    rows: int
+    bytes: int
+    sha256: str
+    name: str
+    sources: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the shard as JSON types."""
+        return {**asdict(self), "sources": list(self.sources)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Shard:
+        """Return the shard that :meth:`to_dict` described."""
+        return cls(**{**data, "sources": tuple(data.get("sources", ()))})
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """
+    What an input was cut into.
+
+    :param shards: in the order of the rows.
+    :param rows: number of rows.
+    :param bytes: size of all shards.
+    :param models: every ``body.model`` the rows name, sorted.
+    :param rows_without_model: rows that name no model.
+    :param prompt_tokens: an estimate: a quarter per ASCII character of the messages, one per other character.
+    """
+
+    shards: tuple[Shard, ...]
+    rows: int
+    bytes: int
+    models: tuple[str, ...]
+    rows_without_model: int
+    prompt_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the split as JSON types."""
+        shards = [shard.to_dict() for shard in self.shards]
+        return {**asdict(self), "shards": shards, "models": list(self.models)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Split:
+        """Return the split that :meth:`to_dict` described."""
+        shards = tuple(map(Shard.from_dict, data["shards"]))
+        return cls(**{**data, "shards": shards, "models": tuple(data["models"])})
+
+
+def split_requests(
+    requests: Source | Iterable[Any],
+    work_dir: Directory,
+    *,
+    name: str,
+    max_rows: int = MAX_ROWS,
+    max_bytes: int = MAX_BYTES,
+    defaults: Mapping[str, Any] | None = None,
+) -> Split:
+    """
+    Make request lines of rows and write them as shards, in one pass and bounded memory.
+
+    When this raises, ``work_dir`` may hold some shards: the folder means nothing until the caller has noted
+    the split beside them.
+
+    :param requests: a JSONL file or rows as Python objects, see :func:`requests.read_rows`.
+    :param work_dir: folder for the shards; created if need be.
+    :param name: what to call ``requests`` in messages.
+    :param max_rows: rows of the longest shard.
+    :param max_bytes: bytes of the largest shard.
+    :param defaults: body parameters for rows that lack them.
+    :raises InvalidRequestFileError: rows cannot be requests, or share a ``custom_id``.
+    :raises InvalidInputError: there is no row, or an argument is wrong.
+    """
+    problems = Problems(name)
+    custom_ids = CustomIdSet()
+    models: set[str | None] = set()
+    without_model = prompt_tokens = 0
+    add_id = custom_ids.add
+    with ShardWriter(work_dir, max_rows=max_rows, max_bytes=max_bytes) as writer:
+        add_line = writer.add
+        for row in read_rows(requests, problems, defaults=defaults, max_bytes=max_bytes):
+            add_line(row.line)
+            add_id(row.custom_id)
+            prompt_tokens += row.prompt_tokens
+            if row.model is None:
+                without_model += 1
+            else:
+                models.add(row.model)
+    shards = writer.shards
+    if suspects := custom_ids.suspects():
+        # What was written holds every row but the refused ones, so it names the lines of a list as well.
+        numbers = itertools.filterfalse(problems.lines.__contains__, itertools.count(1))
+        written = itertools.chain.from_iterable(iter_custom_ids(work_dir / shard.name) for shard in shards)
+        custom_ids.name_duplicates(suspects, zip(numbers, written, strict=False), problems)
+    problems.raise_if_any()
+    if not shards:
+        raise InvalidInputError(f"{name} holds no rows; nothing was uploaded")
+    return Split(
+        shards=shards,
+        rows=sum(shard.rows for shard in shards),
+        bytes=sum(shard.bytes for shard in shards),
+        models=tuple(sorted(filter(None, models))),
+        rows_without_model=without_model,
+        prompt_tokens=prompt_tokens,
+    )
+
+
+class _CustomIdOnly(msgspec.Struct, gc=False):
+    custom_id: str
+
+
+def iter_custom_ids(shard: Source) -> Iterator[str]:
+    """Return the ``custom_id`` of every line of a shard, in order."""
+    decode = msgspec.json.Decoder(_CustomIdOnly).decode
+    with shard.open("rb") as stream:
+        for line in LineReader(stream):
+            # A shard's lines were checked when it was written.
+            yield decode(line or b"").custom_id
+
+
+def select_rows(
+    shards: Sequence[Source],
+    chosen: Sequence[Collection[int]],
+    work_dir: Directory,
+    *,
+    max_rows: int = MAX_ROWS,
+    max_bytes: int = MAX_BYTES,
+) -> tuple[Shard, ...]:
+    """
+    Write new shards of chosen rows, their lines byte for byte.
+
+    :param shards: the shards to choose from.
+    :param chosen: for each of them, a ``bytearray`` with a byte per row that is not 0 where the row is chosen,
+        or the set of chosen positions.
+    :param work_dir: folder for the new shards; created if need be.
+    :return: the new shards; each tells in ``sources`` where its rows come from.
+    """
+    with ShardWriter(work_dir, max_rows=max_rows, max_bytes=max_bytes) as writer:
+        for index, (shard, wanted) in enumerate(zip(shards, chosen, strict=True)):
+            positions = (
+                {position for position, byte in enumerate(wanted) if byte}
+                if isinstance(wanted, bytes | bytearray)
+                else wanted
+            )
+            if not positions:
+                continue
+            with shard.open("rb") as stream:
+                for position, line in enumerate(LineReader(stream)):
+                    if line is not None and position in positions:
+                        writer.add(line, source=index)
+    return writer.shards
+
+
+class ShardWriter:
+    """
+    Writes lines into files that stay below the limits: ``shard-00000.jsonl`` and so on.
+
+    :param work_dir: folder for the files; created if need be.
+    :param max_rows: lines of the longest file.
+    :param max_bytes: bytes of the largest file.
+    """
+
+    def __init__(self, work_dir: Directory, *, max_rows: int, max_bytes: int) -> None:
+        if max_rows < 1 or max_bytes < 1:
+            raise InvalidInputError(
+                f"a batch needs room for at least one row: max_rows is {max_rows}, max_bytes {max_bytes}"
+            )
+        self._work_dir = work_dir
+        self._max_rows = max_rows
+        self._max_bytes = max_bytes
+        self._shards: list[Shard] = []
+        self._first_row = 0
+        self._opened: AbstractContextManager[ByteWriter] | None = None
+        self._start()
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The files finished so far: all of them, once the writer is closed."""
+        return tuple(self._shards)
+
+    def add(self, line: bytes, *, source: int | None = None) -> None:
+        """
+        Write one line.
+
+        :param line: without its newline.
+        :param source: index of the shard the line comes from.
+        """
+        size = len(line) + 1
+        if self._rows == self._max_rows or (self._rows and self._bytes + size > self._max_bytes):
+            self._finish()
+        self._block.append(line)
+        self._rows += 1
+        self._bytes += size
+        self._block_bytes += size
+        if source is not None and (not self._sources or self._sources[-1] != source):
+            self._sources.append(source)
+        if self._block_bytes >= _BLOCK_BYTES:
+            self._flush()
+
+    def __enter__(self) -> ShardWriter:
+        self._work_dir.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            if self._rows:
+                self._finish()
+        elif self._opened is not None:
+            self._opened.__exit__(kind, exc, traceback)
+
+    def _start(self) -> None:
+        self._name = f"shard-{len(self._shards):05d}.jsonl"
+        self._digest = hashlib.sha256()
+        self._rows = self._bytes = self._block_bytes = 0
+        self._block: list[bytes] = []
+        self._sources: list[int] = []
+
+    def _flush(self) -> None:
+        self._block.append(b"")
+        data = b"\n".join(self._block)
+        self._block = []
+        self._block_bytes = 0
+        if self._opened is None:
+            self._opened = (self._work_dir / self._name).open("wb")
+            self._stream = self._opened.__enter__()
+        self._digest.update(data)
+        self._stream.write(data)
+
+    def _finish(self) -> None:
+        if self._block:
+            self._flush()
+        if self._opened is not None:
+            opened, self._opened = self._opened, None
+            opened.__exit__(None, None, None)
+        digest = self._digest.hexdigest()
+        self._shards.append(
+            Shard(
+                len(self._shards),
+                self._first_row,
+                self._rows,
+                self._bytes,
+                digest,
+                self._name,
+                tuple(self._sources),
+            )
+        )
+        self._first_row += self._rows
+        self._start()
