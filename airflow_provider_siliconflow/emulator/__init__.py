@@ -1,0 +1,25 @@
+"""
+A local SiliconFlow: try DAGs and test clients with no key and no spending.
+
+Run ``siliconflow-emulator`` beside an Airflow, or :func:`running_emulator` inside a test::
+
+    with running_emulator(speed=1000) as emulator:
+        monkeypatch.setenv("AIRFLOW_CONN_SILICONFLOW_DEFAULT", emulator.airflow_connection)
+"""
+
+from __future__ import annotations
+
+from airflow_provider_siliconflow.emulator.config import EmulatorConfig
+from airflow_provider_siliconflow.emulator.faults import Fault, Faults
+from airflow_provider_siliconflow.emulator.server import Emulator, running_emulator
+from airflow_provider_siliconflow.emulator.service import EmulatedService, ServiceError
+
+__all__ = [
+    "EmulatedService",
+    "Emulator",
+    "EmulatorConfig",
+    "Fault",
+    "Faults",
+    "ServiceError",
+    "running_emulator",
+]

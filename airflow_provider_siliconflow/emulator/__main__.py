@@ -1,0 +1,206 @@
+"""``siliconflow-emulator``: a SiliconFlow on this machine, to try DAGs without a key and without spending."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from airflow_provider_siliconflow.emulator.config import DEFAULT_MODELS, EmulatorConfig
+from airflow_provider_siliconflow.emulator.faults import KINDS, Fault, Faults
+from airflow_provider_siliconflow.emulator.server import EmulatorServer, connection_json
+from airflow_provider_siliconflow.emulator.service import EmulatedService
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+log = logging.getLogger("siliconflow-emulator")
+
+_EPILOG = f"""\
+faults (--fault, repeatable): MATCH:KIND[=VALUE][,NAME=VALUE...] or a JSON object
+  'POST /batches:status-after=502'                  the batch is made, the answer is a 502
+  'GET /batches/*:status=429,times=3,retry-after=2' three polls are refused
+  'GET storage:cut=1000,skip=1'                     the second download breaks off after 1,000 bytes
+  kinds: {", ".join(KINDS[:6])},
+         {", ".join(KINDS[6:])}
+
+markers in the last user message of a row:
+  [[emulator:error=400]]   the row fails            [[emulator:once=429]]  ... only the first time it is run
+  [[emulator:missing]]     it is in neither file    [[emulator:missing-once]]
+  [[emulator:expire]]      it is not run in time    [[emulator:length]]    the answer is cut short
+  [[emulator:empty]]       the answer is empty      [[emulator:duplicate]] its line comes twice
+  [[emulator:wrong-model]] another model answers
+
+The API of the emulator itself is below /_emulator/ on the same port: GET state, GET requests, POST faults,
+DELETE faults, POST release, POST clock, POST config, POST batches/ID/status, POST seed.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    command = argparse.ArgumentParser(
+        prog="siliconflow-emulator",
+        description="Run a local SiliconFlow batch API. No key, no network, no cost; answers are made up but always the same.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    net = command.add_argument_group("network")
+    net.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    net.add_argument(
+        "--port", type=int, default=8787, help="port of the API, 0 for a free one (default: %(default)s)"
+    )
+    net.add_argument(
+        "--storage-port", type=int, default=0, help="port of the result storage (default: a free one)"
+    )
+    net.add_argument(
+        "--storage-host", default="localhost", help="host name in result URLs (default: %(default)s)"
+    )
+    net.add_argument("--port-file", type=Path, metavar="PATH", help="write the base URL here once it listens")
+
+    batches = command.add_argument_group("batches")
+    _number(batches, "--speed", "run everything this many times faster than the real service")
+    _number(batches, "--queue-seconds", "time in_queue")
+    _number(batches, "--rows-per-second", "rows one batch finishes per second")
+    _number(batches, "--finalizing-seconds", "time from the last row to completed")
+    _number(batches, "--cancelling-seconds", "time from cancelling to cancelled")
+    _number(batches, "--row-error-rate", "share of rows that fail the first time they are run")
+
+    account = command.add_argument_group("account and answers")
+    account.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="keep files and batches here over restarts"
+    )
+    account.add_argument(
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help='JSONL of {"question": ..., "answer": ...} that models know',
+    )
+    account.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME=SKILL",
+        help="add a model, or change one; skill 0 to 1 is the share of the questions it answers rightly",
+    )
+    account.add_argument(
+        "--key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="accept only this API key (default: any that does not begin with sk-invalid)",
+    )
+    _number(account, "--balance", "charge balance in CNY; 0 refuses new batches")
+
+    odd = command.add_argument_group("odd behaviour (seconds here are never divided by the speed)")
+    odd.add_argument("--fault", action="append", default=[], metavar="SPEC", help="see below")
+    _number(odd, "--late-output-seconds", "completed batches show their result URL this much later")
+    _number(odd, "--list-lag-seconds", "new batches show up in the list this much later")
+    _number(odd, "--url-ttl-seconds", "time a result URL is valid")
+    _switch(odd, "--ignore-cursor", "the batch list repeats its first page for ever")
+    _switch(odd, "--flat-files", "file answers are flat, OpenAI-style objects")
+    _switch(odd, "--results-as-file-ids", "output_file_id is a file id in place of a URL")
+
+    command.add_argument("-v", "--verbose", action="store_true", help="log every request, polls too")
+    command.add_argument("-q", "--quiet", action="store_true", help="log warnings only")
+    return command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the emulator until SIGINT or SIGTERM, and return the exit status."""
+    command = parser()
+    options = command.parse_args(arguments)
+    level = logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    faults = Faults()
+    try:
+        config = _config(options)
+        for spec in options.fault:
+            faults.add(Fault.parse(spec))
+    except (ValueError, OSError) as error:
+        command.error(str(error))
+    with contextlib.ExitStack() as stack:
+        folder = options.data_dir or stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="siliconflow-", ignore_cleanup_errors=True)
+        )
+        try:
+            service = EmulatedService(config, folder, persistent=options.data_dir is not None)
+        except (ValueError, OSError) as error:
+            command.error(str(error))
+        try:
+            asyncio.run(_serve(EmulatorServer(service, faults), options))
+        except OSError as error:
+            print(f"{command.prog}: can not listen: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            pass
+    return 0
+
+
+async def _serve(server: EmulatorServer, options: argparse.Namespace) -> None:
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    try:
+        await server.start(options.host, options.port, options.storage_port, options.storage_host)
+        connection = connection_json(server.base_url, server.service.config)
+        print(f"SiliconFlow emulator listens on {server.base_url} (results on {server.storage_url})")
+        print("Connect Airflow to it with:\n")
+        print(f"  export AIRFLOW_CONN_SILICONFLOW_DEFAULT='{connection}'\n", flush=True)
+        if options.port_file is not None:
+            _write_at_once(options.port_file, server.base_url)
+        await stopped.wait()
+    finally:
+        await server.stop()
+
+
+def _config(options: argparse.Namespace) -> EmulatorConfig:
+    values: dict[str, Any] = {
+        one.name: getattr(options, one.name)
+        for one in fields(EmulatorConfig)
+        if getattr(options, one.name, None) is not None
+    }
+    values["keys"] = tuple(options.key)
+    values["models"] = {**DEFAULT_MODELS, **dict(map(_model, options.model))}
+    return EmulatorConfig(**values)
+
+
+def _model(text: str) -> tuple[str, float]:
+    name, equals, skill = text.rpartition("=")
+    try:
+        return name if equals and name else _fail(text), float(skill)
+    except ValueError:
+        return _fail(text), 0.0
+
+
+def _fail(text: str) -> str:
+    raise ValueError(f"--model is written NAME=SKILL, for example Qwen/Qwen3-32B=0.8, not {text!r}")
+
+
+def _number(group: argparse._ArgumentGroup, name: str, text: str) -> None:
+    default = getattr(EmulatorConfig, name[2:].replace("-", "_"))
+    group.add_argument(name, type=float, metavar="N", help=f"{text} (default: {default:g})")
+
+
+def _switch(group: argparse._ArgumentGroup, name: str, text: str) -> None:
+    group.add_argument(name, action="store_true", default=None, help=text)
+
+
+def _write_at_once(path: Path, text: str) -> None:
+    """Write a file that a watcher never sees half written."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text + "\n")
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

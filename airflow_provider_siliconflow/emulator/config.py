@@ -1,0 +1,121 @@
+"""What the emulated service can be told: one data class, used by the command line, by tests and by the control API."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+#: Chat models of the emulated account and the share of questions each answers rightly (see ``answers``).
+DEFAULT_MODELS: dict[str, float] = {
+    "deepseek-ai/DeepSeek-V3": 0.88,
+    "deepseek-ai/DeepSeek-R1": 0.93,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B": 0.82,
+    "Qwen/QwQ-32B": 0.86,
+    "Qwen/Qwen3-235B-A22B": 0.9,
+    "Qwen/Qwen3-32B": 0.85,
+    "Qwen/Qwen3-8B": 0.72,
+    "Qwen/Qwen2.5-72B-Instruct": 0.8,
+    "Qwen/Qwen2.5-32B-Instruct": 0.76,
+    "Qwen/Qwen2.5-7B-Instruct": 0.62,
+    "THUDM/GLM-4-32B-0414": 0.78,
+    "THUDM/GLM-4-9B-0414": 0.64,
+    "moonshotai/Kimi-K2-Instruct": 0.89,
+}
+
+
+@dataclass
+class EmulatorConfig:
+    """
+    Behaviour of the emulated service.
+
+    Durations marked *service* are divided by ``speed``; durations marked *wall* are not, because they describe how long
+    a client sees something odd.
+
+    :param speed: how many times faster than the real service batches run.
+    :param queue_seconds: service seconds a batch stays ``in_queue``.
+    :param rows_per_second: rows one batch finishes per service second.
+    :param finalizing_seconds: service seconds between the last row and ``completed``.
+    :param cancelling_seconds: service seconds between ``cancelling`` and ``cancelled``.
+    :param late_output_seconds: wall seconds a finished batch still shows no result files.
+    :param list_lag_seconds: wall seconds before a new batch shows up in the list (reading it by id works at once).
+    :param url_ttl_seconds: wall seconds a signed result URL is valid.
+    :param row_error_rate: share of rows (0 to 1) that fail with a 429 or 503 the first time they are run.
+    :param balance: charge balance in CNY; at or below zero a batch is refused with 402.
+    :param keys: accepted API keys; empty accepts any key that does not begin with ``sk-invalid``.
+    :param models: model id to skill (0 to 1), the share of known questions it answers rightly.
+    :param answers: JSONL file of ``{"question": ..., "answer": ...}``.
+    :param ignore_cursor: the list ignores ``after`` and claims that there is more, forever.
+    :param flat_files: file calls answer a flat OpenAI-style object in place of the documented envelope.
+    :param results_as_file_ids: ``output_file_id`` and ``error_file_id`` are file ids in place of signed URLs.
+    :param max_file_bytes: upload limit in bytes.
+    :param max_file_lines: upload limit in lines.
+    :param kept_results: finished batches whose result files are kept on disk; others are written again when asked for.
+    """
+
+    speed: float = 1.0
+    queue_seconds: float = 30.0
+    rows_per_second: float = 50.0
+    finalizing_seconds: float = 5.0
+    cancelling_seconds: float = 5.0
+    late_output_seconds: float = 0.0
+    list_lag_seconds: float = 0.0
+    url_ttl_seconds: float = 30 * 86400.0
+    row_error_rate: float = 0.0
+    balance: float = 88.0
+    keys: tuple[str, ...] = ()
+    models: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_MODELS))
+    answers: Path | None = None
+    ignore_cursor: bool = False
+    flat_files: bool = False
+    results_as_file_ids: bool = False
+    max_file_bytes: int = 10**9
+    max_file_lines: int = 5000
+    kept_results: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("speed", "rows_per_second"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in _DURATIONS:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if not 0 <= self.row_error_rate <= 1:
+            raise ValueError(f"row_error_rate must lie between 0 and 1, not {self.row_error_rate}")
+        for model, skill in self.models.items():
+            if not 0 <= skill <= 1:
+                raise ValueError(f"the skill of model {model} must lie between 0 and 1, not {skill}")
+        if self.kept_results < 1:
+            raise ValueError(f"kept_results must be 1 or more, not {self.kept_results}")
+
+    def changed(self, changes: dict[str, object]) -> EmulatorConfig:
+        """
+        Return a copy with the named fields replaced.
+
+        :raises ValueError: an unknown field, or a value of the wrong type or range.
+        """
+        types = typing.get_type_hints(type(self))
+        values: dict[str, typing.Any] = {}
+        for name, value in changes.items():
+            if name not in types:
+                raise ValueError(f"there is no setting {name!r}; known: {', '.join(types)}")
+            if name == "answers":
+                raise ValueError("answers can only be given at the start")
+            try:
+                values[name] = msgspec.convert(value, types[name])
+            except msgspec.ValidationError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return dataclasses.replace(self, **values)
+
+
+_DURATIONS = (
+    "queue_seconds",
+    "finalizing_seconds",
+    "cancelling_seconds",
+    "late_output_seconds",
+    "list_lag_seconds",
+    "url_ttl_seconds",
+)

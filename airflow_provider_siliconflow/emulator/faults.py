@@ -1,0 +1,218 @@
+"""Faults that the server can be told to make, each for a number of matching requests."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from typing import Any, get_type_hints
+
+import msgspec
+
+#: Kind to what a value right behind it sets (``status=503``, ``slow=2``), and what it is when left out.
+_KINDS: dict[str, tuple[str, Any]] = {
+    "status": ("status", 503),
+    "status-after": ("status", 502),
+    "reset": ("", None),
+    "reset-after": ("", None),
+    "slow": ("seconds", 1.0),
+    "cut": ("bytes", 100),
+    "html": ("status", 502),
+    "truncated-json": ("", None),
+    "empty": ("", None),
+    "hold": ("", None),
+    "hold-after": ("", None),
+    "redirect": ("location", None),
+}
+KINDS = tuple(_KINDS)
+
+HTML_BODY = (
+    "<html>\r\n<head><title>{status}</title></head>\r\n<body>\r\n"
+    "<center><h1>{status}</h1></center>\r\n<hr><center>openresty</center>\r\n</body>\r\n</html>\r\n"
+)
+
+#: What the real service answers with a status; a string is sent as a JSON string.
+DEFAULT_BODIES: dict[int, Any] = {
+    400: {"code": 20015, "message": "Invalid parameter.", "data": None},
+    401: "Invalid token",
+    402: {"code": 30001, "message": "Sorry, your account balance is insufficient"},
+    403: "Forbidden",
+    404: "404 page not found",
+    408: "Request Timeout",
+    429: {
+        "message": "Request was rejected due to rate limiting. Details: TPM limit reached.",
+        "data": None,
+    },
+    500: {"code": 50000, "message": "Internal server error.", "data": None},
+    503: {
+        "code": 50505,
+        "message": "Model service overloaded. Please try again later.",
+        "data": "string",
+    },
+    504: "Gateway Timeout",
+}
+
+
+@dataclass
+class Fault:
+    """
+    One rule.
+
+    Kinds that leave the work undone: ``status``, ``html``, ``redirect``, ``reset``, ``hold`` (waits, then works).
+    Kinds that do the work first: ``status-after``, ``reset-after``, ``slow``, ``cut``, ``truncated-json``, ``empty``,
+    ``hold-after``.
+
+    :param match: method and path, as ``POST /batches``, ``GET /batches/*``, ``* /files`` or ``GET storage``; a star is
+        one part of the path.
+    :param kind: one of ``KINDS``.
+    :param times: how many requests it hits; -1 is for ever.
+    :param skip: how many matching requests pass first.
+    :param status: of ``status``, ``status-after`` and ``html``.
+    :param body: of ``status`` and ``status-after``: JSON, in place of what the service answers with that status.
+    :param headers: added to the answer, for example ``{"Retry-After": "3"}``.
+    :param seconds: of ``slow``.
+    :param bytes: of ``cut``: how much of the body is sent before the connection ends.
+    :param location: of ``redirect``.
+    :param hits: requests hit so far.
+    """
+
+    match: str
+    kind: str
+    times: int = 1
+    skip: int = 0
+    status: int | None = None
+    body: Any = None
+    headers: dict[str, str] = field(default_factory=dict)
+    seconds: float | None = None
+    bytes: int | None = None
+    location: str | None = None
+    hits: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"there is no fault kind {self.kind!r}; known: {', '.join(KINDS)}")
+        if not re.fullmatch(r"(\*|[A-Z]+) (/|storage).*", self.match):
+            raise ValueError(
+                f"a fault matches a method and a path, as 'GET /batches/*' or 'GET storage', not {self.match!r}",
+            )
+        name, default = _KINDS[self.kind]
+        if name and getattr(self, name) is None:
+            if default is None:
+                raise ValueError(f"fault kind {self.kind} needs {name}")
+            setattr(self, name, default)
+
+    @classmethod
+    def parse(cls, spec: str | dict[str, Any] | Fault) -> Fault:
+        """
+        Read a fault as given on the command line or to the control API.
+
+        :param spec: ``MATCH:KIND[=VALUE][,NAME=VALUE...]``, a JSON object, or its fields.
+        :raises ValueError: with what is wrong.
+        """
+        if isinstance(spec, Fault):
+            return spec
+        given = spec if isinstance(spec, dict) else _read_text(spec)
+        types = get_type_hints(cls)
+        values = {}
+        for name, value in given.items():
+            if name not in types:
+                raise ValueError(f"a fault has no {name!r}; it has {', '.join(types)}")
+            try:
+                values[name] = msgspec.convert(value, types[name], strict=not isinstance(spec, str))
+            except msgspec.ValidationError as error:
+                raise ValueError(f"fault {name}: {error}") from None
+        for name in ("match", "kind"):
+            if name not in values:
+                raise ValueError(f"a fault needs {name!r}")
+        return cls(**values)
+
+    def fits(self, method: str, target: str) -> bool:
+        wanted, _, path = self.match.partition(" ")
+        if wanted not in ("*", method):
+            return False
+        if path == "storage":
+            return target.startswith("storage")
+        return _pattern(path).fullmatch(target) is not None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Faults:
+    """The rules in force, first match wins. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rules: list[Fault] = []
+
+    def add(self, fault: Fault | dict[str, Any] | str | None = None, **values: Any) -> Fault:
+        """
+        Add a rule: a :class:`Fault`, its fields, or its command line form.
+
+        :raises ValueError: with what is wrong.
+        """
+        rule = Fault.parse(values if fault is None else fault)
+        with self._lock:
+            self._rules = [*self._rules, rule]
+        return rule
+
+    def clear(self) -> None:
+        with self._lock:
+            self._rules = []
+
+    @property
+    def rules(self) -> list[Fault]:
+        return list(self._rules)
+
+    def take(self, method: str, target: str) -> Fault | None:
+        """Return the rule that hits this request, and count the hit."""
+        if not self._rules:
+            return None
+        with self._lock:
+            for rule in self._rules:
+                if rule.times == 0 or not rule.fits(method, target):
+                    continue
+                if rule.skip > 0:
+                    rule.skip -= 1
+                    continue
+                if rule.times > 0:
+                    rule.times -= 1
+                rule.hits += 1
+                return rule
+        return None
+
+
+def _read_text(text: str) -> dict[str, Any]:
+    if text.lstrip().startswith("{"):
+        try:
+            read = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"fault {text!r} is not valid JSON: {error}") from None
+        return dict(read)
+    match, colon, rest = text.partition(":")
+    if not colon:
+        raise ValueError(f"a fault is written MATCH:KIND[=VALUE][,NAME=VALUE...], not {text!r}")
+    values: dict[str, Any] = {"match": match.strip()}
+    known = {one.name for one in fields(Fault)}
+    for number, part in enumerate(rest.split(",")):
+        name, equals, value = (one.strip() for one in part.partition("="))
+        if number == 0:
+            values["kind"] = name
+            if equals and name in _KINDS:
+                if not _KINDS[name][0]:
+                    raise ValueError(f"fault kind {name} takes no value, as given in {text!r}")
+                values[_KINDS[name][0]] = value
+        elif name == "retry-after":
+            values["headers"] = {"Retry-After": value}
+        elif not equals or name not in known:
+            raise ValueError(f"{part!r} in fault {text!r} is not understood")
+        else:
+            values[name] = value
+    return values
+
+
+@lru_cache(maxsize=256)
+def _pattern(path: str) -> re.Pattern[str]:
+    return re.compile("[^/]+".join(map(re.escape, path.split("*"))))

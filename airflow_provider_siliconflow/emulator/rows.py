@@ -1,0 +1,198 @@
+"""The input file seen as rows: what the service checks on upload, and the markers a row may carry."""
+
+from __future__ import annotations
+
+import re
+from array import array
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ENDPOINT = "/v1/chat/completions"
+
+#: One line is read into memory as a whole, so it needs a bound of its own.
+MAX_LINE_BYTES = 64 * 1024 * 1024
+MAX_REPORTED_ERRORS = 20
+
+_MARKER_START = b"[[emulator:"
+_MARKER = re.compile(r"\[\[emulator:([^\]]*)\]\]")
+_PLAIN_MARKERS = frozenset(
+    {"missing", "missing-once", "expire", "length", "empty", "duplicate", "wrong-model"},
+)
+
+
+class TooManyLinesError(Exception):
+    """The file has more lines than the service takes."""
+
+
+class MarkedRow(msgspec.Struct, frozen=True):
+    """A row that asks the emulator for a special behaviour."""
+
+    row: int
+    custom_id: str
+    model: str | None
+    markers: list[str]
+
+
+class FileScan(msgspec.Struct):
+    """What one pass over an input file found."""
+
+    line_count: int = 0
+    #: At most ``MAX_REPORTED_ERRORS`` sentences; none means that the file is valid.
+    errors: list[str] = []
+    models: list[str] = []
+    #: 1-based number of the first line without ``body.model``.
+    line_without_model: int | None = None
+    marked: list[MarkedRow] = []
+
+
+class Row(msgspec.Struct):
+    """A whole request line."""
+
+    custom_id: str
+    body: dict[str, Any]
+
+
+class RowName(msgspec.Struct):
+    """The part of a request line that is needed to choose its fate."""
+
+    class Body(msgspec.Struct):
+        model: str | None = None
+
+    custom_id: str
+    body: Body
+
+
+# Fields that are not declared are skipped by the decoder without building objects: that is what makes the check fast.
+class _CheckedMessage(msgspec.Struct):
+    role: Literal["system", "user", "assistant"]
+
+
+class _CheckedBody(msgspec.Struct):
+    messages: Annotated[list[_CheckedMessage], msgspec.Meta(min_length=1)]
+    model: str | None = None
+
+
+class _CheckedLine(msgspec.Struct):
+    custom_id: Annotated[str, msgspec.Meta(min_length=1)]
+    body: _CheckedBody
+    url: str | None = None
+    method: str | None = None
+
+
+decode_row = msgspec.json.Decoder(Row).decode
+decode_row_name = msgspec.json.Decoder(RowName).decode
+_decode_checked = msgspec.json.Decoder(_CheckedLine).decode
+
+
+def last_user_text(body: dict[str, Any]) -> str:
+    """Return the text of the last message, joining the text parts of a multimodal one."""
+    messages = body.get("messages")
+    content = messages[-1].get("content") if messages else None
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "\n".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else ""
+
+
+def markers_of(text: str) -> list[str]:
+    """Return the markers of a message, for example ``["error=429"]`` of ``... [[emulator:error=429]]``."""
+    return _MARKER.findall(text)
+
+
+def without_markers(text: str) -> str:
+    """Return the message as a model would read it."""
+    return _MARKER.sub("", text).strip()
+
+
+def _is_known_marker(marker: str) -> bool:
+    name, _, value = marker.partition("=")
+    if name == "error":
+        return value.isdecimal()
+    if name == "once":
+        return value.isdecimal() or value in ("missing", "expire")
+    return marker in _PLAIN_MARKERS
+
+
+def scan_file(path: Path, max_lines: int) -> tuple[FileScan, array[int]]:
+    """
+    Check every line of an input file as the service documents it.
+
+    :param path: the spooled upload.
+    :param max_lines: lines the service takes.
+    :return: the findings, and the byte offset of every line followed by the size of the file.
+    :raises TooManyLinesError: the file has more lines; it is not read further.
+    """
+    scan = FileScan(errors=[], models=[], marked=[])
+    offsets = array("Q")
+    seen: set[str] = set()
+    models: set[str] = set()
+    position = 0
+    with path.open("rb", buffering=1 << 20) as lines:
+        while line := lines.readline(MAX_LINE_BYTES + 1):
+            if scan.line_count == max_lines:
+                raise TooManyLinesError
+            scan.line_count += 1
+            offsets.append(position)
+            position += len(line)
+            if len(line) > MAX_LINE_BYTES:
+                scan.errors.append(f"Line {scan.line_count}: longer than {MAX_LINE_BYTES} bytes.")
+                break
+            problem = _check_line(line, scan, seen, models)
+            if problem is not None:
+                scan.errors.append(f"Line {scan.line_count}: {problem}")
+                if len(scan.errors) == MAX_REPORTED_ERRORS:
+                    # The rest is only counted, so that the limit on lines still holds.
+                    scan.line_count += sum(1 for _ in lines)
+                    break
+    offsets.append(position)
+    if scan.line_count > max_lines:
+        raise TooManyLinesError
+    if scan.line_count == 0:
+        scan.errors.append("The file has no lines.")
+    scan.models = sorted(models)
+    return scan, offsets
+
+
+def line_offsets(path: Path) -> array[int]:
+    """Return the byte offset of every line of a valid file, followed by its size."""
+    offsets = array("Q", [0])
+    with path.open("rb", buffering=1 << 20) as lines:
+        for line in lines:
+            offsets.append(offsets[-1] + len(line))
+    return offsets
+
+
+def _check_line(line: bytes, scan: FileScan, seen: set[str], models: set[str]) -> str | None:
+    try:
+        checked = _decode_checked(line)
+    except UnicodeDecodeError:
+        return "not valid UTF-8."
+    except msgspec.DecodeError as error:
+        return f"{error}."
+    if checked.custom_id in seen:
+        return f"custom_id {checked.custom_id!r} is not unique."
+    seen.add(checked.custom_id)
+    if checked.body.messages[-1].role != "user":
+        return f"the last message must have the role user, not {checked.body.messages[-1].role}."
+    if checked.url is not None and checked.url != ENDPOINT:
+        return f"url must be {ENDPOINT}, not {checked.url!r}."
+    if checked.method is not None and checked.method != "POST":
+        return f"method must be POST, not {checked.method!r}."
+    if checked.body.model is None:
+        scan.line_without_model = scan.line_without_model or scan.line_count
+    else:
+        models.add(checked.body.model)
+    if _MARKER_START in line:
+        markers = markers_of(last_user_text(decode_row(line).body))
+        for marker in markers:
+            if not _is_known_marker(marker):
+                return f"unknown marker [[emulator:{marker}]]."
+        if markers:
+            scan.marked.append(
+                MarkedRow(scan.line_count - 1, checked.custom_id, checked.body.model, markers),
+            )
+    return None
