@@ -1,0 +1,320 @@
+"""The HTTP API over ``requests``, for workers and notebooks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any, BinaryIO, Protocol, TypeVar
+
+import requests
+import tenacity
+import urllib3
+
+from airflow_provider_siliconflow.api import protocol
+from airflow_provider_siliconflow.api.exceptions import (
+    APIError,
+    IncompleteResultsError,
+    InvalidInputError,
+    NoAnswerError,
+    NotSentError,
+    ServiceUnavailableError,
+    SiliconFlowError,
+)
+from airflow_provider_siliconflow.api.models import Account, Batch, UploadedFile, strip_query
+from airflow_provider_siliconflow.api.protocol import CHUNK_SIZE, Call, ClientSettings
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Fewest seconds to wait while a file is sent and taken in: the service works on it before it answers.
+_UPLOAD_PATIENCE = 300.0
+_MAX_REDIRECTS = 5
+
+
+class Source(Protocol):
+    """Anything that opens for reading: ``pathlib.Path``, ``ObjectStoragePath``, ..."""
+
+    def open(self, mode: str = ...) -> BinaryIO:
+        """Open it."""
+        ...
+
+
+class _UploadBody:
+    """A request body with a known length that is read while it is sent."""
+
+    def __init__(self, source: Source, size: int, frame: protocol.MultipartFrame) -> None:
+        self._source, self._size, self._frame = source, size, frame
+
+    def __len__(self) -> int:
+        return self._frame.length(self._size)
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._frame.head
+        left = self._size
+        with self._source.open("rb") as stream:
+            while left:
+                chunk = stream.read(min(CHUNK_SIZE, left))
+                if not chunk:
+                    raise InvalidInputError(
+                        f"{self._source} became {left} bytes shorter while it was uploaded; nothing was created"
+                    )
+                left -= len(chunk)
+                yield chunk
+        yield self._frame.tail
+
+
+class _KeyAuth(requests.auth.AuthBase):
+    """Sets the key and, being an auth object, keeps ``requests`` from taking another out of a netrc file."""
+
+    def __init__(self, settings: ClientSettings | None) -> None:
+        self._settings = settings
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._settings is not None:
+            request.headers.update(self._settings.request_headers)
+        return request
+
+
+class SiliconFlowClient:
+    """
+    Calls of the API, blocking. Not for use by several threads at once.
+
+    :param settings: key, host, timeouts, retries.
+    """
+
+    def __init__(self, settings: ClientSettings) -> None:
+        self.settings = settings
+        self._session = requests.Session()
+        self._session.verify = settings.verify
+        if settings.proxies:
+            self._session.proxies.update(settings.proxies)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+    def __enter__(self) -> SiliconFlowClient:
+        """Return the client itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the connections."""
+        self.close()
+
+    def call(self, call: Call[T], body: Callable[[], tuple[Any, dict[str, str], float]] | None = None) -> T:
+        """
+        Carry out a call, with the repetitions the protocol allows.
+
+        :param body: makes (body, headers, least patience in seconds) anew for each send, instead of JSON.
+        """
+        for attempt in tenacity.Retrying(**protocol.retry_options(call, self.settings)):
+            with attempt:
+                return self._send(call, body)
+        raise AssertionError("unreachable")
+
+    def _send(self, call: Call[T], body: Callable[[], tuple[Any, dict[str, str], float]] | None) -> T:
+        data, headers, patience = body() if body else (call.body(), {"Content-Type": "application/json"}, 0.0)
+        with self._open(call.method, call.url(self.settings), call.name, data, headers, patience) as response:
+            try:
+                content = response.content
+            except (requests.RequestException, OSError) as exc:
+                raise self._no_answer(call.name, exc) from exc
+            return call.answer(response.status_code, response.headers, content, self.settings)
+
+    def _open(
+        self,
+        method: str,
+        url: str,
+        name: str,
+        data: Any = None,
+        headers: dict[str, str] | None = None,
+        patience: float = 0.0,
+        with_key: bool = True,
+    ) -> requests.Response:
+        settings = self.settings
+        # urllib3 keeps the connect timeout while it sends, so a long upload needs it longer too.
+        timeout = (max(settings.connect_timeout, patience / 5), max(settings.timeout, patience))
+        try:
+            return self._session.request(
+                method,
+                url,
+                data=data,
+                headers=headers,
+                auth=_KeyAuth(settings if with_key else None),
+                timeout=timeout,
+                stream=True,
+                allow_redirects=False,
+            )
+        except requests.ConnectTimeout as exc:
+            raise self._not_sent(name, exc) from exc
+        except (requests.exceptions.ProxyError, requests.exceptions.SSLError) as exc:
+            raise self._not_sent(name, exc) from exc
+        except requests.ConnectionError as exc:
+            reason = exc.args[0] if exc.args else None
+            cause = getattr(reason, "reason", reason)
+            if isinstance(cause, urllib3.exceptions.NewConnectionError):
+                raise self._not_sent(name, exc) from exc
+            raise self._no_answer(name, exc) from exc
+        except (requests.Timeout, requests.exceptions.ChunkedEncodingError) as exc:
+            raise self._no_answer(name, exc) from exc
+        except requests.exceptions.RequestException as exc:
+            raise InvalidInputError(f"{name} cannot be sent: {self._why(exc)}") from exc
+
+    def _why(self, exc: BaseException) -> str:
+        return f"{type(exc).__name__}: {protocol.redact(str(exc), self.settings)}"
+
+    def _not_sent(self, name: str, exc: BaseException) -> NotSentError:
+        return NotSentError(f"{name} did not reach {self.settings.base_url}: {self._why(exc)}")
+
+    def _no_answer(self, name: str, exc: BaseException) -> NoAnswerError:
+        return NoAnswerError(f"{name} got no whole answer from {self.settings.base_url}: {self._why(exc)}")
+
+    # Calls ------------------------------------------------------------------------------------------------
+
+    def create_batch(self, **request: Any) -> Batch:
+        """Create a batch; arguments as :func:`protocol.create_batch`."""
+        return self.call(protocol.create_batch(**request))
+
+    def get_batch(self, batch_id: str) -> Batch:
+        """Read a batch."""
+        return self.call(protocol.get_batch(batch_id))
+
+    def cancel_batch(self, batch_id: str) -> Batch:
+        """Ask for a batch to be cancelled; the answer may still show its old status."""
+        return self.call(protocol.cancel_batch(batch_id))
+
+    def list_batches(self) -> Iterator[Batch]:
+        """Yield the account's batches, newest first, page by page as they are asked for."""
+        paging = protocol.BatchPaging()
+        while not paging.done:
+            yield from paging.take(self.call(paging.next_call()))
+
+    def list_files(self) -> tuple[UploadedFile, ...]:
+        """Return the account's batch input files."""
+        return self.call(protocol.list_files()).items
+
+    def get_account(self) -> Account:
+        """Read the account: name, status, balances. Costs nothing."""
+        return self.call(protocol.get_account())
+
+    def list_models(self) -> list[str]:
+        """Return ids of chat models. Costs nothing."""
+        return self.call(protocol.list_models())
+
+    def upload_file(self, source: Source, *, size: int, filename: str) -> UploadedFile:
+        """
+        Upload a batch input file, streaming it.
+
+        :param source: opens for reading, anew for each attempt.
+        :param size: its size in bytes.
+        :param filename: its name at the service.
+        """
+
+        def body() -> tuple[Any, dict[str, str], float]:
+            frame = protocol.MultipartFrame(filename)
+            return _UploadBody(source, size, frame), {"Content-Type": frame.content_type}, _UPLOAD_PATIENCE
+
+        return self.call(protocol.upload_file(), body)
+
+    # Result files -----------------------------------------------------------------------------------------
+
+    def iter_file(self, reference: str, refresh: Callable[[], str | None]) -> Iterator[bytes]:
+        """
+        Yield the bytes of a result file; a cut connection is resumed where it broke.
+
+        :param reference: what the batch gives: a URL, which is fetched without the key, or a file id.
+        :param refresh: returns the reference anew, for a signature that has aged.
+        :raises IncompleteResultsError: the file changed under the download, or stays cut.
+        :raises SiliconFlowError: it cannot be read.
+        """
+        done, failures, refreshed = 0, 0, False
+        etag: str | None = None
+        while True:
+            before = done
+            try:
+                with closing(self._open_file(reference, done, etag)) as response:
+                    total = self._total_size(response, done)
+                    now = response.headers.get("ETag")
+                    if done and etag and now and now != etag:
+                        raise IncompleteResultsError(
+                            f"{strip_query(reference)} changed while it was downloaded; download it again"
+                        )
+                    etag = etag or now
+                    # Without range support the answer starts over: what was yielded already is passed over.
+                    skip = done if response.status_code == 200 else 0
+                    for chunk in self._chunks(response):
+                        if skip >= len(chunk):
+                            skip -= len(chunk)
+                            continue
+                        piece, skip = chunk[skip:] if skip else chunk, 0
+                        done += len(piece)
+                        yield piece
+                    if total is None or done == total:
+                        return
+                    raise NoAnswerError(f"{strip_query(reference)} was cut at byte {done} of {total}")
+            except APIError as exc:
+                # Storage refuses an aged signature with 400, 403 or 404.
+                if exc.status_code in (400, 401, 403, 404, 410) and not refreshed:
+                    refreshed = True
+                    reference = refresh() or reference
+                    continue
+                if not protocol.is_transient(exc):
+                    raise
+                error: SiliconFlowError = exc
+            except SiliconFlowError as exc:
+                if not protocol.is_transient(exc):
+                    raise
+                error = exc
+            failures = 1 if done > before else failures + 1
+            refreshed = refreshed and done == before
+            if failures > self.settings.max_retries:
+                raise error
+            delay = protocol.backoff_delay(failures, error, self.settings.backoff, protocol.BACKOFF_LIMIT)
+            log.warning("%s; going on from byte %d in %.0f s", error, done, delay)
+            tenacity.nap.sleep(delay)
+            reference = refresh() or reference
+
+    def _open_file(self, reference: str, start: int, etag: str | None) -> requests.Response:
+        url = protocol.result_url(reference, self.settings)
+        # Compressed bytes could not be counted against the announced length.
+        headers = {"Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+            if etag and not etag.startswith("W/"):
+                headers["If-Range"] = etag
+        for _ in range(_MAX_REDIRECTS):
+            name = f"GET {strip_query(url)}"
+            response = self._open("GET", url, name, None, dict(headers), with_key=self.settings.owns(url))
+            if response.status_code in (301, 302, 303, 307, 308):
+                url = protocol.redirect_target(url, response.headers.get("Location"))
+                response.close()
+                continue
+            if response.status_code in (200, 206):
+                return response
+            with closing(response):
+                body = response.raw.read(4096, decode_content=True) or b""
+                error = protocol.error_from_answer(
+                    name, response.status_code, response.headers, body, self.settings
+                )
+            raise error or NoAnswerError(f"{name} answered HTTP {response.status_code} without a file")
+        raise ServiceUnavailableError(
+            f"more than {_MAX_REDIRECTS} redirects", status_code=508, call=f"GET {strip_query(reference)}"
+        )
+
+    @staticmethod
+    def _total_size(response: requests.Response, start: int) -> int | None:
+        if response.status_code == 206:
+            span, _, total = response.headers.get("Content-Range", "").partition("/")
+            if not span.startswith(f"bytes {start}-"):
+                raise NoAnswerError(f"the storage answered another range than asked for: {span!r}")
+            return int(total) if total.isdigit() else None
+        length = response.headers.get("Content-Length", "")
+        return int(length) if length.isdigit() else None
+
+    def _chunks(self, response: requests.Response) -> Iterator[bytes]:
+        try:
+            yield from response.raw.stream(CHUNK_SIZE, decode_content=False)
+        except (urllib3.exceptions.HTTPError, OSError) as exc:
+            raise self._no_answer(f"GET {strip_query(response.url)}", exc) from exc

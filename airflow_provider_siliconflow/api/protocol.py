@@ -1,0 +1,659 @@
+"""
+The HTTP API without I/O: builds requests, reads answers, decides what is sent again.
+
+Both clients go through this module, so they differ in nothing but how bytes travel.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote, urlencode, urljoin, urlsplit
+
+from pydantic import ValidationError
+
+from airflow_provider_siliconflow.api.exceptions import (
+    APIError,
+    AuthenticationError,
+    InsufficientBalanceError,
+    InvalidInputError,
+    InvalidRequestError,
+    NoAnswerError,
+    NotFoundError,
+    NotSentError,
+    PermissionDeniedError,
+    RateLimitedError,
+    ServiceUnavailableError,
+    SiliconFlowError,
+    UnexpectedAnswerError,
+)
+from airflow_provider_siliconflow.api.models import Account, Batch, UploadedFile, strip_query
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DEFAULT_BASE_URL = "https://api.siliconflow.cn/v1"
+CHAT_COMPLETIONS = "/v1/chat/completions"
+TRACE_ID_HEADER = "x-siliconcloud-trace-id"
+
+#: Longest wait that a ``Retry-After`` header can ask for, in seconds; after it we ask again.
+RETRY_AFTER_LIMIT = 900.0
+#: Longest backoff between two sends of one call, in seconds.
+BACKOFF_LIMIT = 30.0
+#: Batches asked for per page of a listing.
+PAGE_SIZE = 100
+#: Pieces in which files travel, in bytes.
+CHUNK_SIZE = 1 << 20
+
+_SUCCESS_CODE = 20000
+_BALANCE_CODE = "30001"
+_OVERLOADED_CODES = frozenset({"50505", "50603"})
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """
+    What a client needs to know.
+
+    :param api_key: the account's key; never shown by ``repr``.
+    :param base_url: root of the API, with its version.
+    :param timeout: seconds to wait for (the next bytes of) an answer.
+    :param connect_timeout: seconds to wait for a connection.
+    :param max_retries: how often a call that may be repeated is sent again.
+    :param proxies: URL of a proxy by URL scheme, as ``requests`` takes them.
+    :param verify: whether to check certificates, or the path of a CA bundle.
+    :param headers: further headers for calls of the API (never sent to the storage of result files).
+    :param backoff: seconds before the first repetition; doubled each time, with jitter.
+    :raises InvalidInputError: a value is not usable.
+    """
+
+    api_key: str = field(repr=False)
+    base_url: str = DEFAULT_BASE_URL
+    timeout: float = 60.0
+    connect_timeout: float = 10.0
+    max_retries: int = 7
+    proxies: Mapping[str, str] | None = field(default=None, repr=False)
+    verify: bool | str = True
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    backoff: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.api_key or not self.api_key.strip():
+            raise InvalidInputError("the connection has no API key; put it into the connection's password")
+        if not self.api_key.isascii() or any(c.isspace() for c in self.api_key.strip()):
+            raise InvalidInputError(
+                "the connection's password is not an API key: it has spaces or non-ASCII characters"
+            )
+        object.__setattr__(self, "api_key", self.api_key.strip())
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InvalidInputError(
+                f"the connection's host must be the API's base URL such as {DEFAULT_BASE_URL!r}; "
+                f"got {strip_query(self.base_url)!r}"
+            )
+        if parts.query or parts.fragment or parts.username:
+            raise InvalidInputError("the connection's host must be a URL without user, query and fragment")
+        object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
+        for name in ("timeout", "connect_timeout"):
+            if not getattr(self, name) > 0:
+                raise InvalidInputError(f"{name} must be a number of seconds above 0")
+        if self.max_retries < 0:
+            raise InvalidInputError(f"max_retries must be 0 or more; got {self.max_retries}")
+
+    @property
+    def request_headers(self) -> dict[str, str]:
+        """Headers of every call of the API, with the key."""
+        return {
+            **self.headers,
+            "Authorization": f"Bearer {self.api_key}",
+            "Accept": "application/json",
+            "User-Agent": "airflow-provider-siliconflow",
+        }
+
+    def owns(self, url: str) -> bool:
+        """Whether a URL has the API's own origin, so that the key may go there."""
+        ours, theirs = urlsplit(self.base_url), urlsplit(url)
+        return (ours.scheme, ours.hostname, _port(ours)) == (theirs.scheme, theirs.hostname, _port(theirs))
+
+
+def _port(parts: Any) -> int | None:
+    return parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """
+    One request and how to read its answer.
+
+    :param repeatable: whether sending it twice does no more than sending it once. A call that is not
+        repeatable is sent again only where it certainly had no effect.
+    """
+
+    method: str
+    path: str
+    read: Callable[[Any], T]
+    query: Mapping[str, str | int] = field(default_factory=dict)
+    payload: Mapping[str, Any] | None = None
+    repeatable: bool = True
+
+    @property
+    def name(self) -> str:
+        """Method and path, for messages."""
+        return f"{self.method} {self.path}"
+
+    def url(self, settings: ClientSettings) -> str:
+        """Return the full URL."""
+        query = f"?{urlencode(self.query)}" if self.query else ""
+        return f"{settings.base_url}{self.path}{query}"
+
+    def body(self) -> bytes | None:
+        """Return the JSON body, or ``None``."""
+        if self.payload is None:
+            return None
+        return json.dumps(self.payload, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def answer(self, status: int, headers: Mapping[str, str], body: bytes, settings: ClientSettings) -> T:
+        """
+        Read an answer.
+
+        :raises APIError: the service refused.
+        :raises UnexpectedAnswerError: the answer is not what the API documents.
+        """
+        error = error_from_answer(self.name, status, headers, body, settings)
+        if error is not None:
+            raise error
+        try:
+            return self.read(json.loads(body))
+        except (ValueError, ValidationError, TypeError, KeyError, AttributeError) as exc:
+            trace = headers.get(TRACE_ID_HEADER)
+            raise UnexpectedAnswerError(
+                f"{self.name} answered HTTP {status}, but not what the API documents"
+                f"{f' (trace id {trace})' if trace else ''}: {_snippet(body, settings)}"
+            ) from exc
+
+
+# Calls ----------------------------------------------------------------------------------------------------
+
+
+def create_batch(
+    *,
+    input_file_id: str,
+    endpoint: str,
+    completion_window: str,
+    metadata: Mapping[str, str] | None,
+    replace: Mapping[str, Any] | None,
+) -> Call[Batch]:
+    """Build ``POST /batches``, the call that costs money: never repeated while its effect is open."""
+    payload: dict[str, Any] = {
+        "input_file_id": input_file_id,
+        "endpoint": endpoint,
+        "completion_window": completion_window,
+    }
+    if metadata:
+        payload["metadata"] = dict(metadata)
+    if replace:
+        payload["replace"] = dict(replace)
+    return Call("POST", "/batches", _read_batch, payload=payload, repeatable=False)
+
+
+def get_batch(batch_id: str) -> Call[Batch]:
+    """Build ``GET /batches/{id}``."""
+    return Call("GET", f"/batches/{quote(batch_id, safe='')}", _read_batch)
+
+
+def cancel_batch(batch_id: str) -> Call[Batch]:
+    """Build ``POST /batches/{id}/cancel``; asking twice is asking once."""
+    return Call("POST", f"/batches/{quote(batch_id, safe='')}/cancel", _read_batch)
+
+
+def list_batches(after: str | None = None, limit: int = PAGE_SIZE) -> Call[Page[Batch]]:
+    """Build ``GET /batches``: one page, newest first."""
+    query: dict[str, str | int] = {"limit": limit}
+    if after:
+        query["after"] = after
+    return Call("GET", "/batches", lambda data: _read_page(data, Batch.model_validate), query=query)
+
+
+def list_files(limit: int = 10_000) -> Call[Page[UploadedFile]]:
+    """Build ``GET /files``: the batch input files of the account. The service has no cursor for it."""
+    return Call(
+        "GET",
+        "/files",
+        lambda data: _read_page(data, UploadedFile.model_validate),
+        query={"purpose": "batch", "limit": limit},
+    )
+
+
+def get_account() -> Call[Account]:
+    """Build ``GET /user/info``."""
+    return Call("GET", "/user/info", lambda data: Account.model_validate(_unwrap(data)))
+
+
+def list_models() -> Call[list[str]]:
+    """Build ``GET /models``: ids of the chat models the key can use live (batch may take fewer)."""
+    return Call(
+        "GET",
+        "/models",
+        lambda data: [item["id"] for item in _items(data) if isinstance(item, dict) and item.get("id")],
+        query={"sub_type": "chat"},
+    )
+
+
+def upload_file() -> Call[UploadedFile]:
+    """Build ``POST /files`` without its body; see :class:`MultipartFrame`."""
+    return Call("POST", "/files", lambda data: UploadedFile.model_validate(_unwrap(data)), repeatable=False)
+
+
+def _read_batch(data: Any) -> Batch:
+    return Batch.model_validate(_unwrap(data))
+
+
+def _unwrap(data: Any) -> Any:
+    """Take an object out of the envelope ``{"code", "message", "status", "data"}`` where there is one."""
+    if isinstance(data, dict) and isinstance(data.get("data"), dict) and "id" not in data:
+        return data["data"]
+    return data
+
+
+def _items(data: Any) -> list[Any]:
+    """Return the list of a listing, whether it is bare, under ``data`` or under ``data.data``."""
+    for _ in range(3):
+        if isinstance(data, list):
+            return data
+        if not isinstance(data, dict):
+            break
+        if data.get("data") is None and "data" in data:
+            return []
+        data = data.get("data")
+    raise ValueError("no list in the answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """One page of a listing."""
+
+    items: tuple[T, ...]
+    has_more: bool
+
+
+def _read_page(data: Any, read: Callable[[Any], T]) -> Page[T]:
+    items = []
+    for item in _items(data):
+        try:
+            items.append(read(item))
+        except ValidationError as exc:
+            # One odd entry must not hide the others: among them may be the batch that is looked for.
+            log.warning("Ignoring an entry of a listing that is not what the API documents: %s", exc)
+    envelope = data if isinstance(data, dict) else {}
+    return Page(tuple(items), bool(envelope.get("has_more")))
+
+
+class BatchPaging:
+    """
+    Walks through pages of batches, and stops at a listing that does not advance.
+
+    The service documents a cursor and says that paging is not supported yet: a page may repeat.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+        self._cursor: str | None = None
+        self.done = False
+
+    def next_call(self) -> Call[Page[Batch]]:
+        """Build the call for the next page."""
+        return list_batches(after=self._cursor)
+
+    def take(self, page: Page[Batch]) -> list[Batch]:
+        """Take an answered page and return what it has that no page before had."""
+        new = [batch for batch in page.items if batch.id not in self._seen]
+        self._seen.update(batch.id for batch in new)
+        if new:
+            self._cursor = page.items[-1].id
+        self.done = not (new and page.has_more)
+        return new
+
+
+# Files ----------------------------------------------------------------------------------------------------
+
+
+class MultipartFrame:
+    """
+    What goes around a file in a ``multipart/form-data`` upload.
+
+    The file itself is sent between :attr:`head` and :attr:`tail` piece by piece, never held whole.
+
+    :param filename: name the file gets at the service.
+    """
+
+    def __init__(self, filename: str) -> None:
+        boundary = secrets.token_hex(16)
+        name = re.sub(r'[^\x20-\x7e]|["\\]', "_", filename)
+        self.content_type = f"multipart/form-data; boundary={boundary}"
+        self.head = (
+            f'--{boundary}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+            f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n'
+            "Content-Type: application/jsonl\r\n\r\n"
+        ).encode()
+        self.tail = f"\r\n--{boundary}--\r\n".encode()
+
+    def length(self, file_size: int) -> int:
+        """Return the length of the whole body."""
+        return len(self.head) + file_size + len(self.tail)
+
+
+def result_url(reference: str, settings: ClientSettings) -> str:
+    """
+    Return where a result file is read.
+
+    :param reference: a batch's ``output_file_id`` or ``error_file_id``: a URL, or a file id.
+    """
+    if reference[:8].lower().startswith(("http://", "https://")):
+        return reference
+    return f"{settings.base_url}/files/{quote(reference, safe='')}/content"
+
+
+def redirect_target(url: str, location: str | None) -> str:
+    """
+    Return the URL an answer to ``url`` points to.
+
+    :raises UnexpectedAnswerError: it names no place, or leaves HTTP.
+    """
+    target = urljoin(url, location or "")
+    if not location or urlsplit(target).scheme not in ("http", "https"):
+        raise UnexpectedAnswerError(f"{strip_query(url)} redirects to nowhere")
+    return target
+
+
+# Errors and repetition --------------------------------------------------------------------------------------
+
+_SIGNED_URL = re.compile(r"(https?://[^\s\"'<>?#\\]+)[?#][^\s\"'<>\\]*", re.IGNORECASE)
+_BEARER = re.compile(r"(?i)bearer\s+[\w.~+/=-]+")
+
+
+def redact(text: str, settings: ClientSettings | None = None) -> str:
+    """Return ``text`` without the key and without the queries of URLs, which may hold signatures."""
+    if settings is not None:
+        text = text.replace(settings.api_key, "***")
+    return _SIGNED_URL.sub(r"\1", _BEARER.sub("Bearer ***", text))
+
+
+def _snippet(body: bytes, settings: ClientSettings | None, limit: int = 200) -> str:
+    text = redact(body[:4096].decode("utf-8", "replace"), settings)
+    if "<html" in text.lower() or text.lower().startswith("<!doctype"):
+        text = "an HTML page: " + re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text)).strip()
+    text = text.strip() or "an empty body"
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def error_from_answer(
+    call: str, status: int, headers: Mapping[str, str], body: bytes, settings: ClientSettings | None = None
+) -> SiliconFlowError | None:
+    """
+    Return the error an answer stands for, or ``None`` for a success.
+
+    :param call: method and path, for the message.
+    :param headers: of the answer; looked up without regard to case.
+    """
+    if 300 <= status < 400:
+        target = strip_query(headers.get("Location") or "")
+        return UnexpectedAnswerError(
+            f"{call} answered HTTP {status}, a redirect to {target or 'nowhere'}, which is not followed: the "
+            "API key goes to the connection's own host only. Set the connection's host to the final address."
+        )
+    try:
+        data = json.loads(body)
+    except ValueError:
+        data = None
+    code, message = _code_and_message(data)
+    if 200 <= status < 300:
+        # The envelope may carry a refusal under a success status.
+        if code is None or data is None or data.get("status") is not False or code == str(_SUCCESS_CODE):
+            return None
+        status = int(code) // 100 if code.isdigit() and 400 <= int(code) // 100 < 600 else 400
+    return _error_class(status, code)(
+        redact(message or _snippet(body, settings), settings)[:1000],
+        status_code=status,
+        code=code,
+        trace_id=headers.get(TRACE_ID_HEADER),
+        retry_after=_retry_after(headers.get("Retry-After")),
+        call=call,
+    )
+
+
+def _code_and_message(data: Any) -> tuple[str | None, str | None]:
+    if isinstance(data, str):
+        return None, data
+    if not isinstance(data, dict):
+        return None, None
+    nested = data.get("error")
+    if isinstance(nested, dict):
+        data = {**data, **nested}
+    elif isinstance(nested, str):
+        data = {"message": nested, **data}
+    code, message = data.get("code"), data.get("message")
+    return None if code is None else str(code), message if isinstance(message, str) else None
+
+
+def _error_class(status: int, code: str | None) -> type[APIError]:
+    if status == 402 or code == _BALANCE_CODE:
+        return InsufficientBalanceError
+    if status in (408, 425) or status >= 500:
+        return ServiceUnavailableError
+    by_status: dict[int, type[APIError]] = {
+        401: AuthenticationError,
+        403: PermissionDeniedError,
+        404: NotFoundError,
+        429: RateLimitedError,
+    }
+    return by_status.get(status, InvalidRequestError)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Read ``Retry-After``, which is seconds or an HTTP date."""
+    if not value:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except (TypeError, ValueError):
+            return None
+    return min(max(seconds, 0.0), RETRY_AFTER_LIMIT) if seconds == seconds else None
+
+
+def had_no_effect(error: BaseException) -> bool:
+    """
+    Whether a call that ended so was certainly not carried out and may be worth another try.
+
+    True for a connection that was never made, a 429, and a 503 that says the service is overloaded.
+    """
+    if isinstance(error, NotSentError | RateLimitedError):
+        return True
+    return (
+        isinstance(error, ServiceUnavailableError)
+        and error.status_code == 503
+        and (error.code in _OVERLOADED_CODES or "overload" in error.message.lower())
+    )
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed a while later."""
+    return had_no_effect(error) or isinstance(
+        error, NoAnswerError | UnexpectedAnswerError | ServiceUnavailableError
+    )
+
+
+def leaves_effect_open(error: BaseException) -> bool:
+    """Whether after this error nobody can say if the call was carried out."""
+    return is_transient(error) and not had_no_effect(error)
+
+
+def backoff_delay(attempt: int, error: BaseException | None, base: float, limit: float) -> float:
+    """
+    Return the seconds to wait before sending again.
+
+    :param attempt: how often it failed so far, from 1.
+    :param error: what happened last; its ``Retry-After`` is honoured.
+    :param base: seconds for the first repetition, doubled each time up to ``limit``, with jitter.
+    """
+    delay = min(base * 2.0 ** min(attempt - 1, 30), limit) * random.uniform(0.8, 1.2)
+    return max(delay, getattr(error, "retry_after", None) or 0.0)
+
+
+def retry_options(call: Call[Any], settings: ClientSettings) -> dict[str, Any]:
+    """Return the arguments for tenacity's ``Retrying`` and ``AsyncRetrying``: the one retry policy."""
+    import tenacity
+
+    should_repeat = is_transient if call.repeatable else had_no_effect
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        return backoff_delay(state.attempt_number, error, settings.backoff, BACKOFF_LIMIT)
+
+    def say(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        delay = state.next_action.sleep if state.next_action else 0.0
+        log.warning("%s; sending it again in %.0f s (attempt %d)", error, delay, state.attempt_number + 1)
+
+    return {
+        "retry": tenacity.retry_if_exception(should_repeat),
+        "stop": tenacity.stop_after_attempt(settings.max_retries + 1),
+        "wait": wait,
+        "before_sleep": say,
+        "reraise": True,
+    }
+
+
+# Arguments --------------------------------------------------------------------------------------------------
+
+#: The service's limits.
+MIN_WINDOW_HOURS, MAX_WINDOW_HOURS = 24, 336
+MAX_METADATA_PAIRS, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
+MAX_FILE_BYTES = 10**9
+MAX_FILE_LINES = 5000
+
+
+def check_completion_window(value: Any) -> str:
+    """
+    Return a completion window as the service takes it (``"<n>h"``).
+
+    :param value: ``"24h"``, a whole number of hours, or a ``timedelta`` of whole hours.
+    :raises InvalidInputError: it is none of these, or outside 24 to 336 hours.
+    """
+    from datetime import timedelta
+
+    hours: float | None = None
+    if isinstance(value, timedelta):
+        hours = value.total_seconds() / 3600
+    elif isinstance(value, int) and not isinstance(value, bool):
+        hours = value
+    elif isinstance(value, str) and (match := re.fullmatch(r"\s*(\d{1,9})\s*h?\s*", value)):
+        hours = int(match[1])
+    if hours is None or hours != int(hours) or not MIN_WINDOW_HOURS <= hours <= MAX_WINDOW_HOURS:
+        raise InvalidInputError(
+            f"completion_window must be '<n>h', a whole number of hours or a timedelta, from "
+            f"{MIN_WINDOW_HOURS}h to {MAX_WINDOW_HOURS}h; got {value!r}"
+        )
+    return f"{int(hours)}h"
+
+
+def check_metadata(value: Any, *, reserved: int = 0) -> dict[str, str]:
+    """
+    Return metadata that the service will take.
+
+    :param value: a mapping of strings, or ``None``.
+    :param reserved: pairs that are needed besides.
+    :raises InvalidInputError: too many pairs, or a key or value that is too long or no string.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise InvalidInputError(f"metadata must be a mapping of strings; got {type(value).__name__}")
+    room = MAX_METADATA_PAIRS - reserved
+    if len(value) > room:
+        extra = (
+            f" ({reserved} of the service's {MAX_METADATA_PAIRS} is taken by the identity that keeps a retry "
+            "from paying twice; durable=False gives it up)"
+            if reserved
+            else ""
+        )
+        raise InvalidInputError(f"metadata may hold at most {room} pairs{extra}; got {len(value)}")
+    for key, item in value.items():
+        if not isinstance(key, str) or not 1 <= len(key) <= MAX_METADATA_KEY:
+            raise InvalidInputError(
+                f"metadata key {key!r} must be a string of 1 to {MAX_METADATA_KEY} characters"
+            )
+        if not isinstance(item, str) or len(item) > MAX_METADATA_VALUE:
+            raise InvalidInputError(
+                f"metadata[{key!r}] must be a string of at most {MAX_METADATA_VALUE} characters; "
+                f"got {type(item).__name__}{f' of {len(item)}' if isinstance(item, str) else ''}"
+            )
+    return dict(value)
+
+
+def check_replace(value: Any) -> dict[str, Any] | None:
+    """
+    Return a ``replace`` object that the service will take.
+
+    :param value: a mapping such as ``{"model": "..."}``, or ``None``.
+    :raises InvalidInputError: it is no mapping, is not JSON, or its model is not a name.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise InvalidInputError(
+            f"replace must be an object such as {{'model': 'Qwen/Qwen3-32B'}}; got {type(value).__name__}"
+        )
+    if "model" in value and not (isinstance(value["model"], str) and value["model"].strip()):
+        raise InvalidInputError(f"replace['model'] must be the name of a model; got {value['model']!r}")
+    try:
+        json.dumps(dict(value), allow_nan=False)
+    except (TypeError, ValueError) as exc:
+        raise InvalidInputError(f"replace must be JSON: {exc}") from exc
+    return dict(value) or None
+
+
+def check_endpoint(value: Any) -> str:
+    """
+    Return the endpoint.
+
+    :raises InvalidInputError: it is not the one the service offers batches for.
+    """
+    if value != CHAT_COMPLETIONS:
+        raise InvalidInputError(f"endpoint must be {CHAT_COMPLETIONS!r}, the only one; got {value!r}")
+    return CHAT_COMPLETIONS
+
+
+def check_identifier(name: str, value: Any) -> str:
+    """
+    Return an id of a batch or a file.
+
+    :param name: the argument, for the message.
+    :raises InvalidInputError: it is empty or no string (often: the upstream task pushed no XCom).
+    """
+    if not isinstance(value, str) or not value.strip() or value.strip() in ("None", "null"):
+        raise InvalidInputError(
+            f"{name} must be an id such as 'batch_...' or 'file-...'; got {value!r}. "
+            "If it is templated, check that the upstream task pushed it."
+        )
+    return value.strip()
+
+
+def check_identifiers(name: str, value: Any) -> list[str]:
+    """Return a list of ids from one id or several; see :func:`check_identifier`."""
+    values: Iterable[Any] = value if isinstance(value, list | tuple | set | frozenset) else [value]
+    ids = list(dict.fromkeys(check_identifier(name, item) for item in values))
+    if not ids:
+        raise InvalidInputError(f"{name} must name at least one batch; got an empty list")
+    return ids

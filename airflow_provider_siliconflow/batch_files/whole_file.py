@@ -1,0 +1,51 @@
+"""Files that appear under their name only when they are whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_BUFFER = 1 << 20
+
+
+@contextlib.contextmanager
+def write_whole(target: Any) -> Iterator[BinaryIO]:
+    """
+    Open ``target`` for writing; it gets its name when the block ends, and nothing when the block raises.
+
+    A local file is written beside its place and renamed. Anything else is written to a temporary file and
+    uploaded in one go, since closing a remote stream half-way would publish what was written so far.
+
+    :param target: a ``pathlib.Path`` or an fsspec-backed path such as Airflow's ``ObjectStoragePath``.
+    """
+    local = local_path(target)
+    if local is not None:
+        local.parent.mkdir(parents=True, exist_ok=True)
+        part = local.with_name(f".{local.name}.{uuid.uuid4().hex}.part")
+        try:
+            with part.open("wb", buffering=_BUFFER) as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(local)
+        finally:
+            part.unlink(missing_ok=True)
+        return
+    with tempfile.NamedTemporaryFile(prefix="siliconflow-", buffering=_BUFFER) as temporary:
+        yield temporary  # type: ignore[misc]
+        temporary.flush()
+        target.fs.put_file(temporary.name, target.path)
+
+
+def local_path(target: Any) -> Path | None:
+    """Return the local path behind ``target``, or ``None`` where it is not local."""
+    if isinstance(target, Path):
+        return target
+    if getattr(target, "protocol", None) in ("file", "local", ""):
+        return Path(target.path)
+    return None

@@ -1,0 +1,301 @@
+"""
+Submission exactly once.
+
+Creating a batch is the call that costs money. After a crash or a lost answer nobody knows whether it was
+carried out, so before it is sent (again) the account's own batches are searched for the work's identity.
+Uploads go the same way: they cost no money, but a gigabyte is not sent twice.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar
+
+from airflow_provider_siliconflow.api import protocol
+from airflow_provider_siliconflow.api.exceptions import (
+    NotFoundError,
+    SiliconFlowError,
+    SubmissionUnknownError,
+)
+from airflow_provider_siliconflow.api.models import Batch, UploadedFile
+from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
+from airflow_provider_siliconflow.jobs.identity import BatchWork
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Pauses between searches while a listing may lag behind, in seconds: a minute in all.
+LIST_PATIENCE = (2.0, 3.0, 5.0, 10.0, 15.0, 25.0)
+#: How long definite refusals (429, overloaded, no connection) are sat out, in seconds.
+REFUSAL_PATIENCE = 900.0
+#: How often a request is sent of which each time it stayed open whether it counted.
+MAX_OPEN_SENDS = 3
+#: Clocks of the service and of the worker may differ by so much, in seconds.
+CLOCK_SKEW = 3600.0
+#: The service keeps files for 30 days; nothing older is worth finding.
+MAX_AGE = 30 * 86400.0
+
+
+class BatchAPI(Protocol):
+    """The calls submission needs; :class:`~airflow_provider_siliconflow.api.client.SiliconFlowClient` fits."""
+
+    def create_batch(self, **request: Any) -> Batch:
+        """Create a batch."""
+        ...
+
+    def get_batch(self, batch_id: str) -> Batch:
+        """Read a batch."""
+        ...
+
+    def list_batches(self) -> Iterator[Batch]:
+        """Yield batches, newest first."""
+        ...
+
+    def list_files(self) -> Iterable[UploadedFile]:
+        """Return the account's files."""
+        ...
+
+
+class Ledger(Protocol):
+    """
+    A record that outlives a try: what was about to be sent, and what came of it.
+
+    ``complete`` says that a key without an entry was certainly never sent.
+    """
+
+    complete: bool
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """Return the entry of a key."""
+        ...
+
+    def set(self, key: str, entry: dict[str, Any]) -> None:
+        """Write the entry of a key; when it returns, the entry survives a crash."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Forget a key."""
+        ...
+
+
+class NoLedger:
+    """Where nothing outlives a try: every retry searches the account."""
+
+    complete = False
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """Return nothing."""
+        return None
+
+    def set(self, key: str, entry: dict[str, Any]) -> None:
+        """Keep nothing."""
+
+    def delete(self, key: str) -> None:
+        """Forget nothing."""
+
+
+class Submission:
+    """
+    Creates batches and uploads files exactly once.
+
+    :param api: the calls.
+    :param ledger: what outlives a try.
+    :param first_try: whether no earlier try of this generation can have sent anything.
+    :param since: no earlier try can have sent anything before this time (epoch seconds).
+    :param clock: time.
+    """
+
+    def __init__(
+        self,
+        api: BatchAPI,
+        *,
+        ledger: Ledger,
+        first_try: bool,
+        since: float,
+        clock: Clock | None = None,
+    ) -> None:
+        self._api = api
+        self._ledger = ledger
+        self._first_try = first_try
+        self._clock: Clock = clock or SystemClock()
+        self._since = max(since - CLOCK_SKEW, self._clock.time() - MAX_AGE)
+        self._found: dict[str, list[Batch]] = {}
+        self._seen: set[str] = set()
+
+    # Batches ----------------------------------------------------------------------------------------------
+
+    def submit(self, work: BatchWork) -> Batch:
+        """
+        Return the batch of a piece of work: the one an earlier try left, or a new one.
+
+        :raises SubmissionUnknownError: it stayed open whether a batch exists; a retry searches again.
+        :raises SiliconFlowError: the service refused; no batch was created.
+        """
+        entry = self._ledger.get(work.key)
+        if entry and entry.get("batch_id"):
+            batch = self._recorded(work, entry["batch_id"])
+            if batch is not None:
+                return batch
+            # What was recorded is dead or gone, and a try after it would have left an intent.
+        elif entry or not (self._first_try or self._ledger.complete):
+            batch = self._search(work, LIST_PATIENCE)
+            if batch is not None:
+                self._ledger.set(work.key, {"batch_id": batch.id})
+                return batch
+        self._ledger.set(work.key, {"intent": self._clock.time()})
+        batch = self._send_once(
+            f"POST /batches for {work.label}",
+            lambda: self._api.create_batch(**work.request()),
+            lambda: self._search(work, LIST_PATIENCE),
+            lambda: self._ledger.delete(work.key),
+        )
+        self._ledger.set(work.key, {"batch_id": batch.id})
+        return batch
+
+    def find(self, work: BatchWork) -> Batch | None:
+        """Search the account once for a live batch of this work."""
+        return self._search(work, ())
+
+    def _recorded(self, work: BatchWork, batch_id: str) -> Batch | None:
+        try:
+            batch = self._api.get_batch(batch_id)
+        except NotFoundError as exc:
+            log.warning("Batch %s was recorded for this task but is not known any more: %s", batch_id, exc)
+            return None
+        if batch.is_dead:
+            log.info("Batch %s of an earlier try is %s; it is not adopted", batch.id, batch.status)
+            return None
+        log.info(
+            "Adopting batch %s (%s), submitted by an earlier try: nothing is paid again",
+            batch.id,
+            batch.status,
+        )
+        return batch
+
+    def _search(self, work: BatchWork, patience: Iterable[float]) -> Batch | None:
+        """Search the account for the work, again after each pause: a new batch may be listed late."""
+        pauses = iter(patience)
+        while True:
+            self._read_listing()
+            live = [batch for batch in self._found.get(work.key, ()) if not batch.is_dead]
+            # The listing may be behind: only the batch itself says whether it is still alive.
+            for listed in sorted(live, key=lambda batch: batch.created_at or 0):
+                batch = self._recorded(work, listed.id)
+                if batch is not None:
+                    if len(live) > 1:
+                        log.warning(
+                            "The account has %d batches of this task (%s); going on with the oldest",
+                            len(live),
+                            ", ".join(other.id for other in live),
+                        )
+                    return batch
+            pause = next(pauses, None)
+            if pause is None:
+                return None
+            log.info("No batch of an earlier try is listed; looking again in %.0f s, the list may lag", pause)
+            self._clock.sleep(pause)
+
+    def _read_listing(self) -> None:
+        """
+        Read the account's batches, newest first, as far back as an earlier try can have been.
+
+        Stops after a page's worth of batches that are too old or were read before, and never reads one
+        twice, so that a search costs as few calls as there are new pages.
+        """
+        from airflow_provider_siliconflow.jobs.identity import WORK_KEY
+
+        nothing_new = 0
+        for batch in self._api.list_batches():
+            old = batch.created_at is not None and batch.created_at < self._since
+            if old or batch.id in self._seen:
+                nothing_new += 1
+                if nothing_new >= protocol.PAGE_SIZE:
+                    return
+                continue
+            nothing_new = 0
+            self._seen.add(batch.id)
+            if key := batch.metadata.get(WORK_KEY):
+                self._found.setdefault(key, []).append(batch)
+
+    # Files ------------------------------------------------------------------------------------------------
+
+    def upload(self, key: str, filename: str, size: int, send: Callable[[], UploadedFile]) -> UploadedFile:
+        """
+        Return the uploaded file of a piece of work: the one an earlier try left, or a new one.
+
+        :param key: identity of the upload.
+        :param filename: name at the service, which holds the identity.
+        :param size: size in bytes; a file of another size is not adopted.
+        :param send: uploads.
+        """
+        entry = self._ledger.get(key)
+        if entry and entry.get("file_id"):
+            log.info("Using file %s, uploaded by an earlier try", entry["file_id"])
+            return UploadedFile(id=entry["file_id"], filename=filename, bytes=size)
+        if entry or not (self._first_try or self._ledger.complete):
+            file = self._search_file(filename, size)
+            if file is not None:
+                self._ledger.set(key, {"file_id": file.id})
+                return file
+        self._ledger.set(key, {"intent": self._clock.time()})
+        file = self._send_once(
+            f"POST /files of {filename}",
+            send,
+            lambda: self._search_file(filename, size),
+            lambda: self._ledger.delete(key),
+        )
+        self._ledger.set(key, {"file_id": file.id})
+        return file
+
+    def _search_file(self, filename: str, size: int) -> UploadedFile | None:
+        for file in self._api.list_files():
+            if file.filename == filename and file.bytes in (None, size):
+                log.info("Using file %s, uploaded by an earlier try", file.id)
+                return file
+        return None
+
+    # Sending ----------------------------------------------------------------------------------------------
+
+    def _send_once(
+        self,
+        what: str,
+        send: Callable[[], T],
+        find: Callable[[], T | None],
+        forget: Callable[[], None],
+    ) -> T:
+        """Send until it counted once: sit out definite refusals, search after an open outcome."""
+        give_up_at = self._clock.time() + REFUSAL_PATIENCE
+        refusals = open_sends = 0
+        while True:
+            try:
+                return send()
+            except SiliconFlowError as exc:
+                if protocol.had_no_effect(exc):
+                    refusals += 1
+                    delay = protocol.backoff_delay(refusals, exc, 15.0, 60.0)
+                    if self._clock.time() + delay > give_up_at:
+                        forget()
+                        raise
+                    log.warning("%s; nothing was created; sending it again in %.0f s", exc, delay)
+                    self._clock.sleep(delay)
+                    continue
+                if not protocol.leaves_effect_open(exc):
+                    forget()
+                    raise
+                open_sends += 1
+                log.warning("%s; it is open whether it counted, so the account is searched", exc)
+                found = find()
+                if found is not None:
+                    return found
+                if open_sends >= MAX_OPEN_SENDS:
+                    error = SubmissionUnknownError(
+                        f"{what} was sent {open_sends} times without a usable answer, and the account lists "
+                        f"nothing of it. A retry of this task searches the account before it sends again. "
+                        f"Last answer: {exc}"
+                    )
+                    # Unlike a bare call of the hook, a retry of this one knows how to look.
+                    error.retryable = True
+                    raise error from exc
+                log.warning("%s left nothing in the account; sending it again", what)

@@ -1,0 +1,316 @@
+"""
+Waiting for batches: one rule for the hook, the operators, the sensor and the trigger.
+
+:class:`BatchWait` holds the state and takes every decision; it neither reads the network nor sleeps. A driver
+asks it which batches are due, reads them, and hands in what it got.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from airflow_provider_siliconflow.api import protocol
+from airflow_provider_siliconflow.api.exceptions import (
+    APIError,
+    AuthenticationError,
+    BatchCancelledError,
+    BatchError,
+    BatchExpiredError,
+    BatchFailedError,
+    BatchPartialFailureError,
+    BatchTimeoutError,
+    BatchWaitError,
+    NotFoundError,
+    PermissionDeniedError,
+    SiliconFlowError,
+)
+from airflow_provider_siliconflow.api.models import Batch, BatchStatus
+
+log = logging.getLogger(__name__)
+
+#: Seconds after a batch's own ``expires_at`` at which a wait without a timeout ends.
+EXPIRY_MARGIN = 3600.0
+#: Seconds for which an unknown batch may be one that is not visible yet.
+NOT_FOUND_GRACE = 600.0
+#: Longest pause between two polls while the service fails, in seconds.
+FAULT_PAUSE_LIMIT = 600.0
+#: Polls of one wait that may be under way at once.
+MAX_CONCURRENT_POLLS = 8
+#: Share of the rows that must have been done since the last progress line, and seconds after which any will do.
+_PROGRESS_STEP, _PROGRESS_SECONDS = 0.05, 600.0
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """One batch that is waited for."""
+
+    due: float
+    faults: int = 0
+    missing_since: float | None = None
+    seen: Batch | None = None
+    said_at: float = 0.0
+    said_done: int = -1
+    warned_status: str | None = None
+
+
+@dataclass(slots=True)
+class BatchWait:
+    """
+    A wait for one or more batches.
+
+    :param batch_ids: what to wait for.
+    :param now: epoch seconds.
+    :param poll_interval: seconds between two polls of one batch; 20 % jitter either way.
+    :param deadline: epoch seconds at which the wait ends; by default an hour after the batches expire.
+    """
+
+    batch_ids: Sequence[str]
+    now: float
+    poll_interval: float
+    deadline: float | None = None
+    ended: dict[str, Batch] = field(default_factory=dict)
+    _pending: dict[str, _Waiting] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # The first polls of many batches are spread a little, so that they do not all fall due together.
+        spread = min(self.poll_interval, 0.02 * len(self.batch_ids))
+        self._pending = {
+            batch_id: _Waiting(due=self.now + (random.uniform(0, spread) if spread > 1 else 0.0))
+            for batch_id in self.batch_ids
+        }
+
+    @property
+    def finished(self) -> bool:
+        """Whether every batch reached a terminal status."""
+        return not self._pending
+
+    @property
+    def batches(self) -> list[Batch]:
+        """The terminal batches, in the order of ``batch_ids``."""
+        return [self.ended[batch_id] for batch_id in self.batch_ids if batch_id in self.ended]
+
+    def due(self, now: float) -> list[str]:
+        """Return ids whose poll is due, longest overdue first, at most as many as may run at once."""
+        ready = [(state.due, batch_id) for batch_id, state in self._pending.items() if state.due <= now]
+        return [batch_id for _, batch_id in sorted(ready)[:MAX_CONCURRENT_POLLS]]
+
+    def pause(self, now: float) -> float:
+        """Return the seconds until the next poll is due or the deadline has come."""
+        next_due = min((state.due for state in self._pending.values()), default=now)
+        if self.deadline is not None:
+            next_due = min(next_due, self.deadline)
+        return max(next_due - now, 0.0)
+
+    def check_deadline(self, now: float) -> None:
+        """
+        End the wait when its time is over.
+
+        :raises BatchTimeoutError: it is; the batches are untouched.
+        """
+        deadline = self.deadline if self.deadline is not None else self._default_deadline()
+        if self.finished or deadline is None or now < deadline:
+            return
+        states = ", ".join(
+            f"{batch_id} ({state.seen.status if state.seen else 'never read'})"
+            for batch_id, state in list(self._pending.items())[:10]
+        )
+        raise BatchTimeoutError(
+            f"The wait ended at {_utc(deadline)}, its deadline, with {len(self._pending)} of "
+            f"{len(self.batch_ids)} batch(es) still open: {states}. They go on running and are billed; their "
+            "results can be fetched when they end. A retry goes on waiting and pays nothing again.",
+            batch_id=next(iter(self._pending), None),
+        )
+
+    def _default_deadline(self) -> float | None:
+        """Return an hour after the last batch's expiry, once every pending batch was read."""
+        ends = []
+        for state in self._pending.values():
+            if state.seen is None:
+                return None
+            ends.append(state.seen.expires_at or _longest_expiry(state.seen, self.now))
+        return max(ends) + EXPIRY_MARGIN if ends else None
+
+    def observe(self, batch_id: str, batch: Batch, now: float) -> bool:
+        """
+        Take what a poll answered; return whether the batch has ended.
+
+        A status that is not known counts as pending: it must neither crash a wait nor end it.
+        """
+        state = self._pending[batch_id]
+        state.faults, state.missing_since = 0, None
+        self._say_progress(state, batch, now)
+        state.seen = batch
+        if batch.is_terminal:
+            self.ended[batch_id] = batch
+            del self._pending[batch_id]
+            return True
+        state.due = now + self.poll_interval * random.uniform(0.8, 1.2)
+        return False
+
+    def fault(self, batch_id: str, error: SiliconFlowError, now: float) -> None:
+        """
+        Take a poll that failed.
+
+        :raises BatchWaitError: the wait cannot go on (401, 403, or 404 for ten minutes).
+        """
+        state = self._pending[batch_id]
+        state.faults += 1
+        if isinstance(error, NotFoundError):
+            state.missing_since = state.missing_since or now
+            if now - state.missing_since >= NOT_FOUND_GRACE:
+                raise BatchWaitError(
+                    f"Batch {batch_id} is not known to this account: {error} Check the id, and that the "
+                    "connection is the one the batch was created with.",
+                    batch_id=batch_id,
+                ) from error
+        elif isinstance(error, AuthenticationError | PermissionDeniedError):
+            raise BatchWaitError(
+                f"Waiting for batch {batch_id} ended: {error} The batch is untouched: it goes on running, is "
+                "billed, and its results can be fetched once the connection is right; clear this task then.",
+                batch_id=batch_id,
+            ) from error
+        elif not protocol.is_transient(error) and not isinstance(error, APIError):
+            raise error
+        delay = protocol.backoff_delay(state.faults, error, self.poll_interval, FAULT_PAUSE_LIMIT)
+        state.due = now + max(delay, 1.0)
+        log.warning("Reading batch %s failed (%s); looking again in %.0f s", batch_id, error, delay)
+
+    def _say_progress(self, state: _Waiting, batch: Batch, now: float) -> None:
+        before, counts = state.seen, batch.request_counts
+        if not batch.is_known_status and state.warned_status != batch.status:
+            state.warned_status = batch.status
+            log.warning("Batch %s has the unknown status %r; it counts as pending", batch.id, batch.status)
+        done = counts.completed + counts.failed
+        changed = before is None or before.status != batch.status
+        if not changed:
+            step = done - max(state.said_done, 0)
+            small = counts.total and step < counts.total * _PROGRESS_STEP
+            if step == 0 or (small and now - state.said_at < _PROGRESS_SECONDS):
+                return
+        state.said_at, state.said_done = now, done
+        log.info("%s", progress_line(batch, now))
+
+
+def _longest_expiry(batch: Batch, now: float) -> float:
+    return float(batch.created_at or now) + protocol.MAX_WINDOW_HOURS * 3600.0
+
+
+def _utc(epoch: float) -> str:
+    return datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def progress_line(batch: Batch, now: float) -> str:
+    """Return one line on how far a batch is: rows done, failed and in all, rate, expected end."""
+    counts = batch.request_counts
+    line = f"Batch {batch.id}: {batch.status}"
+    if not counts.total:
+        return line
+    done = counts.completed + counts.failed
+    line += f", {done}/{counts.total} rows done, {counts.failed} failed"
+    if batch.is_terminal or not batch.in_progress_at or not done:
+        return line
+    rate = done / max(now - batch.in_progress_at, 1.0)
+    return f"{line}, {rate:.1f} rows/s, expected end {_utc(now + (counts.total - done) / rate)}"
+
+
+# Events -----------------------------------------------------------------------------------------------------
+# What a trigger tells the task. The payload holds all that is needed: the task that resumes is a new object.
+
+
+def ended_event(batches: Iterable[Batch]) -> dict[str, Any]:
+    """Return the payload of a wait that reached its goal."""
+    return {"status": "ended", "batches": [batch.to_json_dict() for batch in batches]}
+
+
+def error_event(error: SiliconFlowError, batch_ids: Sequence[str]) -> dict[str, Any]:
+    """Return the payload of a wait that did not."""
+    status = "timeout" if isinstance(error, BatchTimeoutError) else "error"
+    return {
+        "status": status,
+        "message": str(error),
+        "batch_ids": list(batch_ids),
+        "retryable": error.retryable,
+    }
+
+
+def read_event(event: Any) -> list[Batch]:
+    """
+    Return the batches a trigger's event carries.
+
+    :raises BatchTimeoutError: the wait timed out.
+    :raises BatchError: the wait failed, or the event is none of ours.
+    """
+    status = event.get("status") if isinstance(event, dict) else None
+    if status == "ended":
+        return [Batch.model_validate(batch) for batch in event["batches"]]
+    if status in ("timeout", "error"):
+        batch_ids = event.get("batch_ids") or [None]
+        error: BatchError = (BatchTimeoutError if status == "timeout" else BatchWaitError)(
+            event.get("message") or "the trigger gave no reason", batch_id=batch_ids[0]
+        )
+        error.retryable = bool(event.get("retryable", error.retryable))
+        raise error
+    raise BatchError(f"The trigger sent an event this version does not know: {event!r}")
+
+
+# Outcome ----------------------------------------------------------------------------------------------------
+
+
+def judge_batch(
+    batch: Batch, *, fail_on_partial_error: bool, allow_all_failed: bool = False, reason: str | None = None
+) -> str | None:
+    """
+    Say whether a terminal batch is a success.
+
+    :param fail_on_partial_error: whether a single failed or expired row is a failure.
+    :param allow_all_failed: whether a batch without any successful row may pass.
+    :param reason: the commonest error of the rows, where somebody looked.
+    :returns: ``None`` for a flawless batch, else a sentence to warn with.
+    :raises BatchError: it is a failure, by the kind of it.
+    """
+    counts = batch.request_counts
+    lost = max(counts.total - counts.completed, counts.failed, 0)
+    story = f"Batch {batch.id} {batch.status}"
+    if counts.total:
+        story += f": {counts.completed} of {counts.total} rows succeeded, {lost} did not"
+    if reason:
+        story += f"; most often: {reason}"
+    if batch.error_messages:
+        story += f"; the service says: {'; '.join(batch.error_messages[:5])}"
+    fetch = "The rows that succeeded are billed and can be downloaded for 30 days."
+    if batch.status == BatchStatus.FAILED:
+        raise BatchFailedError(
+            f"{story}. It was rejected as a whole; a retry submits a new batch.", batch_id=batch.id
+        )
+    if batch.status == BatchStatus.CANCELLED:
+        raise BatchCancelledError(f"{story}. {fetch} A retry submits a new batch.", batch_id=batch.id)
+    nothing = (counts.completed == 0 and counts.total > 0) or (not counts.total and not batch.output_file_id)
+    if batch.status == BatchStatus.EXPIRED and nothing and not allow_all_failed:
+        error: BatchError = BatchExpiredError(
+            f"{story}. The completion window ended before any row did; a retry finds the same batch. Clear the "
+            "task to submit anew, with a longer completion_window.",
+            batch_id=batch.id,
+        )
+        error.retryable = False
+        raise error
+    if counts.total and counts.completed == 0 and not allow_all_failed:
+        error = BatchFailedError(
+            f"{story}. Not one row succeeded; a retry finds the same batch. Correct the requests and clear the "
+            "task, or set allow_all_failed=True.",
+            batch_id=batch.id,
+        )
+        error.retryable = False
+        raise error
+    if lost == 0 and batch.status != BatchStatus.EXPIRED:
+        return None
+    if fail_on_partial_error:
+        raise BatchPartialFailureError(
+            f"{story}. {fetch} fail_on_partial_error is set, and a retry finds the same batch.",
+            batch_id=batch.id,
+        )
+    return f"{story}. {fetch}"
