@@ -5,14 +5,14 @@
         assert airflow.wait_for_run("my_dag", run_id) == "success"
 
 Airflow 3: api-server, scheduler (LocalExecutor), dag-processor, triggerer. Airflow 2.11: scheduler
-(SequentialExecutor, the only one that sqlite allows there) and triggerer. The intervals at which Airflow looks at things
-are set low, so that a test waits for its own work and not for Airflow's clocks.
+(SequentialExecutor, the only one that sqlite allows there) and triggerer. The intervals at which Airflow looks
+at things are set low, so that a test waits for its own work and not for Airflow's clocks.
 
 States, XComs and trigger rows are read straight from the database, read-only: that is the same on every
-version and does not depend on a server being up, which matters in tests that kill servers. Changes go where a person's
-would go: through the REST API on Airflow 3, through Airflow's own functions on 2.11.
+version and does not depend on a server being up, which matters in tests that kill servers. Changes go where a
+person's would go: through the REST API on Airflow 3, through Airflow's own functions on 2.11.
 
-Needs psutil and cryptography, which every Airflow installs; `python` may be an interpreter with another Airflow.
+Needs psutil and cryptography, which every Airflow installs; `python` may have another Airflow than the caller.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ FINISHED_TASK = frozenset({"success", "failed", "skipped", "upstream_failed", "r
 
 _JOB_TYPES = {"scheduler": "SchedulerJob", "dag-processor": "DagProcessorJob"}
 
-# Read by the watchdog: every process of one live Airflow carries it in its environment, whatever its parent or group.
+# Every process of one live Airflow carries it in its environment, whatever its parent or process group.
 _MARK = "LIVE_AIRFLOW_MARK"
 
 
@@ -102,14 +102,17 @@ def _clean_environment() -> dict[str, str]:
     return environment
 
 
-def _base_settings(home: Path, dags: Path, version: str) -> dict[str, str]:
+def _base_settings(python: Path | str, home: Path, dags: Path, version: str) -> dict[str, str]:
+    folder = str(Path(python).absolute().parent)
     settings = {
+        # The SequentialExecutor of 2.11 looks for `airflow` there.
+        "PATH": os.pathsep.join([folder, os.environ.get("PATH", os.defpath)]),
         "AIRFLOW_HOME": str(home),
         "AIRFLOW__CORE__DAGS_FOLDER": str(dags),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
         "AIRFLOW__CORE__FERNET_KEY": base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(),
-        # Two writers at once are normal here; sqlite's own patience of five seconds is too little on a busy machine.
+        # Two writers at once are normal here, and sqlite's own patience of five seconds too short.
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home}/airflow.db?timeout=60",
         "AIRFLOW__DATABASE__LOAD_DEFAULT_CONNECTIONS": "False",
         "AIRFLOW__LOGGING__BASE_LOG_FOLDER": str(home / "logs"),
@@ -126,7 +129,7 @@ def _base_settings(home: Path, dags: Path, version: str) -> dict[str, str]:
 
 
 def _template_database(python: Path | str, version: str, cache: Path | None) -> Path:
-    """A migrated, empty database: made once per environment, because migrating takes much longer than copying."""
+    """A migrated, empty database, made once per environment: migrating takes much longer than copying."""
     if cache is None:
         prefix = Path(python).absolute().parent.parent
         cache = prefix if os.access(prefix, os.W_OK) else Path(tempfile.gettempdir())
@@ -136,7 +139,7 @@ def _template_database(python: Path | str, version: str, cache: Path | None) -> 
     with tempfile.TemporaryDirectory(prefix="airflow-migrate-") as folder:
         home = Path(folder)
         (home / "dags").mkdir()
-        environment = _clean_environment() | _base_settings(home, home / "dags", version)
+        environment = _clean_environment() | _base_settings(python, home, home / "dags", version)
         done = subprocess.run(
             [str(python), "-m", "airflow", "db", "migrate"],
             env=environment,
@@ -178,7 +181,7 @@ def _decode(value: Any) -> Any:
     return value
 
 
-# Run with the interpreter of an Airflow 2.11, which has no way to do these from the command line or without a webserver.
+# Run by the interpreter with Airflow 2.11, which offers these nowhere but in its webserver, or not to a single task.
 _AIRFLOW_2_ACTION = """
 import json, sys
 from airflow.models import DagBag, DagModel
@@ -193,8 +196,8 @@ if request["action"] == "trigger":
     trigger_dag(request["dag_id"], run_id=request["run_id"], conf=request["conf"])
 elif request["action"] == "clear":
     with create_session() as session:
-        tasks = [(request["task_id"], request["map_index"])] if request["map_index"] >= 0 else [request["task_id"]]
-        dag.clear(task_ids=tasks, run_id=None, dag_run_state="queued", session=session, **request["span"])
+        task, index = request["task_id"], request["map_index"]
+        dag.clear(task_ids=[task if index < 0 else (task, index)], dag_run_state="queued", session=session, **request["span"])
 elif request["action"] == "mark":
     dag.set_task_instance_state(
         task_id=request["task_id"], map_indexes=[request["map_index"]], run_id=request["run_id"],
@@ -215,10 +218,12 @@ class _Component:
         self.log = log
         self.process: subprocess.Popen[bytes] | None = None
         self.jobs_before = 0
+        self.killed = False
 
     def start(self) -> None:
         if self.running:
             raise LiveAirflowError(f"{self.name} is already running")
+        self.killed = False
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command,
@@ -235,6 +240,11 @@ class _Component:
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
+    @property
+    def died(self) -> bool:
+        """Whether it ended by itself."""
+        return self.process is not None and not self.running and not self.killed
+
     def tail(self, lines: int = 40) -> str:
         return _tail(self.log.read_text(errors="replace"), lines) if self.log.exists() else ""
 
@@ -245,10 +255,11 @@ class LiveAirflow:
     :param home: AIRFLOW_HOME, made when missing; must not hold an older database
     :param dags: the DAG folder
     :param python: interpreter with Airflow and the provider
-    :param env: added to every component's environment (`AIRFLOW_CONN_...`, `AIRFLOW__SECTION__KEY`), over this class's own
+    :param env: added to every component's environment (`AIRFLOW_CONN_...`, `AIRFLOW__SECTION__KEY`); it wins over
+        this class's own settings
     :param task_heartbeat_timeout: seconds after which the scheduler gives up a task whose supervisor is gone
-    :param triggerer_timeout: seconds after which another triggerer takes over the triggers of a dead one; on a
-        busy machine a lower value takes them from a live one
+    :param triggerer_timeout: seconds after which another triggerer takes over the triggers of a dead one; lower,
+        and on a busy machine it takes them from a live one
     :param start_timeout: seconds for all components to become healthy
     :param cache: folder for the migrated template database (default: the interpreter's environment)
     """
@@ -276,7 +287,7 @@ class LiveAirflow:
         self._token: str | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
         self.port = _free_port()
-        self.environment = _clean_environment() | _base_settings(self.home, self.dags, self.version)
+        self.environment = _clean_environment() | _base_settings(python, self.home, self.dags, self.version)
         self.environment |= {
             _MARK: self._mark,
             "AIRFLOW__CORE__PARALLELISM": str(parallelism),
@@ -415,12 +426,13 @@ class LiveAirflow:
     def kill(self, component: str, sig: int = signal.SIGKILL, *, tree: bool | None = None) -> None:
         """Send a signal to a component and wait until it has ended.
 
-        SIGKILL goes to its whole tree (as when its container dies: the scheduler's takes the running tasks with it),
-        any other signal to its main process (an orderly stop). `tree` overrides that.
+        SIGKILL goes to its whole tree, as when its container dies (the scheduler's takes the running tasks along),
+        any other signal to its main process, for an orderly stop. `tree` overrides that.
         """
         part = self.components[component]
         if part.process is None or not part.running:
             raise LiveAirflowError(f"{component} is not running")
+        part.killed = True
         main = psutil.Process(part.process.pid)
         family = [main]
         if tree if tree is not None else sig == signal.SIGKILL:
@@ -525,7 +537,7 @@ class LiveAirflow:
         *,
         timeout: float = 60,
     ) -> str:
-        """Start a run, waiting up to `timeout` seconds for the DAG to have been parsed; returns the run id."""
+        """Start a run, after waiting up to `timeout` seconds for the DAG to be parsed; returns the run id."""
         run_id = run_id or f"run-{secrets.token_hex(4)}"
         self._until(
             lambda: self.query("select 1 from serialized_dag where dag_id = ?", (dag_id,)) or None,
@@ -666,8 +678,11 @@ class LiveAirflow:
             found = look()
             if found is not None:
                 return found
+            if died := [part for part in self.components.values() if part.died]:
+                logs = "\n".join(f"{part.name} died; the end of its log:\n{part.tail()}" for part in died)
+                raise LiveAirflowError(f"{describe()}\n{logs}")
             if time.monotonic() > deadline:
-                raise LiveAirflowError(f"after {timeout:.0f} s: {describe()}{self._dead()}")
+                raise LiveAirflowError(f"after {timeout:.0f} s: {describe()}")
             time.sleep(0.1)
 
     def _where(self, dag_id: str, run_id: str) -> str:
@@ -675,16 +690,13 @@ class LiveAirflow:
         states = ", ".join(f"{_name(task)}={task.state} (try {task.try_number})" for task in tasks)
         return f"{dag_id} {run_id} is {self.run_state(dag_id, run_id)}: {states}"
 
-    def _dead(self) -> str:
-        dead = [part for part in self.components.values() if part.process is not None and not part.running]
-        return "".join(f"\n{part.name} is not running; the end of its log:\n{part.tail()}" for part in dead)
-
     def xcom(
         self, dag_id: str, run_id: str, task_id: str, key: str = "return_value", map_index: int = -1
     ) -> Any:
         """An XCom as the task pushed it; None when there is none."""
         rows = self.query(
-            "select value from xcom where dag_id = ? and run_id = ? and task_id = ? and key = ? and map_index = ?",
+            "select value from xcom"
+            " where dag_id = ? and run_id = ? and task_id = ? and key = ? and map_index = ?",
             (dag_id, run_id, task_id, key, map_index),
         )
         return _decode(rows[0][0]) if rows else None
@@ -740,7 +752,7 @@ class LiveAirflow:
         supervisor: bool = False,
         timeout: float = 30,
     ) -> TaskProcesses:
-        """SIGKILL a running task's process, and its supervisor first when asked (as when the whole machine dies)."""
+        """SIGKILL a running task's process; with `supervisor`, that one first, as when the machine dies."""
         pids = self.task_pids(dag_id, run_id, task_id, map_index, timeout=timeout)
         for pid in [pids.supervisor, pids.task] if supervisor else [pids.task]:
             with contextlib.suppress(ProcessLookupError):
@@ -764,7 +776,7 @@ class LiveAirflow:
             return text
 
     def all_text(self) -> Iterator[tuple[str, str]]:
-        """All that this Airflow has written down, as (where, text): every log line, and every row of every table.
+        """All that this Airflow has written down, as (where, text): every log line, every row of every table.
 
         Trigger rows come twice, as stored and decrypted. For a search for secrets.
         """
@@ -823,9 +835,9 @@ def run_dag_test(
     home: Path | None = None,
     timeout: float = 180,
 ) -> subprocess.CompletedProcess[str]:
-    """`airflow dags test` in a home of its own (removed afterwards unless given), on a copy of a migrated database.
+    """`airflow dags test` in a home of its own (removed afterwards unless given), on a migrated database.
 
-    Connections must come through `env`: below Airflow 3.4 a trigger does not see the database's there.
+    Connections must come through `env`: a trigger does not find those in the database there.
     """
     version = airflow_version(python)
     with contextlib.ExitStack() as stack:
@@ -840,7 +852,7 @@ def run_dag_test(
         command += ["--subdir" if version.startswith("2.") else "--dagfile-path", str(dag_file)]
         if conf is not None:
             command += ["--conf", json.dumps(conf)]
-        settings = _base_settings(home, dag_file.parent, version)
+        settings = _base_settings(python, home, dag_file.parent, version)
         return subprocess.run(
             [*command, dag_id],
             env=_clean_environment() | settings | dict(env or {}),
