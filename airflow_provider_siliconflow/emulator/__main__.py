@@ -48,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     command = argparse.ArgumentParser(
         prog="siliconflow-emulator",
-        description="Run a local SiliconFlow batch API. No key, no network, no cost; answers are made up but always the same.",
+        description="Run a local SiliconFlow batch API: no key, no network, no cost. "
+        "Its answers are made up, but the same rows always get the same ones.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -137,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.error(str(error))
         try:
             asyncio.run(_serve(EmulatorServer(service, faults), options))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             print(f"{command.prog}: can not listen: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
@@ -188,7 +189,7 @@ def _fail(text: str) -> str:
 
 def _number(group: argparse._ArgumentGroup, name: str, text: str) -> None:
     default = getattr(EmulatorConfig, name[2:].replace("-", "_"))
-    group.add_argument(name, type=float, metavar="N", help=f"{text} (default: {default:g})")
+    group.add_argument(name, type=float, metavar="N", help=f"{text} (default: {default:.10g})")
 
 
 def _switch(group: argparse._ArgumentGroup, name: str, text: str) -> None:

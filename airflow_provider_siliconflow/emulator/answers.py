@@ -1,8 +1,8 @@
 """
 Answers of the emulated models.
 
-An answer is a pure function of the model, the messages, the parameters and the custom id: never of the batch, the time
-or chance. Two runs over the same rows therefore give the same bytes, down to ids and usage.
+An answer is a pure function of the model, the messages, the parameters and the custom id: never of the batch, the
+time or chance. Two runs over the same rows therefore give the same bytes, down to ids and usage.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class KnownAnswer(msgspec.Struct, frozen=True):
 class AnswerBook:
     """Questions with known answers, found inside longer prompts."""
 
-    # Questions are looked up by their first characters at every position of the prompt; the shorter ones are few.
+    # Questions are looked up by their first characters at every place of the prompt; shorter ones are few.
     _KEY = 16
 
     def __init__(self, entries: Iterable[KnownAnswer]) -> None:
@@ -219,7 +219,7 @@ def expired_line(custom_id: str) -> bytes:
 
 
 def transient_status(custom_id: str, model: str, rate: float) -> int | None:
-    """Return the status with which ``row_error_rate`` lets a row fail on its first run; None lets it succeed."""
+    """Return the status a row fails with on its first run under ``row_error_rate``, None if it succeeds."""
     digest = _digest(custom_id, model, b"row error")
     if int.from_bytes(digest[:8], "big") < rate * _UNIT:
         return 429 if digest[8] & 1 else 503

@@ -1,4 +1,4 @@
-"""What the emulated service can be told: one data class, used by the command line, by tests and by the control API."""
+"""What the emulated service can be told, for the command line, tests and the control API alike."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class EmulatorConfig:
     """
     Behaviour of the emulated service.
 
-    Durations marked *service* are divided by ``speed``; durations marked *wall* are not, because they describe how long
-    a client sees something odd.
+    Durations in *service* seconds are divided by ``speed``; those in *wall* seconds are not, because they say how
+    long a client sees something odd.
 
     :param speed: how many times faster than the real service batches run.
     :param queue_seconds: service seconds a batch stays ``in_queue``.
@@ -41,7 +41,7 @@ class EmulatorConfig:
     :param finalizing_seconds: service seconds between the last row and ``completed``.
     :param cancelling_seconds: service seconds between ``cancelling`` and ``cancelled``.
     :param late_output_seconds: wall seconds a finished batch still shows no result files.
-    :param list_lag_seconds: wall seconds before a new batch shows up in the list (reading it by id works at once).
+    :param list_lag_seconds: wall seconds before a new batch shows up in the list; by id it is found at once.
     :param url_ttl_seconds: wall seconds a signed result URL is valid.
     :param row_error_rate: share of rows (0 to 1) that fail with a 429 or 503 the first time they are run.
     :param balance: charge balance in CNY; at or below zero a batch is refused with 402.
@@ -53,7 +53,7 @@ class EmulatorConfig:
     :param results_as_file_ids: ``output_file_id`` and ``error_file_id`` are file ids in place of signed URLs.
     :param max_file_bytes: upload limit in bytes.
     :param max_file_lines: upload limit in lines.
-    :param kept_results: finished batches whose result files are kept on disk; others are written again when asked for.
+    :param kept_results: batches whose result files are kept on disk; others are written again when asked for.
     """
 
     speed: float = 1.0

@@ -66,7 +66,7 @@ class RowName(msgspec.Struct):
     body: Body
 
 
-# Fields that are not declared are skipped by the decoder without building objects: that is what makes the check fast.
+# The decoder skips fields that are not declared without building objects: that makes the check fast.
 class _CheckedMessage(msgspec.Struct):
     role: Literal["system", "user", "assistant"]
 

@@ -1,4 +1,4 @@
-"""The emulated service on HTTP: the API, the result storage on another origin, faults and the control calls."""
+"""The emulated service on HTTP: the API, the result storage on another origin, faults, control calls."""
 
 from __future__ import annotations
 
@@ -105,6 +105,7 @@ class EmulatorServer:
         :param storage_port: port of the result storage; 0 takes a free one.
         :param storage_host: host name inside result URLs, other than the API's so that the origins differ.
         :raises OSError: a port is taken.
+        :raises OverflowError: a port is no port number.
         """
         bound = await self._listen(self._storage_app(), host, storage_port)
         self.storage_url = f"http://{storage_host}:{bound}"
@@ -202,7 +203,7 @@ class EmulatorServer:
         if "Authorization" in request.headers:
             self.service.authorization_leaks += 1
             log.error(
-                "%s %s came to the result storage with an Authorization header: the client gives its API key away",
+                "%s %s came to the result storage with an Authorization header: the client leaks its API key",
                 request.method,
                 request.path,
             )
@@ -267,17 +268,19 @@ class EmulatorServer:
             await self._hold(request)
             return await work()
 
+        if request.path.startswith("/results/") and kind in ("slow", "hold-after"):
+            # A download has no effect to come first, and its file is best looked up when it is sent.
+            await self._delay(fault, request)
+            return await work()
         response = await work()
         if kind == "status-after":
             return _fault_answer(fault)
         if kind == "reset-after":
             return _reset(request)
-        if kind == "hold-after":
-            await self._hold(request)
-        elif kind == "slow":
-            await asyncio.sleep(fault.seconds or 0)
-        elif kind == "cut":
+        if kind == "cut":
             return await _cut(request, response, fault.bytes or 0)
+        if kind in ("slow", "hold-after"):
+            await self._delay(fault, request)
         elif kind in ("empty", "truncated-json"):
             body = b""
             if kind == "truncated-json" and isinstance(response, web.Response):
@@ -286,6 +289,12 @@ class EmulatorServer:
             response = web.Response(body=body, status=response.status, content_type="application/json")
         response.headers.update(fault.headers)
         return response
+
+    async def _delay(self, fault: Fault, request: web.Request) -> None:
+        if fault.kind == "slow":
+            await asyncio.sleep(fault.seconds or 0)
+        else:
+            await self._hold(request)
 
     async def _hold(self, request: web.Request) -> None:
         event = asyncio.Event()
@@ -468,7 +477,11 @@ class Emulator:
         self.faults = Faults()
         for fault in faults:
             self.faults.add(fault)
-        self._temporary = None if data_dir is not None else tempfile.TemporaryDirectory(prefix="siliconflow-")
+        self._temporary = (
+            None
+            if data_dir is not None
+            else tempfile.TemporaryDirectory(prefix="siliconflow-", ignore_cleanup_errors=True)
+        )
         folder = data_dir if self._temporary is None else self._temporary.name
         assert folder is not None
         self.service = EmulatedService(config, folder, persistent=data_dir is not None)
@@ -495,7 +508,7 @@ class Emulator:
         self._stopped = asyncio.Event()
         try:
             await self.server.start(host, port, storage_port, storage_host)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             await self.server.stop()
             started.set_exception(error)
             return
@@ -597,7 +610,8 @@ def _json(body: Any, status: int = 200) -> web.Response:
 
 
 def _xml_error(status: int, code: str, message: str) -> web.Response:
-    text = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{message}</Message></Error>'
+    error = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+    text = f'<?xml version="1.0" encoding="UTF-8"?>\n{error}'
     return web.Response(text=text, status=status, content_type="application/xml")
 
 
@@ -628,15 +642,19 @@ async def _cut(request: web.Request, response: web.StreamResponse, size: int) ->
     headers = dict(response.headers)
     status = response.status
     if isinstance(response, web.FileResponse):
-        content = await asyncio.to_thread(Path(response._path).read_bytes)
-        asked = request.http_range
-        if asked.start is not None:
-            headers["Content-Range"] = f"bytes {asked.start}-{len(content) - 1}/{len(content)}"
-            content, status = content[asked], 206
+        path = response._path
+        whole = path.stat().st_size
+        first, last, _ = request.http_range.indices(whole)
+        if request.http_range.start is not None:
+            headers["Content-Range"] = f"bytes {first}-{last - 1}/{whole}"
+            status = 206
+        length = max(0, last - first)
+        content = await asyncio.to_thread(_read_part, path, first, min(size, length))
     else:
         body = response.body if isinstance(response, web.Response) else None
         content = body if isinstance(body, bytes) else b""
-    headers["Content-Length"] = str(len(content))
+        length = len(content)
+    headers["Content-Length"] = str(length)
     headers[TRACE_HEADER] = request["trace"]
     shortened = web.StreamResponse(status=status, headers=headers)
     await shortened.prepare(request)
@@ -646,8 +664,14 @@ async def _cut(request: web.Request, response: web.StreamResponse, size: int) ->
     return shortened
 
 
+def _read_part(path: Path, first: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(first)
+        return file.read(size)
+
+
 async def _read_away(request: web.Request) -> None:
-    """Read an upload that is refused to its end, since a client that is still sending would not see the answer."""
+    """Read a refused upload to its end: a client that is still sending would not see the answer."""
     with contextlib.suppress(ConnectionError, web.HTTPException):
         while await request.content.readany():
             pass

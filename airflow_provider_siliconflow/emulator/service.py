@@ -1,12 +1,14 @@
 """
 State and rules of the emulated service: no HTTP and no event loop.
 
-Every method may be called from any thread. Reading a batch costs the same whatever its size and however many there are:
-its state is computed from the clock. Only uploads, creations over files with special rows and result files take longer.
+Every method may be called from any thread. Reading a batch costs the same whatever its size and however many
+there are: its state is computed from the clock. Uploads, result files and creations under ``row_error_rate`` read
+a whole file.
 """
 
 from __future__ import annotations
 
+import calendar
 import hmac
 import logging
 import os
@@ -58,6 +60,8 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _WINDOW = re.compile(r"(\d{1,4})h")
 _DEFAULT_PAGE, _LARGEST_PAGE = 20, 100
 _encode = msgspec.json.Encoder().encode
+# Not the module's own generator: tests seed that one, and ids must differ between emulators all the same.
+_random = random.SystemRandom()
 
 
 class ServiceError(Exception):
@@ -199,19 +203,19 @@ class EmulatedService:
         """
         Show any status; a terminal one also ends the batch. None shows the true status again.
 
-        :raises ServiceError: no such batch, or it has ended.
+        :raises ServiceError: 404, no such batch.
         """
         with self._lock:
             batch = self._batch(batch_id)
-            try:
-                batch.timeline.show(status, self.now())
-            except ValueError as error:
-                raise invalid_parameter(f"{batch_id}: {error}") from None
+            batch.timeline.show(status, self.now())
+            if self._results.pop(batch_id, None) is not None:
+                # Written for another end.
+                self._remove_results(batch_id)
             self._save_batch(batch)
             return self._view(batch)
 
     def seed_foreign_batches(self, count: int, age_seconds: float = 0.0) -> None:
-        """Add completed batches of someone else on the account, created ``age_seconds`` ago; they have no results."""
+        """Add completed batches of someone else, without results, created ``age_seconds`` ago."""
         with self._lock:
             now = self.now()
             for _ in range(count):
@@ -268,8 +272,8 @@ class EmulatedService:
         :param source: a path, or the content in chunks.
         :param take: move the file at ``source`` in place of copying it.
         :return: the answer of ``POST /files``.
-        :raises ServiceError: 400 for a wrong purpose or a file over a limit. Wrong lines are no error here, as with the
-            real service: they fail the batch.
+        :raises ServiceError: 400 for a wrong purpose or a file over a limit. Wrong lines are no error here: they
+            fail the batch.
         """
         spooled = Path(source) if take and isinstance(source, (str, Path)) else self._spool(source)
         try:
@@ -312,7 +316,7 @@ class EmulatedService:
             found = [file for file in self._files.values() if file.purpose == purpose and not file.deleted]
         found.reverse()
         if limit is not None:
-            found = found[: _integer(limit, "limit", 1, 10_000)]
+            found = found[: _integer(limit, "limit")]
         listed = [self._listed_file(file) for file in found]
         if self.config.flat_files:
             return {"object": "list", "data": listed}
@@ -332,7 +336,7 @@ class EmulatedService:
         return self._enveloped({"id": file_id, "object": "file", "deleted": True})
 
     def open_content(self, file_id: str) -> Path:
-        """Return the path of what ``GET /files/{id}/content`` serves: an input file, or results kept as a file."""
+        """Return the path behind ``GET /files/{id}/content``: an input file, or results kept as a file."""
         with self._lock:
             result = self._result_ids.get(file_id)
             if result is None:
@@ -342,7 +346,7 @@ class EmulatedService:
     # -- batches ----------------------------------------------------------------------------------------
 
     def creation_is_slow(self, request: object) -> bool:
-        """Return whether :meth:`create_batch` has to read the file, so that an event loop should not wait for it."""
+        """Return whether :meth:`create_batch` has to read a file, so that no event loop should wait for it."""
         return self.config.row_error_rate > 0 and isinstance(request, dict)
 
     def create_batch(self, request: object) -> dict[str, Any]:
@@ -416,7 +420,7 @@ class EmulatedService:
 
     def list_batches(self, limit: str | int | None = None, after: str | None = None) -> dict[str, Any]:
         """Return one page of batches, newest first."""
-        size = _DEFAULT_PAGE if limit is None else _integer(limit, "limit", 1, _LARGEST_PAGE)
+        size = _DEFAULT_PAGE if limit is None else min(_integer(limit, "limit"), _LARGEST_PAGE)
         with self._lock:
             config, now = self.config, self.now()
             place = len(self._order)
@@ -466,8 +470,8 @@ class EmulatedService:
         """
         Return the path of a result file, writing it if it is not on disk.
 
-        The bytes and the time of modification are always the same for a batch, so a download can be resumed even after
-        the file was dropped and written again.
+        The bytes and the time of modification are always the same for a batch, so a download can be resumed even
+        after the file was dropped and written again.
 
         :raises ServiceError: 404 when the batch has no such file.
         """
@@ -500,7 +504,7 @@ class EmulatedService:
         """
         Check a storage request.
 
-        :raises ServiceError: 403, with a short code as its body: ``ExpiredToken`` or ``SignatureDoesNotMatch``.
+        :raises ServiceError: 403, its body ``ExpiredToken`` or ``SignatureDoesNotMatch``.
         """
         date, expires = query.get("X-Amz-Date", ""), query.get("X-Amz-Expires", "")
         given = query.get("X-Amz-Signature", "")
@@ -637,7 +641,7 @@ class EmulatedService:
         model: str | None,
         transient: list[tuple[int, str, str, str]],
     ) -> None:
-        """Choose the fate of every special row now: what fails "the first time" goes by the order of creation."""
+        """Choose the fate of special rows now, since "the first time" goes by the order of creation."""
         candidates = list(transient)
         for marked in file.scan.marked:
             for marker in marked.markers:
@@ -713,10 +717,13 @@ class EmulatedService:
                 return
             try:
                 del self._results[batch_id]
-                for kind in RESULT_KINDS:
-                    self._result_path(batch_id, kind).unlink(missing_ok=True)
+                self._remove_results(batch_id)
             finally:
                 writing.release()
+
+    def _remove_results(self, batch_id: str) -> None:
+        for kind in RESULT_KINDS:
+            self._result_path(batch_id, kind).unlink(missing_ok=True)
 
     def _enveloped(self, data: dict[str, Any]) -> dict[str, Any]:
         if self.config.flat_files:
@@ -754,7 +761,7 @@ class EmulatedService:
     @staticmethod
     def _new_id(prefix: str, taken: Mapping[str, object]) -> str:
         while True:
-            new = prefix + "".join(random.choices(_LETTERS, k=10))
+            new = prefix + "".join(_random.choices(_LETTERS, k=10))
             if new not in taken:
                 return new
 
@@ -857,17 +864,15 @@ def _check_metadata(metadata: object) -> None:
             raise invalid_parameter("A value of metadata must be a string of at most 512 characters.")
 
 
-def _integer(value: str | int, name: str, low: int, high: int) -> int:
+def _integer(value: str | int, name: str) -> int:
     try:
         number = int(value)
     except ValueError:
-        number = low - 1
-    if not low <= number <= high:
-        raise invalid_parameter(f"{name} must be a number between {low} and {high}.")
+        number = 0
+    if number < 1:
+        raise invalid_parameter(f"{name} must be a number above 0.")
     return number
 
 
 def _epoch(moment: time.struct_time) -> float:
-    import calendar
-
     return calendar.timegm(moment)

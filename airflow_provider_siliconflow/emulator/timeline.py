@@ -1,4 +1,4 @@
-"""The life of one batch as instants fixed in advance, so that its state at any time is read off and never stepped."""
+"""The life of one batch as instants fixed in advance: its state at any time is read off, never stepped."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Timeline(msgspec.Struct, kw_only=True):
     """
     Instants of a batch in epoch seconds.
 
-    ``fate`` is the status the batch ends with and ``fate_at`` when; a cancellation or a control call changes them.
+    ``fate`` is the status the batch ends with and ``fate_at`` when; a cancellation or control call changes them.
     """
 
     created: float
     queue_until: float
-    #: Where a line through the rows done per second starts; before ``queue_until`` never, but not rounded like it.
+    #: When the first row began, or would have for the rows done by now at the present speed.
     progress_from: float
     rows_until: float
     final_until: float
@@ -29,7 +29,7 @@ class Timeline(msgspec.Struct, kw_only=True):
     cancel_at: float | None = None
     #: Rows that were done when the batch was stopped early.
     stopped_rows: int | None = None
-    #: A status shown in place of the true one, for as long as the batch has not ended.
+    #: A status shown in place of the true one.
     shown_status: str | None = None
 
     @classmethod
@@ -54,14 +54,14 @@ class Timeline(msgspec.Struct, kw_only=True):
         )
 
     def ended(self, now: float) -> bool:
-        return now >= self.fate_at
+        return self.shown_status is None and now >= self.fate_at
 
     def status(self, now: float) -> str:
         """Return the status as the API shows it."""
-        if self.ended(now):
-            return self.fate
         if self.shown_status is not None:
             return self.shown_status
+        if self.ended(now):
+            return self.fate
         if self.cancel_at is not None:
             return "cancelling"
         if now < self.queue_until:
@@ -116,15 +116,14 @@ class Timeline(msgspec.Struct, kw_only=True):
 
     def show(self, status: str | None, now: float) -> None:
         """
-        Force a status: a terminal one ends the batch now, any other is only shown; None shows the true one again.
+        Force a status: a terminal one ends the batch now, any other is shown until None shows the true one.
 
-        :raises ValueError: the batch has ended.
+        A batch is not seen to end while it shows another status.
         """
-        if self.ended(now):
-            raise ValueError(f"the batch has already ended as {self.fate}")
-        self.shown_status = status
         if status not in TERMINAL_STATUSES:
+            self.shown_status = status
             return
+        self.shown_status = None
         self.stopped_rows = {"completed": self.total, "failed": 0}.get(status, self.rows_done(now))
         if status == "completed":
             self.queue_until = min(self.queue_until, now)
@@ -152,7 +151,7 @@ class Timeline(msgspec.Struct, kw_only=True):
 
 class FinishOrder:
     """
-    The order in which the rows of a batch finish: a fixed permutation that visits rows with a constant stride.
+    The order in which the rows of a batch finish: a fixed permutation, with a constant stride.
 
     :param total: number of rows.
     """
