@@ -195,9 +195,10 @@ if request["action"] == "trigger":
     from airflow.api.common.trigger_dag import trigger_dag
     trigger_dag(request["dag_id"], run_id=request["run_id"], conf=request["conf"])
 elif request["action"] == "clear":
+    from airflow.models.taskinstance import TaskInstance, clear_task_instances
     with create_session() as session:
-        task, index = request["task_id"], request["map_index"]
-        dag.clear(task_ids=[task if index < 0 else (task, index)], dag_run_state="queued", session=session, **request["span"])
+        wanted = {key: request[key] for key in ("dag_id", "run_id", "task_id", "map_index")}
+        clear_task_instances(session.query(TaskInstance).filter_by(**wanted).all(), session, dag=dag)
 elif request["action"] == "mark":
     dag.set_task_instance_state(
         task_id=request["task_id"], map_indexes=[request["map_index"]], run_id=request["run_id"],
@@ -565,11 +566,9 @@ class LiveAirflow:
     def clear(self, dag_id: str, run_id: str, task_id: str, map_index: int = -1) -> None:
         """Clear one task, as a person does in the web interface; the run goes on."""
         if self.is_airflow_2:
-            dates = self.query(
-                "select execution_date from dag_run where dag_id = ? and run_id = ?", (dag_id, run_id)
+            self._airflow_2(
+                action="clear", dag_id=dag_id, run_id=run_id, task_id=task_id, map_index=map_index
             )
-            span = {"start_date": dates[0][0], "end_date": dates[0][0]}
-            self._airflow_2(action="clear", dag_id=dag_id, task_id=task_id, map_index=map_index, span=span)
             return
         body = {
             "dry_run": False,
@@ -732,8 +731,7 @@ class LiveAirflow:
                 return None
             try:
                 process = psutil.Process(rows[0][0])
-                children = process.children()
-                if self.is_airflow_2 and "supervisor" not in process.name() and children:
+                if self.is_airflow_2 and not process.cmdline()[0].startswith("airflow task runner"):
                     # The row first names the process that starts the task, then the task's own.
                     return None
                 return TaskProcesses(task=process.pid, supervisor=process.ppid())
