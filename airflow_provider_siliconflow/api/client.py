@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import requests
 import tenacity
@@ -24,6 +25,9 @@ from airflow_provider_siliconflow.api.exceptions import (
 from airflow_provider_siliconflow.api.models import Account, Batch, UploadedFile, strip_query
 from airflow_provider_siliconflow.api.protocol import CHUNK_SIZE, Call, ClientSettings
 
+if TYPE_CHECKING:
+    from airflow_provider_siliconflow.batch_files.sources import Source
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -31,14 +35,6 @@ T = TypeVar("T")
 #: Fewest seconds to wait while a file is sent and taken in: the service works on it before it answers.
 _UPLOAD_PATIENCE = 300.0
 _MAX_REDIRECTS = 5
-
-
-class Source(Protocol):
-    """Anything that opens for reading: ``pathlib.Path``, ``ObjectStoragePath``, ..."""
-
-    def open(self, mode: str = ...) -> BinaryIO:
-        """Open it."""
-        ...
 
 
 class _UploadBody:
@@ -58,7 +54,7 @@ class _UploadBody:
                 chunk = stream.read(min(CHUNK_SIZE, left))
                 if not chunk:
                     raise InvalidInputError(
-                        f"{self._source} became {left} bytes shorter while it was uploaded; nothing was created"
+                        f"{self._source} became {left} bytes shorter during its upload; nothing was created"
                     )
                 left -= len(chunk)
                 yield chunk
@@ -149,14 +145,8 @@ class SiliconFlowClient:
             )
         except requests.ConnectTimeout as exc:
             raise self._not_sent(name, exc) from exc
-        except (requests.exceptions.ProxyError, requests.exceptions.SSLError) as exc:
-            raise self._not_sent(name, exc) from exc
         except requests.ConnectionError as exc:
-            reason = exc.args[0] if exc.args else None
-            cause = getattr(reason, "reason", reason)
-            if isinstance(cause, urllib3.exceptions.NewConnectionError):
-                raise self._not_sent(name, exc) from exc
-            raise self._no_answer(name, exc) from exc
+            raise (self._not_sent if _was_not_sent(exc) else self._no_answer)(name, exc) from exc
         except (requests.Timeout, requests.exceptions.ChunkedEncodingError) as exc:
             raise self._no_answer(name, exc) from exc
         except requests.exceptions.RequestException as exc:
@@ -177,9 +167,10 @@ class SiliconFlowClient:
         """Create a batch; arguments as :func:`protocol.create_batch`."""
         return self.call(protocol.create_batch(**request))
 
-    def get_batch(self, batch_id: str) -> Batch:
-        """Read a batch."""
-        return self.call(protocol.get_batch(batch_id))
+    def get_batch(self, batch_id: str, *, repeat: bool = True) -> Batch:
+        """Read a batch; ``repeat=False`` leaves it to the caller to ask again after a fault."""
+        call = protocol.get_batch(batch_id)
+        return self.call(call) if repeat else self._send(call, None)
 
     def cancel_batch(self, batch_id: str) -> Batch:
         """Ask for a batch to be cancelled; the answer may still show its old status."""
@@ -318,3 +309,13 @@ class SiliconFlowClient:
             yield from response.raw.stream(CHUNK_SIZE, decode_content=False)
         except (urllib3.exceptions.HTTPError, OSError) as exc:
             raise self._no_answer(f"GET {strip_query(response.url)}", exc) from exc
+
+
+def _was_not_sent(exc: requests.ConnectionError) -> bool:
+    """Whether the request certainly never left: no connection, no tunnel, or a certificate was refused."""
+    reason = exc.args[0] if exc.args else None
+    cause = getattr(reason, "reason", reason)
+    inner = cause.args[0] if isinstance(cause, urllib3.exceptions.SSLError) and cause.args else cause
+    return isinstance(exc, requests.exceptions.ProxyError) or isinstance(
+        inner, urllib3.exceptions.NewConnectionError | ssl.SSLCertVerificationError
+    )

@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from airflow_provider_siliconflow.api import protocol
+from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 from airflow_provider_siliconflow.api.models import Batch
 
 #: Metadata key of the identity, and of the readable name beside it.
@@ -99,7 +100,7 @@ def check_user_metadata(value: Any) -> dict[str, str]:
     metadata = protocol.check_metadata(value, reserved=1)
     for key in (WORK_KEY, WORK_LABEL):
         if key in metadata:
-            raise protocol.InvalidInputError(f"metadata key {key!r} is used by this provider; choose another")
+            raise InvalidInputError(f"metadata key {key!r} is used by this provider; choose another")
     return metadata
 
 

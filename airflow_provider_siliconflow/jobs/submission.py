@@ -18,9 +18,9 @@ from airflow_provider_siliconflow.api.exceptions import (
     SiliconFlowError,
     SubmissionUnknownError,
 )
-from airflow_provider_siliconflow.api.models import Batch, UploadedFile
+from airflow_provider_siliconflow.api.models import Batch, BatchStatus, UploadedFile
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
-from airflow_provider_siliconflow.jobs.identity import BatchWork
+from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ LIST_PATIENCE = (2.0, 3.0, 5.0, 10.0, 15.0, 25.0)
 REFUSAL_PATIENCE = 900.0
 #: How often a request is sent of which each time it stayed open whether it counted.
 MAX_OPEN_SENDS = 3
+#: How long the end of a cancellation is waited for before its batch counts as dead, in seconds.
+CANCEL_PATIENCE = 900.0
 #: Clocks of the service and of the worker may differ by so much, in seconds.
 CLOCK_SKEW = 3600.0
 #: The service keeps files for 30 days; nothing older is worth finding.
@@ -39,7 +41,7 @@ MAX_AGE = 30 * 86400.0
 
 
 class BatchAPI(Protocol):
-    """The calls submission needs; :class:`~airflow_provider_siliconflow.api.client.SiliconFlowClient` fits."""
+    """The calls submission needs; ``SiliconFlowClient`` has them."""
 
     def create_batch(self, **request: Any) -> Batch:
         """Create a batch."""
@@ -134,12 +136,14 @@ class Submission:
         :raises SiliconFlowError: the service refused; no batch was created.
         """
         entry = self._ledger.get(work.key)
+        may_exist = bool(entry) or not (self._first_try or self._ledger.complete)
         if entry and entry.get("batch_id"):
-            batch = self._recorded(work, entry["batch_id"])
-            if batch is not None:
+            batch = self._read(entry["batch_id"])
+            if batch is not None and self._may_adopt(batch):
                 return batch
-            # What was recorded is dead or gone, and a try after it would have left an intent.
-        elif entry or not (self._first_try or self._ledger.complete):
+            # A try that submitted after this batch had died would have left an intent instead of its id.
+            may_exist = batch is None
+        if may_exist:
             batch = self._search(work, LIST_PATIENCE)
             if batch is not None:
                 self._ledger.set(work.key, {"batch_id": batch.id})
@@ -158,21 +162,31 @@ class Submission:
         """Search the account once for a live batch of this work."""
         return self._search(work, ())
 
-    def _recorded(self, work: BatchWork, batch_id: str) -> Batch | None:
+    def _read(self, batch_id: str) -> Batch | None:
+        """Read a batch; one that is being cancelled is watched until it is clear how that ended."""
         try:
             batch = self._api.get_batch(batch_id)
+            give_up_at = self._clock.time() + CANCEL_PATIENCE
+            while batch.status == BatchStatus.CANCELLING and self._clock.time() < give_up_at:
+                log.info("Batch %s of an earlier try is being cancelled; waiting for the end of it", batch_id)
+                self._clock.sleep(10.0)
+                batch = self._api.get_batch(batch_id)
         except NotFoundError as exc:
-            log.warning("Batch %s was recorded for this task but is not known any more: %s", batch_id, exc)
+            log.warning("Batch %s was submitted by an earlier try but cannot be read: %s", batch_id, exc)
             return None
-        if batch.is_dead:
+        return batch
+
+    @staticmethod
+    def _may_adopt(batch: Batch) -> bool:
+        if batch.is_dead or batch.status == BatchStatus.CANCELLING:
             log.info("Batch %s of an earlier try is %s; it is not adopted", batch.id, batch.status)
-            return None
+            return False
         log.info(
             "Adopting batch %s (%s), submitted by an earlier try: nothing is paid again",
             batch.id,
             batch.status,
         )
-        return batch
+        return True
 
     def _search(self, work: BatchWork, patience: Iterable[float]) -> Batch | None:
         """Search the account for the work, again after each pause: a new batch may be listed late."""
@@ -182,8 +196,8 @@ class Submission:
             live = [batch for batch in self._found.get(work.key, ()) if not batch.is_dead]
             # The listing may be behind: only the batch itself says whether it is still alive.
             for listed in sorted(live, key=lambda batch: batch.created_at or 0):
-                batch = self._recorded(work, listed.id)
-                if batch is not None:
+                batch = self._read(listed.id)
+                if batch is not None and self._may_adopt(batch):
                     if len(live) > 1:
                         log.warning(
                             "The account has %d batches of this task (%s); going on with the oldest",
@@ -204,8 +218,6 @@ class Submission:
         Stops after a page's worth of batches that are too old or were read before, and never reads one
         twice, so that a search costs as few calls as there are new pages.
         """
-        from airflow_provider_siliconflow.jobs.identity import WORK_KEY
-
         nothing_new = 0
         for batch in self._api.list_batches():
             old = batch.created_at is not None and batch.created_at < self._since

@@ -41,7 +41,7 @@ NOT_FOUND_GRACE = 600.0
 FAULT_PAUSE_LIMIT = 600.0
 #: Polls of one wait that may be under way at once.
 MAX_CONCURRENT_POLLS = 8
-#: Share of the rows that must have been done since the last progress line, and seconds after which any will do.
+#: Share of the rows done since the last progress line that is worth another one; seconds after which any is.
 _PROGRESS_STEP, _PROGRESS_SECONDS = 0.05, 600.0
 
 
@@ -292,16 +292,16 @@ def judge_batch(
     nothing = (counts.completed == 0 and counts.total > 0) or (not counts.total and not batch.output_file_id)
     if batch.status == BatchStatus.EXPIRED and nothing and not allow_all_failed:
         error: BatchError = BatchExpiredError(
-            f"{story}. The completion window ended before any row did; a retry finds the same batch. Clear the "
-            "task to submit anew, with a longer completion_window.",
+            f"{story}. The completion window ended before any row did; a retry finds the same batch. Clear "
+            "the task to submit anew, with a longer completion_window.",
             batch_id=batch.id,
         )
         error.retryable = False
         raise error
     if counts.total and counts.completed == 0 and not allow_all_failed:
         error = BatchFailedError(
-            f"{story}. Not one row succeeded; a retry finds the same batch. Correct the requests and clear the "
-            "task, or set allow_all_failed=True.",
+            f"{story}. Not one row succeeded; a retry finds the same batch. Correct the requests and clear "
+            "the task, or set allow_all_failed=True.",
             batch_id=batch.id,
         )
         error.retryable = False

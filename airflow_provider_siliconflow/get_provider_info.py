@@ -1,0 +1,43 @@
+"""What Airflow reads about this provider when it starts. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from airflow_provider_siliconflow import __version__
+from airflow_provider_siliconflow.hooks.connection_form import CONN_FIELDS, ui_field_behaviour
+
+_PACKAGE = "airflow_provider_siliconflow"
+_NAME = "SiliconFlow"
+
+
+def get_provider_info() -> dict[str, Any]:
+    """Return the provider's metadata (entry point ``apache_airflow_provider``)."""
+    behaviour = {key.replace("_", "-"): value for key, value in ui_field_behaviour().items()}
+    return {
+        "package-name": "airflow-provider-siliconflow",
+        "name": _NAME,
+        "description": "Run LLM batches on `SiliconFlow <https://siliconflow.cn/>`__ at half the live price.",
+        "versions": [__version__],
+        "integrations": [
+            {
+                "integration-name": _NAME,
+                "external-doc-url": "https://docs.siliconflow.cn/",
+                "tags": ["ai"],
+            }
+        ],
+        "hooks": [{"integration-name": _NAME, "python-modules": [f"{_PACKAGE}.hooks.siliconflow"]}],
+        "operators": [{"integration-name": _NAME, "python-modules": [f"{_PACKAGE}.operators.batch"]}],
+        "sensors": [{"integration-name": _NAME, "python-modules": [f"{_PACKAGE}.sensors.batch"]}],
+        "triggers": [{"integration-name": _NAME, "python-modules": [f"{_PACKAGE}.triggers.batch"]}],
+        "connection-types": [
+            {
+                "hook-class-name": f"{_PACKAGE}.hooks.siliconflow.SiliconFlowHook",
+                "connection-type": "siliconflow",
+                "hook-name": _NAME,
+                "conn-fields": CONN_FIELDS,
+                "ui-field-behaviour": behaviour,
+            }
+        ],
+        "extra-links": [f"{_PACKAGE}.links.batch.BatchConsoleLink"],
+    }

@@ -1,0 +1,418 @@
+"""The hook: an Airflow connection, and the calls made with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import BaseHook
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Connection, ObjectStoragePath
+
+    from airflow_provider_siliconflow.api.client import SiliconFlowClient
+    from airflow_provider_siliconflow.api.models import Batch, BatchResult, UploadedFile
+    from airflow_provider_siliconflow.api.protocol import ClientSettings
+    from airflow_provider_siliconflow.batch_files.requests import RequestFileSummary
+    from airflow_provider_siliconflow.batch_files.sources import Source
+    from airflow_provider_siliconflow.jobs.waiting import BatchWait
+
+log = logging.getLogger(__name__)
+
+#: Fields of a connection's extra.
+EXTRA_FIELDS = ("timeout", "connect_timeout", "max_retries", "proxies", "verify", "headers")
+
+
+class SiliconFlowHook(BaseHook):
+    """
+    Talk to SiliconFlow's batch API.
+
+    The connection's password is the API key and its host the base URL (default
+    ``https://api.siliconflow.cn/v1``). Its extra may hold ``timeout`` and ``connect_timeout`` (seconds),
+    ``max_retries``, ``proxies`` (a URL, or an object of URLs by scheme), ``verify`` (true, false or the path of
+    a CA bundle) and ``headers`` (an object).
+
+    .. seealso:: `The API <https://docs.siliconflow.cn/cn/api-reference/batch/create-batch>`__
+
+    :param conn_id: the connection to use.
+    """
+
+    conn_name_attr = "conn_id"
+    default_conn_name = "siliconflow_default"
+    conn_type = "siliconflow"
+    hook_name = "SiliconFlow"
+
+    def __init__(self, conn_id: str = default_conn_name, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.conn_id = conn_id
+
+    @classmethod
+    def get_connection_form_widgets(cls) -> dict[str, Any]:
+        """Return the form's further fields, for Airflow before 3.2."""
+        from airflow_provider_siliconflow.hooks.connection_form import form_widgets
+
+        return form_widgets()
+
+    @classmethod
+    def get_ui_field_behaviour(cls) -> dict[str, Any]:
+        """Return how the form's own fields are shown."""
+        from airflow_provider_siliconflow.hooks.connection_form import ui_field_behaviour
+
+        return ui_field_behaviour()
+
+    @cached_property
+    def settings(self) -> ClientSettings:
+        """
+        What the connection says, checked; the key is registered with Airflow's secret masker.
+
+        :raises InvalidInputError: a field is missing or wrong.
+        """
+        from airflow.providers.common.compat.sdk import mask_secret
+
+        settings = settings_from_connection(self.get_connection(self.conn_id))
+        for secret in (settings.api_key, *settings.headers.values()):
+            mask_secret(secret)
+        return settings
+
+    @cached_property
+    def _client(self) -> SiliconFlowClient:
+        from airflow_provider_siliconflow.api.client import SiliconFlowClient
+
+        return SiliconFlowClient(self.settings)
+
+    def get_conn(self) -> SiliconFlowClient:
+        """Return the client for this connection; it is made once."""
+        return self._client
+
+    def test_connection(self) -> tuple[bool, str]:
+        """Read the account behind the key. Costs nothing."""
+        from dataclasses import replace
+
+        from airflow_provider_siliconflow.api.client import SiliconFlowClient
+        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+
+        try:
+            with SiliconFlowClient(replace(self.settings, max_retries=0)) as client:
+                account = client.get_account()
+        except SiliconFlowError as exc:
+            return False, str(exc)
+        who = account.name or account.id or "an account without a name"
+        message = f"Connected to {self.settings.base_url} as {who}"
+        if account.status and account.status != "normal":
+            message += f" (account status: {account.status})"
+        message += (
+            f". Charged balance, from which batches are paid: {account.charge_balance or 'unknown'} CNY; "
+            f"total balance: {account.total_balance or 'unknown'} CNY."
+        )
+        return True, message
+
+    def upload_file(
+        self, source: str | Path | ObjectStoragePath | bytes, *, filename: str | None = None
+    ) -> UploadedFile:
+        """
+        Check a batch input file and upload it, streaming.
+
+        :param source: path, URI, ``ObjectStoragePath`` or the content itself: JSONL, at most 5,000 lines and
+            1 GB.
+        :param filename: name at the service; by default the source's.
+        :returns: the file; the service keeps it for 30 days.
+        :raises InvalidRequestFileError: a line is not a valid request; nothing was uploaded.
+        """
+        opened = open_source(source)
+        summary = check_input(opened, describe_source(source))
+        name = filename or (Path(str(opened)).name if not isinstance(source, bytes) else "requests.jsonl")
+        file = self._client.upload_file(opened, size=summary.bytes, filename=name)
+        log.info("Uploaded %s (%d rows, %d bytes) as %s", name, summary.rows, summary.bytes, file.id)
+        return file
+
+    def create_batch(
+        self,
+        input_file_id: str,
+        *,
+        endpoint: str = "/v1/chat/completions",
+        completion_window: Any = "24h",
+        metadata: Mapping[str, str] | None = None,
+        replace: Mapping[str, Any] | None = None,
+    ) -> Batch:
+        """
+        Create a batch. This costs money, and by itself it knows no identity: it is never sent twice.
+
+        For submission that survives retries use
+        :class:`~airflow_provider_siliconflow.operators.batch.CreateBatchOperator`.
+
+        :param input_file_id: an uploaded file.
+        :param endpoint: only ``/v1/chat/completions``.
+        :param completion_window: ``"24h"`` to ``"336h"``, a number of hours or a ``timedelta``.
+        :param metadata: at most 16 pairs of strings.
+        :param replace: ``{"model": "..."}`` overrides the model of every line.
+        :raises SubmissionUnknownError: it is open whether the batch exists.
+        :raises InvalidInputError: an argument is wrong.
+        """
+        from airflow_provider_siliconflow.api import protocol
+        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError, SubmissionUnknownError
+
+        try:
+            return self._client.create_batch(
+                input_file_id=protocol.check_identifier("input_file_id", input_file_id),
+                endpoint=protocol.check_endpoint(endpoint),
+                completion_window=protocol.check_completion_window(completion_window),
+                metadata=protocol.check_metadata(metadata),
+                replace=protocol.check_replace(replace),
+            )
+        except SiliconFlowError as exc:
+            if not protocol.leaves_effect_open(exc):
+                raise
+            raise SubmissionUnknownError(
+                f"A batch over {input_file_id} was asked for, and it is open whether it exists: {exc} It was not "
+                "sent again, since that might pay twice. Look through list_batches() for a new batch with this "
+                "input_file_id, or on the console, before you create another."
+            ) from exc
+
+    def get_batch(self, batch_id: str) -> Batch:
+        """
+        Read a batch.
+
+        :param batch_id: the batch.
+        """
+        from airflow_provider_siliconflow.api.protocol import check_identifier
+
+        return self._client.get_batch(check_identifier("batch_id", batch_id))
+
+    def list_batches(self) -> Iterator[Batch]:
+        """Yield the account's batches, newest first, reading page after page as they are asked for."""
+        return self._client.list_batches()
+
+    def cancel_batch(self, batch_id: str) -> Batch:
+        """
+        Ask for a batch to be cancelled. Rows that were finished are billed and stay readable.
+
+        A batch that has ended already is returned as it is.
+
+        :param batch_id: the batch.
+        :returns: the batch, which may still show its old status.
+        """
+        from airflow_provider_siliconflow.api.exceptions import InvalidRequestError
+        from airflow_provider_siliconflow.api.protocol import check_identifier
+
+        batch_id = check_identifier("batch_id", batch_id)
+        try:
+            batch = self._client.cancel_batch(batch_id)
+        except InvalidRequestError:
+            batch = self._client.get_batch(batch_id)
+            if not batch.is_terminal:
+                raise
+            log.info("Batch %s had ended already: %s", batch_id, batch.status)
+            return batch
+        log.info("Asked for batch %s to be cancelled; its status is %s", batch_id, batch.status)
+        return batch
+
+    def wait_for_batch(
+        self, batch_id: str, *, poll_interval: float = 60, timeout: float | None = None
+    ) -> Batch:
+        """
+        Wait until a batch has ended, whichever way. Passing faults of the service do not end the wait.
+
+        :param batch_id: the batch.
+        :param poll_interval: seconds between two looks.
+        :param timeout: seconds; by default until an hour after the batch expires.
+        :raises BatchTimeoutError: time ran out; the batch is untouched.
+        :raises BatchWaitError: the wait cannot go on (401, 403, 404).
+        """
+        deadline = None if timeout is None else time.time() + timeout
+        return self.wait_for_batches([batch_id], poll_interval=poll_interval, deadline=deadline)[0]
+
+    def wait_for_batches(
+        self, batch_ids: Sequence[str], *, poll_interval: float = 60, deadline: float | None = None
+    ) -> list[Batch]:
+        """
+        Wait until all of several batches have ended; see :meth:`wait_for_batch`.
+
+        :param deadline: epoch seconds.
+        """
+        from airflow_provider_siliconflow.api.protocol import check_identifiers
+        from airflow_provider_siliconflow.jobs.waiting import BatchWait
+
+        wait = BatchWait(
+            check_identifiers("batch_ids", list(batch_ids)), time.time(), poll_interval, deadline
+        )
+        while True:
+            self.poll_once(wait)
+            if wait.finished:
+                return wait.batches
+            wait.check_deadline(time.time())
+            time.sleep(wait.pause(time.time()))
+
+    def poll_once(self, wait: BatchWait) -> None:
+        """
+        Read every batch of a wait that is due.
+
+        :param wait: decides what is due, and takes what was read.
+        """
+        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+
+        for batch_id in wait.due(time.time()):
+            try:
+                # The wait itself is the retry: repeating the call here would only hide what happens.
+                batch = self._client.get_batch(batch_id, repeat=False)
+            except SiliconFlowError as exc:
+                wait.fault(batch_id, exc, time.time())
+            else:
+                wait.observe(batch_id, batch, time.time())
+
+    def iter_results(self, batch: Batch | str) -> Iterator[BatchResult]:
+        """
+        Yield the results of an ended batch, line by line: first the output file, then the error file.
+
+        :param batch: the batch or its id; it is read anew for fresh URLs.
+        :raises IncompleteResultsError: a file is cut, or holds fewer rows than the batch counts.
+        """
+        from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError
+        from airflow_provider_siliconflow.api.models import BatchResult
+        from airflow_provider_siliconflow.jobs.downloads import KINDS, ResultFiles
+
+        files = ResultFiles(self._client, batch if isinstance(batch, str) else batch.id)
+        for kind in KINDS:
+            for number, line in enumerate(files.lines(kind), start=1):
+                try:
+                    yield BatchResult.model_validate_json(line)
+                except ValueError as exc:
+                    raise IncompleteResultsError(
+                        f"Line {number} of the {kind} file of batch {files.batch.id} is not a result: {exc}",
+                        batch_id=files.batch.id,
+                    ) from exc
+
+
+def settings_from_connection(
+    connection: Connection, extra: Mapping[str, Any] | None = None
+) -> ClientSettings:
+    """
+    Read a connection.
+
+    :param connection: of type ``siliconflow``.
+    :param extra: its extra, where reading that needs a call of its own (in the triggerer).
+    :raises InvalidInputError: a field is missing or wrong; the message names it.
+    """
+    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+    from airflow_provider_siliconflow.api.protocol import DEFAULT_BASE_URL, ClientSettings
+
+    fields = dict(connection.extra_dejson if extra is None else extra)
+    values: dict[str, Any] = {
+        name: fields[name] for name in EXTRA_FIELDS if fields.get(name) not in (None, "")
+    }
+    where = f"connection {connection.conn_id!r}, extra"
+    for name, convert in (("timeout", float), ("connect_timeout", float), ("max_retries", int)):
+        if name in values:
+            try:
+                values[name] = convert(values[name])
+            except (TypeError, ValueError) as exc:
+                raise InvalidInputError(f"{where}: {name} must be a number; got {values[name]!r}") from exc
+    if "proxies" in values:
+        proxies = _json_if_text(values["proxies"])
+        if isinstance(proxies, str):
+            proxies = {"http": proxies, "https": proxies}
+        values["proxies"] = _string_map(proxies, f"{where}: proxies")
+    if "headers" in values:
+        values["headers"] = _string_map(_json_if_text(values["headers"]), f"{where}: headers")
+    if "verify" in values and not isinstance(values["verify"], bool):
+        known = {"true": True, "false": False}
+        values["verify"] = known.get(str(values["verify"]).lower(), str(values["verify"]))
+    return ClientSettings(
+        api_key=connection.password or "", base_url=_base_url(connection) or DEFAULT_BASE_URL, **values
+    )
+
+
+def _base_url(connection: Connection) -> str:
+    host = (connection.host or "").strip()
+    if not host:
+        return ""
+    if "://" in host:
+        return host
+    # The URI form of a connection (siliconflow://:key@host:port/v1) takes the URL apart.
+    port = f":{connection.port}" if connection.port else ""
+    path = f"/{connection.schema.strip('/')}" if connection.schema else ""
+    if not path and "/" not in host:
+        path = "/v1"
+    return f"https://{host}{port}{path}"
+
+
+def _json_if_text(value: Any) -> Any:
+    """Fields of the form are text; an object in one is JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _string_map(value: Any, where: str) -> dict[str, str]:
+    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+
+    if not isinstance(value, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, str) for k, v in value.items()
+    ):
+        raise InvalidInputError(f"{where} must be an object of strings; got {type(value).__name__}")
+    return dict(value)
+
+
+class _Content:
+    """Bytes that open like a file."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def __str__(self) -> str:
+        return "the given bytes"
+
+    def open(self, mode: str = "rb") -> Any:
+        """Open for reading."""
+        import io
+
+        return io.BytesIO(self._content)
+
+
+def open_source(source: str | Path | ObjectStoragePath | bytes) -> Any:
+    """
+    Return an object that opens for reading.
+
+    :param source: path, URI of any scheme Airflow's ``ObjectStoragePath`` takes, such a path, or bytes.
+    """
+    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+
+    if isinstance(source, bytes):
+        return _Content(source)
+    if isinstance(source, str):
+        if not source.strip():
+            raise InvalidInputError("the path of the input is empty; give a path or URI of a JSONL file")
+        from airflow.providers.common.compat.sdk import ObjectStoragePath
+
+        return ObjectStoragePath(source)
+    return source
+
+
+def describe_source(source: Any) -> str:
+    """Return how messages call a source."""
+    return "the given bytes" if isinstance(source, bytes) else str(source)
+
+
+def check_input(source: Source, name: str) -> RequestFileSummary:
+    """
+    Check a batch input file before anything is sent.
+
+    :raises InvalidRequestFileError: a line, or the file, is not what the service takes.
+    :raises InvalidInputError: it cannot be read.
+    """
+    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+    from airflow_provider_siliconflow.batch_files.requests import check_request_file
+
+    try:
+        return check_request_file(source, name=name)
+    except FileNotFoundError as exc:
+        raise InvalidInputError(f"{name} does not exist; nothing was uploaded") from exc
+    except IsADirectoryError as exc:
+        raise InvalidInputError(f"{name} is a folder; give the path of a JSONL file") from exc

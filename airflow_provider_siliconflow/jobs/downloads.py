@@ -1,0 +1,151 @@
+"""Reading what a batch produced: fresh references, patience where they come late, nothing lost in silence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, Literal, Protocol
+
+from airflow_provider_siliconflow.api.exceptions import BatchError, IncompleteResultsError
+from airflow_provider_siliconflow.api.models import Batch, BatchStatus
+from airflow_provider_siliconflow.batch_files.sources import LineReader
+from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["output", "error"]
+KINDS: tuple[Kind, ...] = ("output", "error")
+
+#: Pauses while the result files of a completed batch are not named yet, in seconds: a minute in all.
+LATE_FILE_PATIENCE = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+
+
+class ResultAPI(Protocol):
+    """The calls a download needs; ``SiliconFlowClient`` has them."""
+
+    def get_batch(self, batch_id: str) -> Batch:
+        """Read a batch."""
+        ...
+
+    def iter_file(self, reference: str, refresh: Callable[[], str | None]) -> Iterator[bytes]:
+        """Yield the bytes of a result file."""
+        ...
+
+
+class ResultFiles:
+    """
+    The result files of one ended batch.
+
+    :param api: the calls.
+    :param batch_id: the batch; it is read anew, since a signature may have aged.
+    :param clock: time.
+    :raises BatchError: the batch has not ended.
+    :raises IncompleteResultsError: rows succeeded, but the service names no file with them.
+    """
+
+    def __init__(self, api: ResultAPI, batch_id: str, clock: Clock | None = None) -> None:
+        self._api = api
+        self._clock: Clock = clock or SystemClock()
+        self.batch = self._settled(batch_id)
+
+    def _settled(self, batch_id: str) -> Batch:
+        pauses = iter(LATE_FILE_PATIENCE)
+        while True:
+            batch = self._api.get_batch(batch_id)
+            if not batch.is_terminal:
+                raise BatchError(
+                    f"Batch {batch_id} is {batch.status}; its results can be read once it has ended.",
+                    batch_id=batch_id,
+                )
+            counts = batch.request_counts
+            owed = counts.completed > 0 and not batch.output_file_id
+            unclear = (
+                batch.status == BatchStatus.COMPLETED
+                and not counts.total
+                and not (batch.output_file_id or batch.error_file_id)
+            )
+            unexplained = counts.failed > 0 and not batch.error_file_id and not batch.output_file_id
+            if not (owed or unclear or unexplained):
+                return batch
+            pause = next(pauses, None)
+            if pause is None:
+                if owed:
+                    raise IncompleteResultsError(
+                        f"Batch {batch_id} is {batch.status} with {counts.completed} successful rows, but the "
+                        "service names no output file yet. The rows are paid for and kept for 30 days; a retry "
+                        "asks for them again.",
+                        batch_id=batch_id,
+                    )
+                log.warning("Batch %s is %s and names no result file", batch_id, batch.status)
+                return batch
+            log.info("Batch %s names no result file yet; asking again in %.0f s", batch_id, pause)
+            self._clock.sleep(pause)
+
+    def reference(self, kind: Kind) -> str | None:
+        """Return the URL or id of a result file, or ``None`` where there is none."""
+        return self.batch.output_file_id if kind == "output" else self.batch.error_file_id
+
+    def _refresh(self, kind: Kind) -> str | None:
+        self.batch = self._api.get_batch(self.batch.id)
+        return self.reference(kind)
+
+    def chunks(self, kind: Kind) -> Iterator[bytes]:
+        """Yield the bytes of a result file; nothing where there is none."""
+        reference = self.reference(kind)
+        if reference is not None:
+            yield from self._api.iter_file(reference, lambda: self._refresh(kind))
+
+    def copy(self, kind: Kind, target: BinaryIO) -> int:
+        """Write a result file to an open stream and return its size in bytes."""
+        size = 0
+        for chunk in self.chunks(kind):
+            target.write(chunk)
+            size += len(chunk)
+        return size
+
+    def lines(self, kind: Kind) -> Iterator[bytes]:
+        """
+        Yield the lines of a result file, without their line ends and without blank ones.
+
+        :raises IncompleteResultsError: fewer rows came than the batch's own counts promise.
+        """
+        rows = 0
+        for line in LineReader(_Chunks(self.chunks(kind))):
+            if line is None:
+                raise IncompleteResultsError(
+                    f"The {kind} file of batch {self.batch.id} has a line too long to read after line {rows}",
+                    batch_id=self.batch.id,
+                )
+            if line.strip():
+                rows += 1
+                yield line
+        self.check_rows(kind, rows)
+
+    def check_rows(self, kind: Kind, rows: int) -> None:
+        """
+        Compare the rows read with the batch's own counts.
+
+        :raises IncompleteResultsError: successful rows are missing.
+        """
+        counts = self.batch.request_counts
+        promised = counts.completed if kind == "output" else counts.failed
+        if rows >= promised:
+            return
+        story = f"The {kind} file of batch {self.batch.id} has {rows} rows, but the batch counts {promised}"
+        if kind == "output":
+            raise IncompleteResultsError(
+                f"{story}. The rows are paid for and kept for 30 days; a retry downloads them again.",
+                batch_id=self.batch.id,
+            )
+        log.warning("%s; the others count as missing", story)
+
+
+class _Chunks:
+    """An iterator of pieces that reads like a stream, whatever size is asked for."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Return the next piece, or ``b""`` at the end."""
+        return next((chunk for chunk in self._chunks if chunk), b"")
