@@ -5,14 +5,14 @@
         assert airflow.wait_for_run("my_dag", run_id) == "success"
 
 Airflow 3: api-server, scheduler (LocalExecutor), dag-processor, triggerer. Airflow 2.11: scheduler
-(SequentialExecutor, the only one that sqlite allows there) and triggerer. The intervals at which Airflow looks
-at things are set low, so that a test waits for its own work and not for Airflow's clocks.
+(SequentialExecutor, the only one that sqlite allows there) and triggerer. The intervals at which Airflow
+looks at things are set low, so that a test waits for its own work and not for Airflow's clocks.
 
 States, XComs and trigger rows are read straight from the database, read-only: that is the same on every
 version and does not depend on a server being up, which matters in tests that kill servers. Changes go where a
 person's would go: through the REST API on Airflow 3, through Airflow's own functions on 2.11.
 
-Needs psutil and cryptography, which every Airflow installs; `python` may have another Airflow than the caller.
+Needs psutil and cryptography, which every Airflow installs; `python` may have another one than the caller.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _decode(value: Any) -> Any:
     return value
 
 
-# Run by the interpreter with Airflow 2.11, which offers these nowhere but in its webserver, or not to a single task.
+# Run by the interpreter with Airflow 2.11, which offers these nowhere but in its webserver.
 _AIRFLOW_2_ACTION = """
 import json, sys
 from airflow.models import DagBag, DagModel
@@ -256,11 +256,11 @@ class LiveAirflow:
     :param home: AIRFLOW_HOME, made when missing; must not hold an older database
     :param dags: the DAG folder
     :param python: interpreter with Airflow and the provider
-    :param env: added to every component's environment (`AIRFLOW_CONN_...`, `AIRFLOW__SECTION__KEY`); it wins over
-        this class's own settings
+    :param env: added to every component's environment (`AIRFLOW_CONN_...`, `AIRFLOW__SECTION__KEY`); wins
+        over this class's own settings
     :param task_heartbeat_timeout: seconds after which the scheduler gives up a task whose supervisor is gone
-    :param triggerer_timeout: seconds after which another triggerer takes over the triggers of a dead one; lower,
-        and on a busy machine it takes them from a live one
+    :param triggerer_timeout: seconds after which another triggerer takes over the triggers of a dead one;
+        lower, and on a busy machine it takes them from a live one
     :param start_timeout: seconds for all components to become healthy
     :param cache: folder for the migrated template database (default: the interpreter's environment)
     """
@@ -427,7 +427,7 @@ class LiveAirflow:
     def kill(self, component: str, sig: int = signal.SIGKILL, *, tree: bool | None = None) -> None:
         """Send a signal to a component and wait until it has ended.
 
-        SIGKILL goes to its whole tree, as when its container dies (the scheduler's takes the running tasks along),
+        SIGKILL goes to its whole tree, as when its container dies (the scheduler's includes running tasks),
         any other signal to its main process, for an orderly stop. `tree` overrides that.
         """
         part = self.components[component]
