@@ -1,8 +1,8 @@
 """
 Answers of the emulated models.
 
-An answer is a pure function of the model, the messages, the parameters and the custom id: never of the batch, the
-time or chance. Two runs over the same rows therefore give the same bytes, down to ids and usage.
+An answer is a pure function of the model, the messages, the parameters and the custom id: never of the batch,
+the time or chance. Two runs over the same rows therefore give the same bytes, down to ids and usage.
 """
 
 from __future__ import annotations

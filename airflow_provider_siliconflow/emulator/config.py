@@ -32,8 +32,8 @@ class EmulatorConfig:
     """
     Behaviour of the emulated service.
 
-    Durations in *service* seconds are divided by ``speed``; those in *wall* seconds are not, because they say how
-    long a client sees something odd.
+    Durations in *service* seconds are divided by ``speed``; those in *wall* seconds are not, because they say
+    how long a client sees something odd.
 
     :param speed: how many times faster than the real service batches run.
     :param queue_seconds: service seconds a batch stays ``in_queue``.

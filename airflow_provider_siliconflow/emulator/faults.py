@@ -60,12 +60,13 @@ class Fault:
     """
     One rule.
 
-    Kinds that leave the work undone: ``status``, ``html``, ``redirect``, ``reset``; ``hold`` waits, then works.
+    Kinds that leave the work undone: ``status``, ``html``, ``redirect``, ``reset``;
+    ``hold`` waits, then works.
     Kinds that do the work first: ``status-after``, ``reset-after``, ``slow``, ``cut``, ``truncated-json``,
     ``empty``, ``hold-after``.
 
-    :param match: method and path, as ``POST /batches``, ``GET /batches/*``, ``* /files`` or ``GET storage``; a
-        star is one part of the path.
+    :param match: method and path, as ``POST /batches``, ``GET /batches/*``, ``* /files`` or ``GET storage``;
+        a star is one part of the path.
     :param kind: one of ``KINDS``.
     :param times: how many requests it hits; -1 is for ever.
     :param skip: how many matching requests pass first.
@@ -95,7 +96,7 @@ class Fault:
             raise ValueError(f"there is no fault kind {self.kind!r}; known: {', '.join(KINDS)}")
         if not re.fullmatch(r"(\*|[A-Z]+) (/|storage).*", self.match):
             raise ValueError(
-                f"a fault matches a method and a path like 'GET /batches/*' or 'GET storage', not {self.match!r}",
+                f"a fault matches a method and a path like 'GET /files' or 'GET storage', not {self.match!r}",
             )
         name, default = _KINDS[self.kind]
         if name and getattr(self, name) is None:

@@ -2,8 +2,8 @@
 State and rules of the emulated service: no HTTP and no event loop.
 
 Every method may be called from any thread. Reading a batch costs the same whatever its size and however many
-there are: its state is computed from the clock. Uploads, result files and creations under ``row_error_rate`` read
-a whole file.
+there are: its state is computed from the clock. Uploads, result files and creations under ``row_error_rate``
+read a whole file.
 """
 
 from __future__ import annotations
@@ -272,8 +272,8 @@ class EmulatedService:
         :param source: a path, or the content in chunks.
         :param take: move the file at ``source`` in place of copying it.
         :return: the answer of ``POST /files``.
-        :raises ServiceError: 400 for a wrong purpose or a file over a limit. Wrong lines are no error here: they
-            fail the batch.
+        :raises ServiceError: 400 for a wrong purpose or a file over a limit. Wrong lines are no error here:
+            they fail the batch.
         """
         spooled = Path(source) if take and isinstance(source, (str, Path)) else self._spool(source)
         try:
@@ -346,7 +346,7 @@ class EmulatedService:
     # -- batches ----------------------------------------------------------------------------------------
 
     def creation_is_slow(self, request: object) -> bool:
-        """Return whether :meth:`create_batch` has to read a file, so that no event loop should wait for it."""
+        """Return whether :meth:`create_batch` reads a file, so that no event loop should wait for it."""
         return self.config.row_error_rate > 0 and isinstance(request, dict)
 
     def create_batch(self, request: object) -> dict[str, Any]:
@@ -470,8 +470,8 @@ class EmulatedService:
         """
         Return the path of a result file, writing it if it is not on disk.
 
-        The bytes and the time of modification are always the same for a batch, so a download can be resumed even
-        after the file was dropped and written again.
+        The bytes and the time of modification are always the same for a batch, so a download can be resumed
+        even after the file was dropped and written again.
 
         :raises ServiceError: 404 when the batch has no such file.
         """

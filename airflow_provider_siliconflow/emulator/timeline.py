@@ -13,7 +13,7 @@ class Timeline(msgspec.Struct, kw_only=True):
     """
     Instants of a batch in epoch seconds.
 
-    ``fate`` is the status the batch ends with and ``fate_at`` when; a cancellation or control call changes them.
+    ``fate`` is the status the batch ends with, ``fate_at`` when; a cancellation or control call moves them.
     """
 
     created: float
