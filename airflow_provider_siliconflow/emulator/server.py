@@ -232,7 +232,6 @@ class EmulatorServer:
         self.request_counts[f"{request.method} {route}"] += 1
         fault = self.faults.take(request.method, target)
         trace = f"ti_{secrets.token_hex(8)}"
-        request["trace"] = trace
         status = 0
         try:
             if fault is None:
@@ -643,7 +642,11 @@ async def _cut(request: web.Request, response: web.StreamResponse, size: int) ->
     status = response.status
     if isinstance(response, web.FileResponse):
         path = response._path
-        whole = path.stat().st_size
+        found = path.stat()
+        whole = found.st_size
+        # As aiohttp makes it for the whole file: what a client compares when it goes on from here.
+        headers["ETag"] = f'"{found.st_mtime_ns:x}-{whole:x}"'
+        headers["Accept-Ranges"] = "bytes"
         first, last, _ = request.http_range.indices(whole)
         if request.http_range.start is not None:
             headers["Content-Range"] = f"bytes {first}-{last - 1}/{whole}"
@@ -655,7 +658,7 @@ async def _cut(request: web.Request, response: web.StreamResponse, size: int) ->
         content = body if isinstance(body, bytes) else b""
         length = len(content)
     headers["Content-Length"] = str(length)
-    headers[TRACE_HEADER] = request["trace"]
+    headers[TRACE_HEADER] = f"ti_{secrets.token_hex(8)}"
     shortened = web.StreamResponse(status=status, headers=headers)
     await shortened.prepare(request)
     await shortened.write(content[:size])
