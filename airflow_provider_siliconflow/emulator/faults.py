@@ -98,6 +98,8 @@ class Fault:
             raise ValueError(
                 f"a fault matches a method and a path like 'GET /files' or 'GET storage', not {self.match!r}",
             )
+        # Written as in a URL it means the same.
+        self.match = self.match.replace(" /v1/", " /", 1)
         name, default = _KINDS[self.kind]
         if name and getattr(self, name) is None:
             if default is None:

@@ -122,6 +122,11 @@ class EmulatorServer:
         self._runners.clear()
         self._workers.shutdown(wait=True, cancel_futures=True)
 
+    @property
+    def held(self) -> list[str]:
+        """The requests a fault holds at this moment, as ``METHOD /path``."""
+        return list(self._held.values())
+
     def release(self) -> int:
         """Let all held requests go on, and return how many there were."""
         held = list(self._held)
@@ -405,7 +410,7 @@ class EmulatorServer:
     async def _control_state(self, request: web.Request) -> web.StreamResponse:
         state = self.service.state(batches=request.query.get("batches") != "0")
         state["request_counts"] = dict(self.request_counts)
-        state["held"] = list(self._held.values())
+        state["held"] = self.held
         state["faults"] = [rule.as_dict() for rule in self.faults.rules]
         return _json(state)
 
@@ -539,6 +544,11 @@ class Emulator:
     def request_counts(self) -> dict[str, int]:
         """All requests so far by ``METHOD /route``, for example ``GET /batches/*``."""
         return dict(self.server.request_counts)
+
+    @property
+    def held(self) -> list[str]:
+        """The requests a fault holds at this moment, as ``METHOD /path``."""
+        return self.server.held
 
     @property
     def airflow_connection(self) -> str:

@@ -241,7 +241,7 @@ def test_batch_can_complete_while_it_is_cancelled(account: Account) -> None:
 
 
 def test_answers_are_the_same_bytes_in_every_run(tmp_path: Path) -> None:
-    written = []
+    written: list[bytes] = []
     for name, replace in (("one", None), ("two", {"model": "Qwen/QwQ-32B"}), ("three", None)):
         account = Account(tmp_path / name)
         account.clock.time += len(written) * 1000
@@ -408,7 +408,7 @@ def test_wrong_request_makes_no_batch(
 ) -> None:
     file_id = account.upload(rows(1))
     with pytest.raises(ServiceError) as refused:
-        account.create(**{"file_id": file_id, **change})  # type: ignore[arg-type]
+        account.create(**{"file_id": file_id, **change})
     assert (refused.value.status, refused.value.body["code"]) == (status, code)
     assert account.service.list_batches()["data"] == []
 

@@ -213,7 +213,7 @@ def test_fault_skips_and_matches_by_path(client: Client, emulator: Emulator) -> 
     polls = [client.call("GET", f"/batches/{batch['id']}").status_code for _ in range(4)]
     assert polls == [200, 503, 503, 200]
     emulator.faults.clear()
-    emulator.faults.add("GET /batches:status=500,times=-1")
+    emulator.faults.add("GET /v1/batches:status=500,times=-1")
     assert client.call("GET", f"/batches/{batch['id']}").status_code == 200
     assert [client.call("GET", "/batches").status_code for _ in range(3)] == [500] * 3
     client.control("DELETE", "faults")
@@ -229,13 +229,14 @@ def test_held_request_goes_on_when_released(
     answers: list[requests.Response] = []
     held = threading.Thread(target=lambda: answers.append(client.create(file_id)))
     held.start()
-    while not client.control("GET", "state")["held"]:
+    while not emulator.held:
         pass
-    assert client.control("GET", "state")["batch_count"] == made_meanwhile
+    state = client.control("GET", "state")
+    assert (state["batch_count"], state["held"]) == (made_meanwhile, ["POST /v1/batches"])
     assert client.control("POST", "release") == {"released": 1}
     held.join(timeout=20)
     assert answers[0].status_code == 200
-    assert client.control("GET", "state")["held"] == []
+    assert emulator.held == []
 
 
 @pytest.mark.parametrize(
@@ -278,7 +279,8 @@ def test_refused_upload_is_answered_and_leaves_nothing(client: Client, emulator:
     client.headers = {}
     assert client.call("POST", "/files", data={"purpose": "batch"}, files=big).status_code == 401
     client.headers = {"Authorization": "Bearer sk-test"}
-    for form in ({"data": {"purpose": "batch"}}, {"files": big}, {"json": {}}):
+    forms: list[dict[str, Any]] = [{"data": {"purpose": "batch"}}, {"files": big}, {"json": {}}]
+    for form in forms:
         assert client.call("POST", "/files", **form).status_code == 400
     assert client.control("GET", "state")["files"] == []
 
@@ -288,7 +290,7 @@ def test_closed_emulator_frees_its_port_and_thread() -> None:
         client = Client(emulator)
         stuck = threading.Thread(target=lambda: client.call("GET", "/models"))
         stuck.start()
-        while not client.control("GET", "state")["held"]:
+        while not emulator.held:
             pass
     stuck.join(timeout=20)
     with pytest.raises(requests.ConnectionError):
