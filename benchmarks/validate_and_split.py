@@ -3,8 +3,8 @@ Validating and splitting a request file: MB/s and peak RSS, against the same che
 
     python benchmarks/validate_and_split.py --rows 300000 --chars 900
 
-Both sides read the same file, check every line, keep custom ids to tell duplicates, hash and write shards of 5,000
-lines. Each side runs in a process of its own, alternately, several times; the best time of each counts.
+Both sides read the same file, check every line, keep custom ids to tell duplicates, hash and write shards of
+5,000 lines. Each side runs in a process of its own, alternately, several times; the best time of each counts.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
+        nothing(options.source, options.work_dir)
         start, cpu = time.perf_counter(), time.process_time()
         SIDES[options.run](options.source, options.work_dir / "shards")
         figures = {
@@ -138,8 +139,8 @@ def main() -> None:
         run = best[side]
         wall = min(each["seconds"] for each in runs[side])
         print(
-            f"{side:12} {megabytes / run['cpu']:7.0f} MB per CPU second, {megabytes / wall:7.0f} MB/s by the clock, "
-            f"peak RSS {max(each['rss'] for each in runs[side]):6.1f} MiB"
+            f"{side:12} {megabytes / run['cpu']:7.0f} MB per CPU second, {megabytes / wall:7.0f} MB/s by the "
+            f"clock, peak RSS {max(each['rss'] for each in runs[side]):6.1f} MiB"
         )
     print(f"{'imports':12} peak RSS {best['imports']['rss']:.1f} MiB")
     print(f"ratio by CPU {best['stdlib json']['cpu'] / best['ours']['cpu']:.2f}x (goal 2x)")

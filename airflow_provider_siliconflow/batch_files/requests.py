@@ -37,6 +37,8 @@ METHOD = "POST"
 #: Problems collected before the search stops.
 MAX_PROBLEMS = 20
 
+_CLOSING_BRACE, _QUOTE, _BRACKET, _NULL = b'}"[n'
+
 ROLES = ("system", "user", "assistant")
 
 NonEmptyText = Annotated[str, msgspec.Meta(min_length=1)]
@@ -48,7 +50,8 @@ class _Part(msgspec.Struct, gc=False):
 
 class _Message(msgspec.Struct, gc=False):
     role: Literal["system", "user", "assistant"]
-    content: str | list[_Part] | None
+    # Decoding a text only to throw it away is what would cost most; _text_bytes looks at its kind.
+    content: msgspec.Raw
 
 
 Messages = Annotated[list[_Message], msgspec.Meta(min_length=1)]
@@ -79,6 +82,7 @@ class _Row(msgspec.Struct, gc=False):
 
 _decode_full_line = msgspec.json.Decoder(_FullLine).decode
 _decode_row = msgspec.json.Decoder(_Row).decode
+_decode_parts = msgspec.json.Decoder(list[_Part]).decode
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 # ValidationError and UnicodeDecodeError are ValueErrors, msgspec's DecodeError is not in every version.
@@ -111,7 +115,7 @@ class RequestRow(msgspec.Struct, frozen=True, gc=False):
     :param line: compact JSON, UTF-8.
     :param custom_id: the row's own or numbered one.
     :param model: ``body.model``, if the row names one.
-    :param prompt_tokens: an estimate, see :func:`estimate_tokens`.
+    :param prompt_tokens: an estimate: a quarter per ASCII character of the messages, one per other character.
     """
 
     line: bytes
@@ -211,29 +215,44 @@ class CustomIdSet:
                     )
 
 
-def estimate_tokens(messages: Iterable[_Message]) -> int:
+def _text_bytes(messages: list[_Message]) -> int:
+    """
+    Return the size of the messages' text.
+
+    :raises ValueError: the messages are not a prompt: a content of the wrong kind, or no user at the end.
+    """
+    size = kind = 0
+    for message in messages:
+        content = memoryview(message.content)
+        kind = content[0]
+        if kind == _QUOTE:
+            size += len(content) - 2
+        elif kind == _BRACKET:
+            size += sum(len(part.text.encode()) for part in _decode_parts(content))
+        elif kind != _NULL:
+            raise ValueError("content")
+    if kind == _NULL or message.role != "user":
+        raise ValueError("last message")
+    return size
+
+
+def _estimate_tokens(line: bytes, text_bytes: int) -> int:
     """
     Estimate the prompt tokens of a request: a quarter per ASCII character, one per other character.
 
-    Only the messages' text counts. It is a figure for a plan, not for a bill.
+    Only the messages' text counts, and all of the line beyond ASCII is taken to be in it. A figure for a plan,
+    not for a bill.
+
+    :raises UnicodeDecodeError: the line is not UTF-8; the decoder does not look into what it passes over.
     """
-    tokens = 0
-    for message in messages:
-        content = message.content
-        if content.__class__ is str:
-            tokens += _estimate_text(content)
-        elif content:
-            tokens += sum(_estimate_text(part.text) for part in content if isinstance(part, _Part))
-    return tokens
-
-
-def _estimate_text(text: str) -> int:
-    length = len(text)
-    if text.isascii():
-        return (length + 3) >> 2
-    # Characters beyond ASCII are mostly of three bytes: two more than they are characters.
-    wide = (len(text.encode()) - length + 1) >> 1
-    return wide + ((length - min(wide, length) + 3) >> 2)
+    escaped = line.count(b"\\u")
+    if line.isascii():
+        wide = 0
+    else:
+        # Such characters are mostly of three bytes: two more than they are characters.
+        wide = (len(line) - len(line.decode()) + 1) >> 1
+    narrow = text_bytes - 3 * wide - 6 * escaped
+    return wide + escaped + (max(narrow, 0) + 3 >> 2)
 
 
 def check_request_file(
@@ -305,13 +324,12 @@ def check_request_file(
 def _accept(line: bytes) -> _FullLine | None:
     try:
         request = _decode_full_line(line)
-        # The decoder passes over the text of fields it does not know without decoding it.
+        _text_bytes(request.body.messages)
         if not line.isascii():
             line.decode()
     except _REFUSED:
         return None
-    last = request.body.messages[-1]
-    return request if last.role == "user" and last.content is not None else None
+    return request
 
 
 def _custom_ids_of(stream: Any, rows: int) -> Iterator[tuple[int, str]]:
@@ -345,27 +363,83 @@ def read_rows(
     :raises InvalidInputError: ``requests`` or ``defaults`` as a whole is of a wrong kind.
     """
     complete = _Completer(defaults or {})
-    lines = _lines_of(requests, problems, max_bytes)
-    return _request_rows(lines, complete, problems, max_bytes)
+    if isinstance(requests, str | bytes | bytearray | Mapping):
+        raise InvalidInputError(
+            f"requests must be a file or a sequence of rows, not one {type(requests).__name__}: "
+            "put a single row into a list, give a file as a path object"
+        )
+    if callable(getattr(requests, "open", None)):
+        return _rows_of_file(requests, complete, problems, max_bytes)  # type: ignore[arg-type]
+    if not isinstance(requests, Iterable):
+        raise InvalidInputError(
+            f"requests must be a file or a sequence of rows, not {type(requests).__name__}"
+        )
+    return _request_rows(_lines_of_objects(requests), complete, problems, max_bytes)
+
+
+def _rows_of_file(
+    source: Source, complete: _Completer, problems: Problems, max_bytes: int
+) -> Iterator[RequestRow]:
+    with source.open("rb") as stream:
+        lines = LineReader(stream, longest=min(max_bytes, LONGEST_LINE))
+        yield from _request_rows(lines, complete, problems, max_bytes)
 
 
 def _request_rows(
-    lines: Iterator[tuple[int, bytes]], complete: _Completer, problems: Problems, max_bytes: int
+    lines: Iterable[bytes | LineProblem | None], complete: _Completer, problems: Problems, max_bytes: int
 ) -> Iterator[RequestRow]:
-    for number, given in lines:
+    decode = _decode_row
+    as_it_is = not complete.adds_defaults
+    blank: list[int] = []
+    for number, given in enumerate(lines, 1):
+        if not isinstance(given, bytes):
+            if given is None:
+                problems.add(number, "the line is too long for a request; is this a JSONL file?")
+            else:
+                problems.add(number, given.reason, given.custom_id)
+            continue
+        # This loop is what a million rows wait for: a line that is whole goes through this half of it only.
         try:
-            row = complete(number, given)
+            row = decode(given)
+            body = row.body
+            if (
+                as_it_is
+                and body is not UNSET
+                and row.custom_id is not UNSET
+                and row.url is not UNSET
+                and row.method is not UNSET
+                and given[-1] == _CLOSING_BRACE
+                and len(given) < max_bytes
+                and not blank
+            ):
+                tokens = _estimate_tokens(given, _text_bytes(body.messages))
+                yield RequestRow(given, row.custom_id, body.model or None, tokens)
+                continue
         except _REFUSED:
-            row = None
-        if row is None:
-            custom_id, reason = explain(given, as_row=True)
+            pass
+        # A file's byte order mark and line ends are no fault here: the lines are written anew anyway.
+        line = (given.removeprefix(codecs.BOM_UTF8) if number == 1 else given).strip(b" \t\r")
+        if not line:
+            if len(blank) < MAX_PROBLEMS:
+                blank.append(number)
+            continue
+        while blank:
+            problems.add(blank.pop(0), "the line is blank; remove it")
+        try:
+            request = complete(number, line)
+        except _REFUSED:
+            request = None
+        if request is None:
+            custom_id, reason = explain(line, as_row=True)
             problems.add(number, reason, custom_id)
-        elif len(row.line) >= max_bytes:
+        elif len(request.line) >= max_bytes:
             problems.add(
-                number, f"the request is larger than the {max_bytes} bytes of a whole batch", row.custom_id
+                number,
+                f"the request is larger than the {max_bytes} bytes of a whole batch",
+                request.custom_id,
             )
         else:
-            yield row
+            yield request
 
 
 class _Completer:
@@ -382,6 +456,8 @@ class _Completer:
             self._defaults = {key: msgspec.Raw(to_json(value)) for key, value in defaults.items()}
         except (TypeError, ValueError, RecursionError) as exc:
             raise InvalidInputError(f"defaults cannot be written as JSON: {exc}") from exc
+        #: Whether a line that is whole may lack something nevertheless.
+        self.adds_defaults = bool(defaults)
         model = defaults.get("model")
         if model is not None and not isinstance(model, str):
             raise InvalidInputError(f"defaults['model'] must be a string, not {model!r}")
@@ -393,8 +469,6 @@ class _Completer:
             prompt = msgspec.json.decode(line, type=str)
             line = b'{"messages":[{"role":"user","content":' + to_json(prompt) + b"}]}"
         row = _decode_row(line)
-        if not line.isascii():
-            line.decode()
         body = row.body
         if body is not UNSET:
             messages, model = body.messages, body.model
@@ -402,9 +476,7 @@ class _Completer:
             messages, model = row.messages, row.model
         else:
             return None
-        last = messages[-1]
-        if last.role != "user" or last.content is None:
-            return None
+        tokens = _estimate_tokens(line, _text_bytes(messages))
         custom_id = row.custom_id
         if custom_id is UNSET or body is UNSET or row.method is UNSET or row.url is UNSET or self._defaults:
             if custom_id is UNSET:
@@ -412,7 +484,7 @@ class _Completer:
             line, defaulted = self._rebuild(line, custom_id)
             if "model" in defaulted:
                 model = self._default_model
-        return RequestRow(line, custom_id, model or None, estimate_tokens(messages))
+        return RequestRow(line, custom_id, model or None, tokens)
 
     def _rebuild(self, line: bytes, custom_id: str) -> tuple[bytes, set[str]]:
         fields = _decode_fields(line)
@@ -432,59 +504,20 @@ class _Completer:
         return msgspec.json.encode({**head, "body": raw_body, **fields}), set(lacking)
 
 
-def _lines_of(
-    requests: Source | Iterable[Any], problems: Problems, max_bytes: int
-) -> Iterator[tuple[int, bytes]]:
-    if isinstance(requests, str | bytes | bytearray | Mapping):
-        raise InvalidInputError(
-            f"requests must be a file or a sequence of rows, not one {type(requests).__name__}: "
-            "put a single row into a list, give a file as a path object"
-        )
-    opener = getattr(requests, "open", None)
-    if callable(opener):
-        return _lines_of_file(requests, problems, max_bytes)  # type: ignore[arg-type]
-    if not isinstance(requests, Iterable):
-        raise InvalidInputError(
-            f"requests must be a file or a sequence of rows, not {type(requests).__name__}"
-        )
-    return _lines_of_objects(requests, problems)
-
-
-def _lines_of_file(source: Source, problems: Problems, max_bytes: int) -> Iterator[tuple[int, bytes]]:
-    longest = min(max_bytes, LONGEST_LINE)
-    blank: list[int] = []
-    with source.open("rb") as stream:
-        # The line ends of a file from elsewhere are not the author's fault: shards are written anew anyway.
-        for number, line in enumerate(LineReader(stream, longest=longest + 4), 1):
-            if line is None:
-                problems.add(number, f"the line is longer than {longest} bytes; is this a JSONL file?")
-                continue
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line[:1] != b"{" or line[-1:] != b"}":
-                line = line.strip(b" \t\r")
-            if not line:
-                if len(blank) < MAX_PROBLEMS:
-                    blank.append(number)
-                continue
-            while blank:
-                problems.add(blank.pop(0), "the line is blank; remove it")
-            yield number, line
-
-
-def _lines_of_objects(rows: Iterable[Any], problems: Problems) -> Iterator[tuple[int, bytes]]:
+def _lines_of_objects(rows: Iterable[Any]) -> Iterator[bytes | LineProblem]:
     for number, row in enumerate(rows, 1):
         if isinstance(row, Mapping):
             row = dict(row)
         elif not isinstance(row, str):
-            problems.add(number, f"the row is of type {type(row).__name__}; give a dict or a prompt string")
+            reason = f"the row is of type {type(row).__name__}; give a dict or a prompt string"
+            yield LineProblem(number, reason)
             continue
         try:
-            yield number, to_json(row)
+            yield to_json(row)
         except (TypeError, ValueError, RecursionError) as exc:
             custom_id = row.get("custom_id") if isinstance(row, dict) else None
             reason = f"the row cannot be written as JSON: {exc}"
-            problems.add(number, reason, custom_id if isinstance(custom_id, str) else None)
+            yield LineProblem(number, reason, custom_id if isinstance(custom_id, str) else None)
 
 
 def to_json(value: Any) -> bytes:

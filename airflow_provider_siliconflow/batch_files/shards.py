@@ -25,6 +25,9 @@ from airflow_provider_siliconflow.batch_files.sources import ByteWriter, Directo
 #: Bytes of lines gathered before they are hashed and written: both cost by the call.
 _BLOCK_BYTES = 1 << 18
 
+#: Lines handed to the writer at once, for the same reason.
+_LINES_AT_ONCE = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -116,19 +119,23 @@ def split_requests(
     """
     problems = Problems(name)
     custom_ids = CustomIdSet()
-    models: set[str | None] = set()
+    models: set[str] = set()
     without_model = prompt_tokens = 0
     add_id = custom_ids.add
     with ShardWriter(work_dir, max_rows=max_rows, max_bytes=max_bytes) as writer:
-        add_line = writer.add
+        lines: list[bytes] = []
         for row in read_rows(requests, problems, defaults=defaults, max_bytes=max_bytes):
-            add_line(row.line)
+            lines.append(row.line)
+            if len(lines) == _LINES_AT_ONCE:
+                writer.extend(lines)
+                lines.clear()
             add_id(row.custom_id)
             prompt_tokens += row.prompt_tokens
             if row.model is None:
                 without_model += 1
             else:
                 models.add(row.model)
+        writer.extend(lines)
     shards = writer.shards
     if suspects := custom_ids.suspects():
         # What was written holds every row but the refused ones, so it names the lines of a list as well.
@@ -142,7 +149,7 @@ def split_requests(
         shards=shards,
         rows=sum(shard.rows for shard in shards),
         bytes=sum(shard.bytes for shard in shards),
-        models=tuple(sorted(filter(None, models))),
+        models=tuple(sorted(models)),
         rows_without_model=without_model,
         prompt_tokens=prompt_tokens,
     )
@@ -173,8 +180,8 @@ def select_rows(
     Write new shards of chosen rows, their lines byte for byte.
 
     :param shards: the shards to choose from.
-    :param chosen: for each of them, a ``bytearray`` with a byte per row that is not 0 where the row is chosen,
-        or the set of chosen positions.
+    :param chosen: for each of them, a ``bytearray`` with a byte per row that is not 0 where the row is
+        chosen, or the set of chosen positions.
     :param work_dir: folder for the new shards; created if need be.
     :return: the new shards; each tells in ``sources`` where its rows come from.
     """
@@ -239,6 +246,20 @@ class ShardWriter:
             self._sources.append(source)
         if self._block_bytes >= _BLOCK_BYTES:
             self._flush()
+
+    def extend(self, lines: Sequence[bytes]) -> None:
+        """Write lines, as :meth:`add` does one by one."""
+        size = sum(map(len, lines)) + len(lines)
+        if self._rows + len(lines) <= self._max_rows and self._bytes + size <= self._max_bytes:
+            self._block += lines
+            self._rows += len(lines)
+            self._bytes += size
+            self._block_bytes += size
+            if self._block_bytes >= _BLOCK_BYTES:
+                self._flush()
+        else:
+            for line in lines:
+                self.add(line)
 
     def __enter__(self) -> ShardWriter:
         self._work_dir.mkdir(parents=True, exist_ok=True)

@@ -300,3 +300,10 @@ def test_defaults_that_cannot_be_body_parameters_are_refused(defaults):
 def test_the_estimate_counts_text_only_and_takes_wide_characters_for_tokens():
     rows = read_rows(["a" * 40, "中文" * 10, "中aaaa"], Problems("x"))
     assert [row.prompt_tokens for row in rows] == [10, 20, 2]
+    content = [
+        {"type": "image_url", "image_url": {"url": "data:" + "a" * 99}},
+        {"type": "text", "text": "中aaaa"},
+    ]
+    escaped = line(body={"messages": [{"role": "user", "content": "中aaaa"}]})
+    parts = line("b", body={"messages": [{"role": "user", "content": content}]})
+    assert [row.prompt_tokens for row in read_rows(Bytes(escaped + parts), Problems("x"))] == [2, 2]

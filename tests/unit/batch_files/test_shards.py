@@ -99,16 +99,6 @@ def test_blank_lines_in_the_middle_are_named(tmp_path):
     assert [problem.line for problem in caught.value.problems] == [2, 3]
 
 
-def test_a_failed_write_is_not_taken_for_a_shard(tmp_path):
-    def rows():
-        yield from prompts(3)
-        raise OSError("the source broke")
-
-    with pytest.raises(OSError, match="the source broke"):
-        split_requests(rows(), tmp_path, name="x", max_rows=2)
-    assert sum(1 for path in tmp_path.iterdir() for _ in path.open()) == 2
-
-
 @given(st.lists(st.booleans(), min_size=10, max_size=10), st.booleans())
 def test_selected_rows_keep_their_bytes_and_tell_their_shards(tmp_path_factory, wanted, as_bitmap):
     work_dir = tmp_path_factory.mktemp("select")
