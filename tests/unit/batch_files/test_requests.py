@@ -304,6 +304,5 @@ def test_the_estimate_counts_text_only_and_takes_wide_characters_for_tokens():
         {"type": "image_url", "image_url": {"url": "data:" + "a" * 99}},
         {"type": "text", "text": "中aaaa"},
     ]
-    escaped = line(body={"messages": [{"role": "user", "content": "中aaaa"}]})
-    parts = line("b", body={"messages": [{"role": "user", "content": content}]})
-    assert [row.prompt_tokens for row in read_rows(Bytes(escaped + parts), Problems("x"))] == [2, 2]
+    [row] = read_rows([{"messages": [{"role": "user", "content": content}]}], Problems("x"))
+    assert row.prompt_tokens == 2
