@@ -39,5 +39,22 @@ def get_provider_info() -> dict[str, Any]:
                 "ui-field-behaviour": behaviour,
             }
         ],
+        "config": {
+            "siliconflow": {
+                "description": "Settings of the SiliconFlow provider.",
+                "options": {
+                    "task_state_store": {
+                        "description": (
+                            "Record submissions in Airflow's task state store (Airflow 3.3+). Without it a "
+                            "retry finds what an earlier try submitted by searching the account."
+                        ),
+                        "version_added": "0.1.0",
+                        "type": "boolean",
+                        "example": None,
+                        "default": "True",
+                    }
+                },
+            }
+        },
         "extra-links": [f"{_PACKAGE}.links.batch.BatchConsoleLink"],
     }

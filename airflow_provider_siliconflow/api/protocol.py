@@ -6,6 +6,7 @@ Both clients go through this module, so they differ in nothing but how bytes tra
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
@@ -13,7 +14,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote, urlencode, urljoin, urlsplit
@@ -118,6 +119,12 @@ class ClientSettings:
             "Accept": "application/json",
             "User-Agent": "airflow-provider-siliconflow",
         }
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest that is the same for equal settings."""
+        values = json.dumps(asdict(self), sort_keys=True).encode()
+        return hashlib.sha256(values).hexdigest()
 
     def owns(self, url: str) -> bool:
         """Whether a URL has the API's own origin, so that the key may go there."""

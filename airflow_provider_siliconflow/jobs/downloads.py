@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, Literal, Protocol
 
-from airflow_provider_siliconflow.api.exceptions import BatchError, IncompleteResultsError
-from airflow_provider_siliconflow.api.models import Batch, BatchStatus
+from airflow_provider_siliconflow.api.exceptions import BatchError, IncompleteResultsError, SiliconFlowError
+from airflow_provider_siliconflow.api.models import Batch, BatchResult, BatchStatus
 from airflow_provider_siliconflow.batch_files.sources import LineReader
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
 
@@ -39,17 +40,24 @@ class ResultFiles:
     :param api: the calls.
     :param batch_id: the batch; it is read anew, since a signature may have aged.
     :param clock: time.
+    :param patience: pauses, in seconds, while a file that must exist is not named yet.
     :raises BatchError: the batch has not ended.
     :raises IncompleteResultsError: rows succeeded, but the service names no file with them.
     """
 
-    def __init__(self, api: ResultAPI, batch_id: str, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        api: ResultAPI,
+        batch_id: str,
+        clock: Clock | None = None,
+        *,
+        patience: Sequence[float] = LATE_FILE_PATIENCE,
+    ) -> None:
         self._api = api
         self._clock: Clock = clock or SystemClock()
-        self.batch = self._settled(batch_id)
+        self.batch = self._settled(batch_id, iter(patience))
 
-    def _settled(self, batch_id: str) -> Batch:
-        pauses = iter(LATE_FILE_PATIENCE)
+    def _settled(self, batch_id: str, pauses: Iterator[float]) -> Batch:
         while True:
             batch = self._api.get_batch(batch_id)
             if not batch.is_terminal:
@@ -138,6 +146,24 @@ class ResultFiles:
                 batch_id=self.batch.id,
             )
         log.warning("%s; the others count as missing", story)
+
+
+def commonest_error(api: ResultAPI, batch: Batch) -> str | None:
+    """
+    Return the commonest error message of a batch's rows, with its count; ``None`` where none can be read.
+
+    :param batch: an ended batch.
+    """
+    messages: Counter[str] = Counter()
+    try:
+        for chunk in ResultFiles(api, batch.id, patience=()).lines("error"):
+            messages[BatchResult.model_validate_json(chunk).error_message or "no reason given"] += 1
+    except (SiliconFlowError, ValueError) as exc:
+        log.warning("The error file of batch %s cannot be read: %s", batch.id, exc)
+    if not messages:
+        return None
+    (message, rows), *_ = messages.most_common(1)
+    return f"{message} ({rows} rows)"
 
 
 class _Chunks:

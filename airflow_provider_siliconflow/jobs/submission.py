@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from airflow_provider_siliconflow.api import protocol
 from airflow_provider_siliconflow.api.exceptions import (
@@ -25,6 +25,7 @@ from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Search = Literal["none", "once", "patiently"]
 
 #: Pauses between searches while a listing may lag behind, in seconds: a minute in all.
 LIST_PATIENCE = (2.0, 3.0, 5.0, 10.0, 15.0, 25.0)
@@ -104,7 +105,8 @@ class Submission:
 
     :param api: the calls.
     :param ledger: what outlives a try.
-    :param first_try: whether no earlier try of this generation can have sent anything.
+    :param earlier_tries: how hard they are to be looked for where the ledger is not complete: ``"none"`` when
+        there was no earlier try, ``"once"``, or ``"patiently"`` since the account may list a batch late.
     :param since: no earlier try can have sent anything before this time (epoch seconds).
     :param clock: time.
     """
@@ -114,13 +116,13 @@ class Submission:
         api: BatchAPI,
         *,
         ledger: Ledger,
-        first_try: bool,
+        earlier_tries: Search,
         since: float,
         clock: Clock | None = None,
     ) -> None:
         self._api = api
         self._ledger = ledger
-        self._first_try = first_try
+        self._earlier_tries = earlier_tries
         self._clock: Clock = clock or SystemClock()
         self._since = max(since - CLOCK_SKEW, self._clock.time() - MAX_AGE)
         self._found: dict[str, list[Batch]] = {}
@@ -136,15 +138,15 @@ class Submission:
         :raises SiliconFlowError: the service refused; no batch was created.
         """
         entry = self._ledger.get(work.key)
-        may_exist = bool(entry) or not (self._first_try or self._ledger.complete)
+        patience = self._patience(entry)
         if entry and entry.get("batch_id"):
             batch = self._read(entry["batch_id"])
             if batch is not None and self._may_adopt(batch):
                 return batch
             # A try that submitted after this batch had died would have left an intent instead of its id.
-            may_exist = batch is None
-        if may_exist:
-            batch = self._search(work, LIST_PATIENCE)
+            patience = LIST_PATIENCE if batch is None else None
+        if patience is not None:
+            batch = self._search(work, patience)
             if batch is not None:
                 self._ledger.set(work.key, {"batch_id": batch.id})
                 return batch
@@ -157,6 +159,14 @@ class Submission:
         )
         self._ledger.set(work.key, {"batch_id": batch.id})
         return batch
+
+    def _patience(self, entry: dict[str, Any] | None) -> tuple[float, ...] | None:
+        """Return the pauses between searches for what an earlier try left; ``None`` when there is nothing."""
+        if entry:
+            return LIST_PATIENCE
+        if self._ledger.complete or self._earlier_tries == "none":
+            return None
+        return LIST_PATIENCE if self._earlier_tries == "patiently" else ()
 
     def find(self, work: BatchWork) -> Batch | None:
         """Search the account once for a live batch of this work."""
@@ -246,7 +256,7 @@ class Submission:
         if entry and entry.get("file_id"):
             log.info("Using file %s, uploaded by an earlier try", entry["file_id"])
             return UploadedFile(id=entry["file_id"], filename=filename, bytes=size)
-        if entry or not (self._first_try or self._ledger.complete):
+        if self._patience(entry) is not None:
             file = self._search_file(filename, size)
             if file is not None:
                 self._ledger.set(key, {"file_id": file.id})

@@ -8,6 +8,7 @@ asks it which batches are due, reads them, and hands in what it got.
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -99,6 +100,11 @@ class BatchWait:
         ready = [(state.due, batch_id) for batch_id, state in self._pending.items() if state.due <= now]
         return [batch_id for _, batch_id in sorted(ready)[:MAX_CONCURRENT_POLLS]]
 
+    def make_all_due(self, now: float) -> None:
+        """Let every batch that has not ended be polled now, as a sensor's poke wants it."""
+        for state in self._pending.values():
+            state.due = min(state.due, now)
+
     def pause(self, now: float) -> float:
         """Return the seconds until the next poll is due or the deadline has come."""
         next_due = min((state.due for state in self._pending.values()), default=now)
@@ -113,7 +119,7 @@ class BatchWait:
         :raises BatchTimeoutError: it is; the batches are untouched.
         """
         deadline = self.deadline if self.deadline is not None else self._default_deadline()
-        if self.finished or deadline is None or now < deadline:
+        if self.finished or now < deadline:
             return
         states = ", ".join(
             f"{batch_id} ({state.seen.status if state.seen else 'never read'})"
@@ -126,14 +132,10 @@ class BatchWait:
             batch_id=next(iter(self._pending), None),
         )
 
-    def _default_deadline(self) -> float | None:
-        """Return an hour after the last batch's expiry, once every pending batch was read."""
-        ends = []
-        for state in self._pending.values():
-            if state.seen is None:
-                return None
-            ends.append(state.seen.expires_at or _longest_expiry(state.seen, self.now))
-        return max(ends) + EXPIRY_MARGIN if ends else None
+    def _default_deadline(self) -> float:
+        """Return an hour after the last expiry; without end while a pending batch was never read."""
+        seen = [state.seen for state in self._pending.values()]
+        return max(default_deadline(batch, self.now) if batch else math.inf for batch in seen)
 
     def observe(self, batch_id: str, batch: Batch, now: float) -> bool:
         """
@@ -149,7 +151,7 @@ class BatchWait:
             self.ended[batch_id] = batch
             del self._pending[batch_id]
             return True
-        state.due = now + self.poll_interval * random.uniform(0.8, 1.2)
+        state.due = now + max(self.poll_interval * random.uniform(0.8, 1.2), 0.01)
         return False
 
     def fault(self, batch_id: str, error: SiliconFlowError, now: float) -> None:
@@ -196,8 +198,10 @@ class BatchWait:
         log.info("%s", progress_line(batch, now))
 
 
-def _longest_expiry(batch: Batch, now: float) -> float:
-    return float(batch.created_at or now) + protocol.MAX_WINDOW_HOURS * 3600.0
+def default_deadline(batch: Batch, now: float) -> float:
+    """Return when a wait without a timeout ends: an hour after the batch expires, in epoch seconds."""
+    expiry = batch.expires_at or (batch.created_at or now) + protocol.MAX_WINDOW_HOURS * 3600.0
+    return expiry + EXPIRY_MARGIN
 
 
 def _utc(epoch: float) -> str:
@@ -256,6 +260,17 @@ def read_event(event: Any) -> list[Batch]:
         error.retryable = bool(event.get("retryable", error.retryable))
         raise error
     raise BatchError(f"The trigger sent an event this version does not know: {event!r}")
+
+
+def is_flawless(batch: Batch) -> bool:
+    """Whether a batch is known to have completed with every row successful."""
+    counts = batch.request_counts
+    return (
+        batch.status == BatchStatus.COMPLETED
+        and counts.total > 0
+        and counts.failed == 0
+        and counts.completed >= counts.total
+    )
 
 
 # Outcome ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,467 @@
+"""Operators for batches: upload, create, download, cancel."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import AirflowTaskTimeout, BaseOperator, conf
+
+from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
+from airflow_provider_siliconflow.links.batch import BatchConsoleLink
+from airflow_provider_siliconflow.task_context import (
+    may_end_in_trigger,
+    open_submission,
+    submitter_of,
+    task_errors,
+)
+from airflow_provider_siliconflow.triggers.batch import BatchTrigger
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+
+    from airflow_provider_siliconflow.api.models import Batch
+    from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter
+    from airflow_provider_siliconflow.jobs.submission import Submission
+
+#: Airflow's own limit on a deferral comes this many seconds after ours, as a backstop.
+_BACKSTOP = 900.0
+
+
+class _BatchOperator(BaseOperator):
+    """What all operators of this module share."""
+
+    template_fields: Sequence[str] = ("conn_id",)
+    operator_extra_links = (BatchConsoleLink(),)
+    ui_color = "#e8e4fb"
+
+    def __init__(
+        self, *, conn_id: str = SiliconFlowHook.default_conn_name, fail_fast: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.conn_id = conn_id
+        self.fail_fast = fail_fast
+
+    @cached_property
+    def hook(self) -> SiliconFlowHook:
+        """Return the hook for the connection."""
+        return SiliconFlowHook(conn_id=self.conn_id)
+
+
+class UploadBatchFileOperator(_BatchOperator):
+    """
+    Check a batch input file and upload it once; a retry finds the file that an earlier try uploaded.
+
+    :param input_path: path or URI (any scheme Airflow's ``ObjectStoragePath`` takes) of a JSONL file with at
+        most 5,000 lines and 1 GB. (templated)
+    :param conn_id: the connection. (templated)
+    :param fail_fast: fail at once, without the task's retries, where a retry cannot help.
+    :returns: the file id, also pushed to XCom as ``file_id``. The service keeps the file for 30 days.
+    """
+
+    template_fields: Sequence[str] = ("input_path", "conn_id")
+
+    def __init__(self, *, input_path: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.input_path = input_path
+
+    def execute(self, context: Context) -> str:
+        """Upload, and return the file id."""
+        with task_errors(fail_fast=self.fail_fast):
+            submission = open_submission(context, self.hook.get_conn())
+            file_id, _ = upload_once(self.hook, submission, submitter_of(context), self.input_path)
+        context["ti"].xcom_push(key="file_id", value=file_id)
+        return file_id
+
+
+def upload_once(
+    hook: SiliconFlowHook,
+    submission: Submission,
+    submitter: Submitter,
+    input_path: Any,
+    *,
+    needs_model: bool = False,
+) -> tuple[str, str]:
+    """
+    Check a file, and upload it unless an earlier try did.
+
+    :param needs_model: refuse lines that name no model.
+    :returns: file id, and the sha256 of the content.
+    """
+    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+    from airflow_provider_siliconflow.hooks.siliconflow import check_input, open_source
+    from airflow_provider_siliconflow.jobs.identity import upload_name
+
+    source = open_source(input_path)
+    summary = check_input(source, str(input_path))
+    if needs_model and summary.rows_without_model:
+        raise InvalidInputError(
+            f"{input_path}: {summary.rows_without_model} of {summary.rows} lines name no model in body.model; "
+            "add it, or name one for all with replace={'model': ...}. Nothing was uploaded."
+        )
+    client = hook.get_conn()
+    key = submitter.key(upload=summary.sha256, conn_id=hook.conn_id, host=client.settings.base_url)
+    name = upload_name(str(input_path), key)
+    file = submission.upload(
+        key, name, summary.bytes, lambda: client.upload_file(source, size=summary.bytes, filename=name)
+    )
+    hook.log.info("%s (%d rows, %d bytes) is file %s", input_path, summary.rows, summary.bytes, file.id)
+    return file.id, summary.sha256
+
+
+class CreateBatchOperator(_BatchOperator):
+    """
+    Create a batch exactly once and, if told to, wait until it has ended.
+
+    The batch carries the task's identity in its metadata. A retry finds the batch that an earlier try created,
+    whatever that try died of, and pays nothing again; a person's clear starts afresh. The batch id is pushed to
+    XCom as ``batch_id`` before any waiting begins.
+
+    :param input_file_id: an uploaded file. Give this or ``input_path``. (templated)
+    :param input_path: path or URI of a JSONL file, which is checked and uploaded first. (templated)
+    :param endpoint: only ``/v1/chat/completions``. (templated)
+    :param completion_window: ``"24h"`` to ``"336h"``, a number of hours or a ``timedelta``. (templated)
+    :param metadata: pairs of strings for the batch, at most 15 (16 with ``durable=False``). (templated)
+    :param replace: ``{"model": "..."}`` overrides the model of every line. (templated)
+    :param conn_id: the connection. (templated)
+    :param wait_for_completion: wait until the batch has ended, and fail if it did not succeed.
+    :param deferrable: wait in the triggerer, without a worker slot. Default: ``[operators]
+        default_deferrable``.
+    :param poll_interval: seconds between two looks at the batch.
+    :param timeout: seconds to wait; by default until an hour after the batch expires.
+    :param cancel_on_kill: cancel the batch when a person ends the task. While the task is deferred this needs
+        Airflow 3.3; on older versions the batch goes on.
+    :param cancel_on_timeout: cancel the batch when the wait times out. By default it is left alone: a retry
+        waits on.
+    :param fail_on_partial_error: fail when any row failed or expired; by default that is a warning.
+    :param allow_all_failed: let a batch pass of which not one row succeeded.
+    :param durable: find and adopt the batch of an earlier try. ``False`` submits on every try.
+    :param fail_fast: fail at once, without the task's retries, where a retry cannot help.
+    :returns: the batch id.
+    """
+
+    template_fields: Sequence[str] = (
+        "input_file_id",
+        "input_path",
+        "endpoint",
+        "completion_window",
+        "metadata",
+        "replace",
+        "conn_id",
+    )
+    template_fields_renderers = {"metadata": "json", "replace": "json"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        *,
+        input_file_id: str | None = None,
+        input_path: str | None = None,
+        endpoint: str = "/v1/chat/completions",
+        completion_window: str | int | timedelta = "24h",
+        metadata: dict[str, str] | None = None,
+        replace: dict[str, Any] | None = None,
+        wait_for_completion: bool = False,
+        deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
+        poll_interval: float = 60,
+        timeout: float | None = None,
+        cancel_on_kill: bool = True,
+        cancel_on_timeout: bool = False,
+        fail_on_partial_error: bool = False,
+        allow_all_failed: bool = False,
+        durable: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_wait_arguments(poll_interval=poll_interval, timeout=timeout)
+        self.input_file_id = input_file_id
+        self.input_path = input_path
+        self.endpoint = endpoint
+        self.completion_window = completion_window
+        self.metadata = metadata
+        self.replace = replace
+        self.wait_for_completion = wait_for_completion
+        self.deferrable = deferrable
+        self.poll_interval = poll_interval
+        self.timeout = timeout
+        self.cancel_on_kill = cancel_on_kill
+        self.cancel_on_timeout = cancel_on_timeout
+        self.fail_on_partial_error = fail_on_partial_error
+        self.allow_all_failed = allow_all_failed
+        self.durable = durable
+        self.batch_id: str | None = None
+        self._underway: tuple[BatchWork, Submission] | None = None
+
+    def execute(self, context: Context) -> str:
+        """Create the batch or adopt it, and wait if told to."""
+        with task_errors(fail_fast=self.fail_fast):
+            batch = self._submit(context)
+            self.batch_id = batch.id
+            context["ti"].xcom_push(key="batch_id", value=batch.id)
+            if not self.wait_for_completion:
+                return batch.id
+            if batch.is_terminal:
+                return self._finish(batch)
+            deadline = wait_deadline(batch, self.timeout)
+            if self.deferrable:
+                self._defer(context, batch.id, deadline)
+            try:
+                batch = self.hook.wait_for_batches(
+                    [batch.id], poll_interval=self.poll_interval, deadline=deadline
+                )[0]
+            except Exception as exc:
+                self._after_timeout(exc)
+                raise
+            return self._finish(batch)
+
+    def execute_complete(self, context: Context, event: Any = None) -> str:
+        """Resume after the trigger."""
+        from airflow_provider_siliconflow.jobs.waiting import read_event
+
+        with task_errors(fail_fast=self.fail_fast):
+            if event == "success":
+                # dag.test() resumes the task even where the trigger ended it.
+                return str(context["ti"].xcom_pull(task_ids=self.task_id, key="batch_id"))
+            try:
+                (batch,) = read_event(event)
+            except Exception as exc:
+                self.batch_id = getattr(exc, "batch_id", None)
+                self._after_timeout(exc)
+                raise
+            self.batch_id = batch.id
+            return self._finish(batch)
+
+    def _submit(self, context: Context) -> Batch:
+        from airflow_provider_siliconflow.api import protocol
+        from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+        from airflow_provider_siliconflow.jobs.identity import BatchWork, check_user_metadata
+
+        if (self.input_file_id is None) == (self.input_path is None):
+            raise InvalidInputError("give either input_file_id or input_path: one of them, not both")
+        # Everything is checked before anything is sent.
+        window = protocol.check_completion_window(self.completion_window)
+        endpoint = protocol.check_endpoint(self.endpoint)
+        metadata = (
+            check_user_metadata(self.metadata) if self.durable else protocol.check_metadata(self.metadata)
+        )
+        replace = protocol.check_replace(self.replace)
+        client = self.hook.get_conn()
+        submitter = submitter_of(context)
+        submission = open_submission(context, client)
+        if self.input_path is not None:
+            needs_model = not (replace or {}).get("model")
+            if self.durable:
+                file_id, content = upload_once(
+                    self.hook, submission, submitter, self.input_path, needs_model=needs_model
+                )
+            else:
+                file_id = self.hook.upload_file(self.input_path).id
+        else:
+            file_id = content = protocol.check_identifier("input_file_id", self.input_file_id)
+        if not self.durable:
+            batch = self.hook.create_batch(
+                file_id, endpoint=endpoint, completion_window=window, metadata=metadata, replace=replace
+            )
+            self.log.info("Created batch %s; durable is off, so a retry creates another", batch.id)
+            return batch
+        work = BatchWork(
+            key=submitter.key(
+                input=content,
+                endpoint=endpoint,
+                completion_window=window,
+                replace=replace,
+                metadata=metadata,
+                conn_id=self.conn_id,
+                host=client.settings.base_url,
+            ),
+            label=submitter.label,
+            input_file_id=file_id,
+            endpoint=endpoint,
+            completion_window=window,
+            metadata=metadata,
+            replace=replace,
+        )
+        self._underway = (work, submission)
+        batch = submission.submit(work)
+        self.log.info(
+            "Batch %s (%s) over file %s, window %s%s; it is billed as its rows are done",
+            batch.id,
+            batch.status,
+            file_id,
+            window,
+            f", model {replace['model']}" if replace and "model" in replace else "",
+        )
+        return batch
+
+    def _defer(self, context: Context, batch_id: str, deadline: float) -> None:
+        end_in_trigger = may_end_in_trigger(self)
+        if end_in_trigger and self.do_xcom_push:
+            # No worker will come to push it.
+            context["ti"].xcom_push(key="return_value", value=batch_id)
+        self.defer(
+            trigger=BatchTrigger(
+                batch_ids=[batch_id],
+                conn_id=self.conn_id,
+                poll_interval=self.poll_interval,
+                deadline=deadline,
+                cancel_on_kill=self.cancel_on_kill,
+                end_in_trigger=end_in_trigger,
+            ),
+            method_name="execute_complete",
+            timeout=timedelta(seconds=max(deadline - time.time(), 0) + _BACKSTOP),
+        )
+
+    def _finish(self, batch: Batch) -> str:
+        warning = finish_batch(
+            self.hook,
+            batch,
+            fail_on_partial_error=self.fail_on_partial_error,
+            allow_all_failed=self.allow_all_failed,
+        )
+        if warning:
+            self.log.warning("%s", warning)
+        return batch.id
+
+    def _after_timeout(self, error: Exception) -> None:
+        from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError
+
+        if isinstance(error, BatchTimeoutError) and self.cancel_on_timeout and self.batch_id:
+            self.log.warning("The wait timed out and cancel_on_timeout is set")
+            self._cancel(self.batch_id)
+
+    def on_kill(self) -> None:
+        """
+        Cancel the batch when the running task is ended from outside.
+
+        ``execution_timeout`` comes this way too; that is a timeout, and follows ``cancel_on_timeout``.
+        """
+        timed_out = isinstance(sys.exc_info()[1], AirflowTaskTimeout)
+        if not (self.cancel_on_timeout if timed_out else self.cancel_on_kill):
+            if self.batch_id:
+                self.log.warning("Batch %s is left alone; it goes on and is billed", self.batch_id)
+            return
+        batch_id = self.batch_id
+        if batch_id is None and self._underway is not None:
+            # Killed between sending and the answer: the batch may exist though its id is not known here.
+            from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+
+            work, submission = self._underway
+            try:
+                found = submission.find(work)
+            except SiliconFlowError as exc:
+                self.log.warning("Killed while the batch was created; it cannot be looked up: %s", exc)
+                return
+            batch_id = found.id if found else None
+        if batch_id is not None:
+            self._cancel(batch_id)
+
+    def _cancel(self, batch_id: str) -> None:
+        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+
+        try:
+            self.hook.cancel_batch(batch_id)
+        except SiliconFlowError as exc:
+            self.log.warning("Batch %s could not be cancelled; it may go on and be billed: %s", batch_id, exc)
+
+
+class DownloadBatchResultsOperator(_BatchOperator):
+    """
+    Download the results of an ended batch: completed, expired or cancelled.
+
+    Writes ``results.jsonl`` (every row the service returned, as it returned it), ``errors.jsonl`` (those that
+    did not succeed) and ``manifest.json`` into ``output_dir``. Each appears only when it is whole.
+
+    :param batch_id: the batch. (templated)
+    :param output_dir: path or URI of a folder. (templated)
+    :param conn_id: the connection. (templated)
+    :param fail_on_partial_error: fail when any row failed, expired or is missing; the files are written first.
+    :param fail_fast: fail at once, without the task's retries, where a retry cannot help.
+    :returns: the manifest.
+    """
+
+    template_fields: Sequence[str] = ("batch_id", "output_dir", "conn_id")
+
+    def __init__(
+        self, *, batch_id: str, output_dir: str, fail_on_partial_error: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.batch_id = batch_id
+        self.output_dir = output_dir
+        self.fail_on_partial_error = fail_on_partial_error
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Download, and return the manifest."""
+        with task_errors(fail_fast=self.fail_fast):
+            manifest = self.hook.download_results(self.batch_id, self.output_dir)
+            if self.fail_on_partial_error:
+                from airflow_provider_siliconflow.jobs.downloads import refuse_partial
+
+                refuse_partial(manifest, self.batch_id)
+        return manifest
+
+
+class CancelBatchOperator(_BatchOperator):
+    """
+    Ask for a batch to be cancelled. Rows that are done are billed and stay readable.
+
+    A batch that has ended already is left as it is, and the task succeeds.
+
+    :param batch_id: the batch. (templated)
+    :param conn_id: the connection. (templated)
+    :param fail_fast: fail at once, without the task's retries, where a retry cannot help.
+    :returns: the batch as JSON; it may still show its old status.
+    """
+
+    template_fields: Sequence[str] = ("batch_id", "conn_id")
+
+    def __init__(self, *, batch_id: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.batch_id = batch_id
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Cancel, and return the batch."""
+        with task_errors(fail_fast=self.fail_fast):
+            return self.hook.cancel_batch(self.batch_id).to_json_dict()
+
+
+def check_wait_arguments(*, poll_interval: Any, timeout: Any) -> None:
+    """
+    Refuse waiting arguments that cannot work, when the DAG is parsed.
+
+    :raises ValueError: one is not a positive number.
+    """
+    for name, value in (("poll_interval", poll_interval), ("timeout", timeout)):
+        if value is None and name == "timeout":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"{name} must be a number of seconds above 0; got {value!r}")
+
+
+def wait_deadline(batch: Batch, timeout: float | None) -> float:
+    """Return the absolute time (epoch seconds) at which the wait for a batch ends, fixed once per try."""
+    from airflow_provider_siliconflow.jobs.waiting import default_deadline
+
+    now = time.time()
+    return default_deadline(batch, now) if timeout is None else now + timeout
+
+
+def finish_batch(
+    hook: SiliconFlowHook, batch: Batch, *, fail_on_partial_error: bool, allow_all_failed: bool
+) -> str | None:
+    """
+    Judge an ended batch; where it is not flawless, look up the commonest error first.
+
+    :returns: a warning, or ``None``.
+    :raises BatchError: the batch is a failure.
+    """
+    from airflow_provider_siliconflow.jobs.downloads import commonest_error
+    from airflow_provider_siliconflow.jobs.waiting import is_flawless, judge_batch
+
+    hook.log.info("Batch %s has ended: %s", batch.id, batch.status)
+    reason = None if is_flawless(batch) else commonest_error(hook.get_conn(), batch)
+    return judge_batch(
+        batch, fail_on_partial_error=fail_on_partial_error, allow_all_failed=allow_all_failed, reason=reason
+    )

@@ -1,0 +1,188 @@
+"""The sensor that waits for batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import (
+    AirflowSensorTimeout,
+    BaseSensorOperator,
+    PokeReturnValue,
+    conf,
+)
+from airflow.triggers.base import StartTriggerArgs
+
+from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
+from airflow_provider_siliconflow.links.batch import BatchConsoleLink
+from airflow_provider_siliconflow.operators.batch import finish_batch
+from airflow_provider_siliconflow.task_context import airflow_version, rendered_list, task_errors
+from airflow_provider_siliconflow.triggers.batch import BatchTrigger
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+
+    from airflow_provider_siliconflow.api.models import Batch
+    from airflow_provider_siliconflow.jobs.waiting import BatchWait
+
+#: Longest life of a batch and a day more, in seconds: how long the sensor waits when nothing else is said.
+_LONGEST_WAIT = 15 * 86400.0
+#: Airflow's own limit on a deferral comes this many seconds after ours, as a backstop.
+_BACKSTOP = 900.0
+
+
+class BatchSensor(BaseSensorOperator):
+    """
+    Wait until one batch or several have ended, and fail if one did not succeed.
+
+    Passing faults of the service never end the wait. An expired or partly failed batch is a success with a
+    warning, so that its results get downloaded, unless ``fail_on_partial_error`` is set or not one row
+    succeeded. The sensor never cancels a batch.
+
+    :param batch_id: one id, or a list of ids, for which one trigger waits. (templated)
+    :param conn_id: the connection. (templated)
+    :param deferrable: wait in the triggerer, without a worker slot. Default: ``[operators]
+        default_deferrable``. Otherwise ``mode`` is ``"poke"`` or ``"reschedule"``, as of any sensor.
+    :param fail_on_partial_error: fail when any row failed or expired; by default that is a warning.
+    :param allow_all_failed: let a batch pass of which not one row succeeded.
+    :param start_from_trigger: begin in the triggerer without a worker (Airflow 3.3+; elsewhere a worker
+        starts the wait as usual).
+    :param timeout: seconds until ``AirflowSensorTimeout``; by default an hour after the batches expire.
+    :param poke_interval: seconds between two looks at a batch.
+    :param fail_fast: fail at once, without the task's retries, where a retry cannot help.
+    :returns: the final batch as a JSON object, or a list of them for a list of ids.
+    """
+
+    template_fields: Sequence[str] = ("batch_id", "conn_id")
+    operator_extra_links = (BatchConsoleLink(),)
+    ui_color = "#e8e4fb"
+
+    def __init__(
+        self,
+        *,
+        batch_id: str | Sequence[str],
+        conn_id: str = SiliconFlowHook.default_conn_name,
+        deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
+        fail_on_partial_error: bool = False,
+        allow_all_failed: bool = False,
+        start_from_trigger: bool = False,
+        start_trigger_args: StartTriggerArgs | None = None,
+        timeout: float | timedelta | None = None,
+        fail_fast: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(timeout=_LONGEST_WAIT if timeout is None else timeout, **kwargs)
+        self.batch_id = batch_id
+        self.conn_id = conn_id
+        self.deferrable = deferrable
+        self.fail_on_partial_error = fail_on_partial_error
+        self.allow_all_failed = allow_all_failed
+        self.fail_fast = fail_fast
+        self._has_timeout = timeout is not None
+        self._wait: BatchWait | None = None
+        # Airflow 2.11 and 3.0 would start the trigger with templates not rendered, 3.1 and 3.2 not at all.
+        self.start_from_trigger = start_from_trigger and airflow_version() >= (3, 3)
+        if self.start_from_trigger:
+            self.start_trigger_args = start_trigger_args or StartTriggerArgs(
+                trigger_cls=f"{BatchTrigger.__module__}.{BatchTrigger.__qualname__}",
+                next_method="execute_complete",
+                trigger_kwargs={
+                    "batch_id": batch_id if isinstance(batch_id, list) else str(batch_id),
+                    "conn_id": conn_id,
+                    "poll_interval": self.poke_interval,
+                },
+                timeout=timedelta(seconds=self.timeout) if self._has_timeout else None,
+            )
+
+    @cached_property
+    def hook(self) -> SiliconFlowHook:
+        """Return the hook for the connection."""
+        return SiliconFlowHook(conn_id=self.conn_id)
+
+    def execute(self, context: Context) -> Any:
+        """Defer, or poke."""
+        if not self.deferrable:
+            return super().execute(context)
+        with task_errors(fail_fast=self.fail_fast, soft_fail=self.soft_fail):
+            batch_ids = self._batch_ids()
+            # A setting that is wrong fails here, before the task is deferred.
+            _ = self.hook.settings
+        self.defer(
+            trigger=BatchTrigger(
+                batch_ids=batch_ids,
+                conn_id=self.conn_id,
+                poll_interval=self.poke_interval,
+                deadline=time.time() + self.timeout if self._has_timeout else None,
+            ),
+            method_name="execute_complete",
+            timeout=timedelta(seconds=self.timeout + _BACKSTOP),
+        )
+        return None
+
+    def execute_complete(self, context: Context, event: Any = None) -> Any:
+        """Resume after the trigger."""
+        from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError
+        from airflow_provider_siliconflow.jobs.waiting import read_event
+
+        with task_errors(fail_fast=self.fail_fast, soft_fail=self.soft_fail):
+            try:
+                batches = read_event(event)
+            except BatchTimeoutError as exc:
+                if self.soft_fail:
+                    raise
+                raise AirflowSensorTimeout(str(exc)) from exc
+            return self._finish(batches)
+
+    def poke(self, context: Context) -> bool | PokeReturnValue:
+        """Look once at every batch that has not ended."""
+        from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError
+        from airflow_provider_siliconflow.jobs.waiting import BatchWait
+
+        with task_errors(fail_fast=self.fail_fast, soft_fail=self.soft_fail):
+            now = time.time()
+            if self._wait is None:
+                self._wait = BatchWait(self._batch_ids(), now, self.poke_interval)
+            self._wait.make_all_due(now)
+            try:
+                while self._wait.due(now):
+                    self.hook.poll_once(self._wait)
+                if not self._wait.finished:
+                    self._wait.check_deadline(time.time())
+                    return False
+            except BatchTimeoutError as exc:
+                if self.soft_fail:
+                    raise
+                raise AirflowSensorTimeout(str(exc)) from exc
+            return PokeReturnValue(is_done=True, xcom_value=self._finish(self._wait.batches))
+
+    def _batch_ids(self) -> list[str]:
+        from airflow_provider_siliconflow.api.protocol import check_identifiers
+
+        return check_identifiers("batch_id", rendered_list(self.batch_id))
+
+    def _finish(self, batches: list[Batch]) -> Any:
+        """Judge every batch, so that the log names each, then fail for the first that is a failure."""
+        from airflow_provider_siliconflow.api.exceptions import BatchError
+
+        failures: list[BatchError] = []
+        for batch in batches:
+            try:
+                warning = finish_batch(
+                    self.hook,
+                    batch,
+                    fail_on_partial_error=self.fail_on_partial_error,
+                    allow_all_failed=self.allow_all_failed,
+                )
+            except BatchError as exc:
+                self.log.error("%s", exc)
+                failures.append(exc)
+            else:
+                if warning:
+                    self.log.warning("%s", warning)
+        if failures:
+            raise failures[0]
+        found = [batch.to_json_dict() for batch in batches]
+        return found if isinstance(rendered_list(self.batch_id), list | tuple) else found[0]

@@ -1,0 +1,253 @@
+"""The trigger that waits for batches."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
+
+if TYPE_CHECKING:
+    from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
+    from airflow_provider_siliconflow.api.protocol import ClientSettings
+    from airflow_provider_siliconflow.jobs.waiting import BatchWait
+
+#: Cancellations under way; the event loop itself keeps only weak references to its tasks.
+_CANCELLATIONS: set[asyncio.Task[None]] = set()
+
+#: How often a connection that cannot be read is tried again, and how many seconds apart.
+_CONNECTION_TRIES, _CONNECTION_PAUSE = 5, 15.0
+
+
+class BatchTrigger(BaseTrigger):
+    """
+    Wait until batches have ended, polling them over one connection pool shared by all triggers of a triggerer.
+
+    Emits one event: ``{"status": "ended", "batches": [...]}``, or ``"timeout"`` or ``"error"`` with a
+    ``message``. It never submits anything, since a trigger may run twice at once.
+
+    :param batch_ids: ids of the batches.
+    :param batch_id: the same as one id or a list, under the name that a sensor's template has.
+    :param conn_id: the connection.
+    :param poll_interval: seconds between two polls of one batch.
+    :param deadline: epoch seconds at which the wait ends; by default an hour after the batches expire.
+    :param cancel_on_kill: whether to cancel the batches when a person ends the deferred task (Airflow 3.3+).
+    :param end_in_trigger: whether to end the task right here, without a worker, when every row of every batch
+        succeeded.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_ids: Sequence[str] | None = None,
+        batch_id: str | Sequence[str] | None = None,
+        conn_id: str = "siliconflow_default",
+        poll_interval: float = 60,
+        deadline: float | None = None,
+        cancel_on_kill: bool = False,
+        end_in_trigger: bool = False,
+    ) -> None:
+        super().__init__()
+        self.batch_id = batch_id if batch_ids is None else list(batch_ids)
+        self.conn_id = conn_id
+        self.poll_interval = poll_interval
+        self.deadline = deadline
+        self.cancel_on_kill = cancel_on_kill
+        self.end_in_trigger = end_in_trigger
+        self._settings: ClientSettings | None = None
+        self._wait: BatchWait | None = None
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """Return the class path and the arguments: JSON values, nothing secret."""
+        return (
+            f"{type(self).__module__}.{type(self).__qualname__}",
+            {
+                "batch_id": self.batch_id,
+                "conn_id": self.conn_id,
+                "poll_interval": self.poll_interval,
+                "deadline": self.deadline,
+                "cancel_on_kill": self.cancel_on_kill,
+                "end_in_trigger": self.end_in_trigger,
+            },
+        )
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """Wait, and yield one event."""
+        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+        from airflow_provider_siliconflow.api.protocol import check_identifiers
+        from airflow_provider_siliconflow.jobs.waiting import BatchWait, ended_event, error_event, is_flawless
+        from airflow_provider_siliconflow.task_context import rendered_list
+
+        batch_ids: list[str] = []
+        try:
+            batch_ids = check_identifiers("batch_id", rendered_list(self.batch_id))
+            self._settings = await self._read_connection()
+            self._wait = BatchWait(batch_ids, time.time(), self.poll_interval, self.deadline)
+            async with shared_client(self._settings) as client:
+                await self._until_ended(self._wait, client)
+        except SiliconFlowError as exc:
+            yield TriggerEvent(error_event(exc, batch_ids))
+            return
+        batches = self._wait.batches
+        if self.end_in_trigger and all(is_flawless(batch) for batch in batches):
+            self.log.info("Every row succeeded; the task ends here, without a worker")
+            yield TaskSuccessEvent()
+            return
+        yield TriggerEvent(ended_event(batches))
+
+    async def _read_connection(self) -> ClientSettings:
+        """Read the connection once; Airflow's own API may be away for a moment."""
+        from airflow.providers.common.compat.connection import get_async_connection, get_async_extra_dejson
+        from airflow.providers.common.compat.sdk import AirflowNotFoundException
+
+        from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+        from airflow_provider_siliconflow.hooks.siliconflow import settings_from_connection
+
+        for attempt in range(1, _CONNECTION_TRIES + 1):
+            try:
+                connection = await get_async_connection(self.conn_id)
+                extra = await get_async_extra_dejson(connection)
+            except AirflowNotFoundException as exc:
+                raise InvalidInputError(f"connection {self.conn_id!r} is not defined: {exc}") from exc
+            except Exception as exc:
+                # Whatever kept Airflow from answering, a wait of days must not end by it.
+                if attempt == _CONNECTION_TRIES:
+                    raise
+                self.log.warning("Reading connection %r failed (%s); trying again", self.conn_id, exc)
+                await asyncio.sleep(_CONNECTION_PAUSE)
+            else:
+                return settings_from_connection(connection, extra)
+        raise AssertionError("unreachable")
+
+    async def _until_ended(self, wait: BatchWait, client: AsyncSiliconFlowClient) -> None:
+        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+
+        async def poll(batch_id: str) -> None:
+            try:
+                batch = await client.get_batch(batch_id)
+            except SiliconFlowError as exc:
+                wait.fault(batch_id, exc, time.time())
+            else:
+                wait.observe(batch_id, batch, time.time())
+
+        while True:
+            due = wait.due(time.time())
+            if len(due) == 1:
+                await poll(due[0])
+            elif due:
+                await asyncio.gather(*(poll(batch_id) for batch_id in due))
+            if wait.finished:
+                return
+            wait.check_deadline(time.time())
+            await asyncio.sleep(wait.pause(time.time()))
+
+    async def on_kill(self) -> None:
+        """
+        Cancel the batches after a person ended the task that submitted them. Called by Airflow 3.3+ only.
+
+        Airflow cancels this call itself a second after it starts, and calls it also when a trigger merely
+        moves to another triggerer. So the work is done by a task of its own, which looks first whether the
+        task instance is really not deferred any more.
+        """
+        if not self.cancel_on_kill or self._settings is None or self._wait is None:
+            return
+        task = asyncio.get_running_loop().create_task(self._cancel_if_killed(self._settings, self._wait))
+        _CANCELLATIONS.add(task)
+        task.add_done_callback(_CANCELLATIONS.discard)
+        await asyncio.shield(task)
+
+    async def _cancel_if_killed(self, settings: ClientSettings, wait: BatchWait) -> None:
+        from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
+        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+
+        open_ids = [batch_id for batch_id in wait.batch_ids if batch_id not in wait.ended]
+        try:
+            state = await self._task_state()
+        except Exception as exc:  # noqa: BLE001
+            # Without the state nobody knows if this was a kill, and a cancelled batch cannot be brought back.
+            self.log.warning("The task's state cannot be read (%s); leaving batches %s alone", exc, open_ids)
+            return
+        if state == "deferred":
+            self.log.info("The task is still deferred: its trigger moves, and batches %s go on", open_ids)
+            return
+        from dataclasses import replace
+
+        async with AsyncSiliconFlowClient(replace(settings, max_retries=3)) as client:
+            for batch_id in open_ids:
+                try:
+                    batch = await client.cancel_batch(batch_id)
+                except SiliconFlowError as exc:
+                    self.log.warning("Batch %s could not be cancelled and may go on: %s", batch_id, exc)
+                else:
+                    self.log.info(
+                        "The task was ended (state %s): asked for batch %s to be cancelled; its status is %s",
+                        state,
+                        batch_id,
+                        batch.status,
+                    )
+
+    async def _task_state(self) -> str | None:
+        from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+        from asgiref.sync import sync_to_async
+
+        ti = self.task_instance
+        states = await sync_to_async(RuntimeTaskInstance.get_task_states)(
+            dag_id=ti.dag_id, task_ids=[ti.task_id], run_ids=[ti.run_id], map_index=ti.map_index
+        )
+        by_task = states.get(ti.run_id) or {}
+        # A mapped task is answered under "task_id_<map index>".
+        name = ti.task_id if ti.map_index is None or ti.map_index < 0 else f"{ti.task_id}_{ti.map_index}"
+        state = by_task.get(name, by_task.get(ti.task_id))
+        return None if state is None else str(getattr(state, "value", state))
+
+
+class _SharedClients:
+    """One client per event loop and connection, for as long as anybody waits over it."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[Any, ...], tuple[AsyncSiliconFlowClient, int]] = {}
+
+    def acquire(self, key: tuple[Any, ...], settings: ClientSettings) -> AsyncSiliconFlowClient:
+        from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
+
+        client, users = self._open.get(key) or (AsyncSiliconFlowClient(settings), 0)
+        self._open[key] = (client, users + 1)
+        return client
+
+    async def release(self, key: tuple[Any, ...]) -> None:
+        client, users = self._open[key]
+        if users > 1:
+            self._open[key] = (client, users - 1)
+            return
+        del self._open[key]
+        await client.close()
+
+
+_CLIENTS = _SharedClients()
+
+
+class shared_client:  # noqa: N801 - it is used like a function
+    """
+    Share one client among all waits of this event loop over the same connection.
+
+    A client per trigger would cost some 800 KiB each, and a TLS handshake per poll.
+
+    :param settings: the connection.
+    """
+
+    def __init__(self, settings: ClientSettings) -> None:
+        from dataclasses import replace
+
+        # The wait itself is the retry: a client that repeats calls of its own would only hide what happens.
+        self._settings = replace(settings, max_retries=0)
+
+    async def __aenter__(self) -> AsyncSiliconFlowClient:
+        """Return the shared client."""
+        self._key = (id(asyncio.get_running_loop()), self._settings.fingerprint)
+        return _CLIENTS.acquire(self._key, self._settings)
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the client when nobody uses it any more."""
+        await _CLIENTS.release(self._key)
