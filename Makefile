@@ -1,0 +1,54 @@
+# Needs Python 3.11 to 3.13, make, and a package index. Everything is made below .test/ and .demo/.
+
+PYTHON ?= python3
+NEWEST := 3.3
+OLDEST := 2.11
+VERSIONS := 2.11 3.0 3.1 3.2 3.3
+PYTEST_ARGS ?=
+
+environment = $(PYTHON) scripts/environment.py --airflow $(1) --venv .test/airflow-$(1) --tools $(2)
+python = .test/airflow-$(1)/bin/python
+newest := $(call python,$(NEWEST))
+
+.PHONY: help demo test test-newest test-oldest lint matrix bench clean $(VERSIONS:%=matrix-%)
+
+help:
+	@echo "make demo    the example DAG on a real Airflow against a local SiliconFlow: no key, no cost"
+	@echo "make test    lint, types, all tests on Airflow $(NEWEST), the essential ones on $(OLDEST)"
+	@echo "make lint    lint and types only"
+	@echo "make matrix  the essential tests on Airflow $(VERSIONS)"
+	@echo "make bench   the benchmarks"
+	@echo "make clean   remove everything that these made"
+
+demo:
+	@$(PYTHON) -m scripts.demo
+
+test: lint test-newest test-oldest
+
+lint:
+	@$(call environment,$(NEWEST),lint$(comma)test)
+	$(newest) -m ruff check .
+	$(newest) -m ruff format --check .
+	$(newest) -m mypy
+	$(newest) -m mypy scripts tests/conftest.py
+
+test-newest:
+	@$(call environment,$(NEWEST),lint$(comma)test)
+	$(newest) -m pytest $(PYTEST_ARGS)
+
+test-oldest: matrix-$(OLDEST)
+
+matrix: $(VERSIONS:%=matrix-%)
+
+$(VERSIONS:%=matrix-%): matrix-%:
+	@$(call environment,$*,test)
+	$(call python,$*) -m pytest -m "unit or every_airflow" $(PYTEST_ARGS)
+
+bench:
+	@$(call environment,$(NEWEST),lint$(comma)test)
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(newest) "$$file" || exit 1; done
+
+clean:
+	rm -rf .test .demo .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+
+comma := ,
