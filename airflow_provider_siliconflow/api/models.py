@@ -8,6 +8,7 @@ shapes) and keep fields they do not know, so that an addition on the other side 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
@@ -160,6 +161,11 @@ class Batch(_Model):
         if items is None:
             return []
         return [_as_sentence(item) for item in (items if isinstance(items, list) else [items])]
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Show signed URLs without their query."""
+        for name, value in super().__repr_args__():
+            yield name, strip_query(value) if isinstance(value, str) and is_url(value) else value
 
     def to_json_dict(self) -> dict[str, Any]:
         """Return the batch as JSON types with signed URLs stripped of their query: safe for XCom and logs."""

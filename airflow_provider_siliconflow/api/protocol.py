@@ -36,7 +36,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     SiliconFlowError,
     UnexpectedAnswerError,
 )
-from airflow_provider_siliconflow.api.models import Account, Batch, UploadedFile, strip_query
+from airflow_provider_siliconflow.api.models import Account, Batch, UploadedFile, is_url, strip_query
 
 log = logging.getLogger(__name__)
 
@@ -364,7 +364,7 @@ def result_url(reference: str, settings: ClientSettings) -> str:
 
     :param reference: a batch's ``output_file_id`` or ``error_file_id``: a URL, or a file id.
     """
-    if reference[:8].lower().startswith(("http://", "https://")):
+    if is_url(reference):
         return reference
     return f"{settings.base_url}/files/{quote(reference, safe='')}/content"
 

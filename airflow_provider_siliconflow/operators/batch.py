@@ -424,7 +424,8 @@ class CancelBatchOperator(_BatchOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         """Cancel, and return the batch."""
         with task_errors(fail_fast=self.fail_fast):
-            return self.hook.cancel_batch(self.batch_id).to_json_dict()
+            batch: dict[str, Any] = self.hook.cancel_batch(self.batch_id).to_json_dict()
+            return batch
 
 
 def check_wait_arguments(*, poll_interval: Any, timeout: Any) -> None:
