@@ -137,10 +137,14 @@ class Answerer:
         self._book = book
         self._skills = skills
 
-    def output_line(self, custom_id: str, model: str, body: dict[str, Any]) -> tuple[bytes, bool]:
-        """Return a line of the output file, and whether it has to be written twice."""
-        parameters = {name: value for name, value in body.items() if name != "model"}
-        digest = _digest(custom_id, model, _canonical(parameters))
+    def output_line(self, custom_id: str, body: dict[str, Any]) -> tuple[bytes, bool]:
+        """
+        Return a line of the output file, and whether it has to be written twice.
+
+        :param body: the body of the row, with what ``replace`` of the batch puts in.
+        """
+        model = body["model"]
+        digest = _digest(custom_id, model, _canonical(body))
         number = int.from_bytes(digest[:8], "big")
         prompt = last_user_text(body)
         markers = markers_of(prompt)
@@ -148,11 +152,11 @@ class Answerer:
             prompt = without_markers(prompt)
 
         text = self._text(model, prompt, number)
-        if _wants_json(parameters):
+        if _wants_json(body):
             text = msgspec.json.encode({"answer": text.rpartition("Answer: ")[2]}).decode()
         finish_reason = "stop"
         tokens = _tokens(text)
-        limit = parameters.get("max_tokens")
+        limit = body.get("max_tokens")
         if isinstance(limit, int) and tokens > limit:
             text, tokens, finish_reason = text[: limit * _CHARACTERS_PER_TOKEN], limit, "length"
         if "length" in markers:
@@ -168,7 +172,7 @@ class Answerer:
             "completion_tokens": tokens,
             "total_tokens": prompt_tokens + tokens,
         }
-        if parameters.get("enable_thinking") is True or _REASONING_MODEL.search(model):
+        if body.get("enable_thinking") is True or _REASONING_MODEL.search(model):
             reasoning = f"The user asks: {prompt[:120]} I check what I know before I answer."
             thought = _tokens(reasoning)
             message["reasoning_content"] = reasoning
@@ -251,6 +255,6 @@ def _text_of(message: dict[str, Any]) -> str:
     return content if isinstance(content, str) else str(content or "")
 
 
-def _wants_json(parameters: dict[str, Any]) -> bool:
-    wanted = parameters.get("response_format")
+def _wants_json(body: dict[str, Any]) -> bool:
+    wanted = body.get("response_format")
     return isinstance(wanted, dict) and wanted.get("type") in ("json_object", "json_schema")

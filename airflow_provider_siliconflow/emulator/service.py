@@ -696,7 +696,7 @@ class EmulatedService:
                 if outcome is None:
                     request = decode_row(line)
                     body = {**request.body, **replace} if replace else request.body
-                    written, twice = answerer.output_line(request.custom_id, body["model"], body)
+                    written, twice = answerer.output_line(request.custom_id, body)
                     output.write(written)
                     if twice:
                         output.write(written)

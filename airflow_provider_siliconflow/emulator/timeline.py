@@ -21,7 +21,6 @@ class Timeline(msgspec.Struct, kw_only=True):
     #: When the first row began, or would have for the rows done by now at the present speed.
     progress_from: float
     rows_until: float
-    final_until: float
     expires: float
     total: int
     fate: str
@@ -46,7 +45,6 @@ class Timeline(msgspec.Struct, kw_only=True):
             queue_until=queue_until,
             progress_from=queue_until,
             rows_until=rows_until,
-            final_until=rows_until + finalizing,
             expires=expires,
             total=total,
             fate="completed" if in_time else "expired",
@@ -144,7 +142,6 @@ class Timeline(msgspec.Struct, kw_only=True):
             self.progress_from = now + (self.progress_from - now) * factor
         self.queue_until = moved(self.queue_until)
         self.rows_until = moved(self.rows_until)
-        self.final_until = moved(self.final_until)
         self.expires = moved(self.expires)
         self.fate_at = moved(self.fate_at)
 

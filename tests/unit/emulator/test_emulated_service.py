@@ -186,6 +186,7 @@ def test_a_batch_never_goes_back_and_its_files_agree_with_its_counts(
         before = now
 
     output = account.ids(before, "output") if before["output_file_id"] else []
+    assert bool(output) == (before["output_file_id"] is not None)
     failed = account.ids(before, "error") if before["error_file_id"] else []
     # A missing row counts as completed and is in neither file: that is what makes it missing.
     lost = {f"r{n}" for n, marker in marked.items() if n < count and marker.startswith("missing")}
@@ -201,6 +202,26 @@ def test_a_batch_never_goes_back_and_its_files_agree_with_its_counts(
         assert set(output + failed) | lost == {f"r{n}" for n in range(count)}
     else:
         assert 0 <= counts["completed"] - len(output) <= len(lost)
+
+
+def test_new_speed_holds_for_what_is_left(account: Account) -> None:
+    batch_id = account.create(account.upload(rows(100)))["id"]
+    account.clock.time += 31
+    account.service.configure({"speed": 0.1})
+    assert account.service.get_batch(batch_id)["request_counts"]["completed"] == 50
+    account.clock.time += 9
+    assert account.service.get_batch(batch_id)["request_counts"]["completed"] == 95
+    account.clock.time += 2
+    assert account.service.get_batch(batch_id)["status"] == "finalizing"
+
+
+def test_batch_can_expire_before_it_starts(tmp_path: Path) -> None:
+    account = Account(tmp_path, queue_seconds=100_000)
+    batch = account.create(account.upload(rows(3)))
+    account.clock.time += 200_000
+    batch = account.service.get_batch(batch["id"])
+    assert (batch["status"], batch["in_progress_at"], batch["output_file_id"]) == ("expired", None, None)
+    assert len(account.lines(batch, "error")) == 3
 
 
 def test_expired_batch_has_its_finished_rows_and_names_the_others(tmp_path: Path) -> None:
@@ -485,6 +506,24 @@ def test_forced_status_holds_until_it_is_cleared(account: Account) -> None:
     # A terminal one replaces the end the batch had, with its files.
     assert len(account.ids(batch, "output")) == 2
     assert account.service.force_status(batch_id, "failed")["output_file_id"] is None
+
+
+def test_forced_end_replaces_the_results_of_the_other(tmp_path: Path) -> None:
+    account = Account(tmp_path, rows_per_second=0.01)
+    batch = account.create(account.upload(rows(4)))
+    account.clock.time += 30 + 200
+    account.service.force_status(batch["id"], "expired")
+    assert len(account.ids(batch, "output")) == 2
+    finished = account.service.force_status(batch["id"], "completed")
+    assert finished["request_counts"] == {"total": 4, "completed": 4, "failed": 0}
+    assert len(account.ids(finished, "output")) == 4
+
+
+def test_forced_completion_of_a_waiting_batch_is_whole(account: Account) -> None:
+    batch = account.create(account.upload(rows(2)))
+    batch = account.service.force_status(batch["id"], "completed")
+    assert [batch[name] for name in ("in_progress_at", "finalizing_at", "completed_at")] == [1741685413] * 3
+    assert len(account.ids(batch, "output")) == 2
 
 
 def test_state_outlives_a_restart(tmp_path: Path) -> None:

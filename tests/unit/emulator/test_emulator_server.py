@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import requests
 
-from airflow_provider_siliconflow.emulator import Emulator, running_emulator
+from airflow_provider_siliconflow.emulator import Emulator, Fault, running_emulator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,6 +145,8 @@ def test_download_can_be_resumed(client: Client, emulator: Emulator) -> None:
         assert part.status_code == 206
         assert part.headers["ETag"] == whole.headers["ETag"]
         assert part.raw.read(1000) == whole.content[start : start + 1000]
+        size = len(whole.content)
+        assert part.headers["Content-Range"] == f"bytes {start}-{size - 1}/{size}"
         assert int(part.headers["Content-Length"]) == len(whole.content) - start
     rest = requests.get(url, headers={"Range": "bytes=1500-"}, timeout=20)
     assert rest.content == whole.content[1500:]
@@ -153,7 +156,9 @@ def test_download_can_be_resumed(client: Client, emulator: Emulator) -> None:
 def test_result_url_ages_and_a_new_one_works(client: Client, emulator: Emulator) -> None:
     emulator.service.configure({"url_ttl_seconds": 60})
     batch = client.finished()
-    emulator.service.advance(62)
+    emulator.service.advance(59)
+    assert requests.get(batch["output_file_id"], timeout=20).status_code == 200
+    emulator.service.advance(3)
     refused = requests.get(batch["output_file_id"], timeout=20)
     assert (refused.status_code, refused.headers["Content-Type"]) == (403, "application/xml; charset=utf-8")
     assert "Request has expired" in refused.text
@@ -218,6 +223,14 @@ def test_fault_skips_and_matches_by_path(client: Client, emulator: Emulator) -> 
     assert [client.call("GET", "/batches").status_code for _ in range(3)] == [500] * 3
     client.control("DELETE", "faults")
     assert client.call("GET", "/batches").status_code == 200
+
+
+def test_star_is_one_part_of_the_path() -> None:
+    fault = Fault("* /batches/*", "reset")
+    assert fault.fits("GET", "/batches/batch_a")
+    assert not fault.fits("POST", "/batches/batch_a/cancel")
+    assert not fault.fits("GET", "/batches")
+    assert Fault("POST /batches/*/cancel", "reset").fits("POST", "/batches/batch_a/cancel")
 
 
 @pytest.mark.parametrize(("kind", "made_meanwhile"), [("hold", 0), ("hold-after", 1)])
@@ -286,13 +299,22 @@ def test_refused_upload_is_answered_and_leaves_nothing(client: Client, emulator:
 
 
 def test_closed_emulator_frees_its_port_and_thread() -> None:
-    with running_emulator(speed=1000, faults=["GET /models:hold"]) as emulator:
+    faults = ["GET /models:hold", "GET /batches:slow=600"]
+    with running_emulator(speed=1000, faults=faults) as emulator:
         client = Client(emulator)
-        stuck = threading.Thread(target=lambda: client.call("GET", "/models"))
-        stuck.start()
-        while not emulator.held:
+
+        def call(path: str) -> None:
+            with contextlib.suppress(requests.ConnectionError):
+                client.call("GET", path)
+
+        stuck = [threading.Thread(target=call, args=(path,)) for path in ("/models", "/batches")]
+        for thread in stuck:
+            thread.start()
+        while not (emulator.held and emulator.faults.rules[1].hits):
             pass
-    stuck.join(timeout=20)
+    for thread in stuck:
+        thread.join(timeout=20)
+    assert not any(thread.is_alive() for thread in stuck)
     with pytest.raises(requests.ConnectionError):
         client.call("GET", "/models")
     emulator.close()
