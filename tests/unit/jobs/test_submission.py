@@ -1,0 +1,336 @@
+"""Exactly once: submission driven through faults, crashes and retries against the emulator's own rules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from airflow_provider_siliconflow.api.exceptions import (
+    InsufficientBalanceError,
+    NoAnswerError,
+    NotFoundError,
+    NotSentError,
+    RateLimitedError,
+    ServiceUnavailableError,
+    SiliconFlowError,
+    SubmissionUnknownError,
+)
+from airflow_provider_siliconflow.api.models import Batch, UploadedFile
+from airflow_provider_siliconflow.emulator.config import EmulatorConfig
+from airflow_provider_siliconflow.emulator.service import EmulatedService, ServiceError
+from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork, Submitter
+from airflow_provider_siliconflow.jobs.submission import NoLedger, Submission
+
+ROW = {"custom_id": "a", "body": {"model": "Qwen/Qwen3-32B", "messages": [{"role": "user", "content": "hi"}]}}
+
+#: What may happen to one operation: a refusal, an answer lost before or after the work, or a crash.
+FAULTS = ("none", "refused", "unsent", "lost-before", "lost-after", "crash-before", "crash-after")
+
+
+class Crash(BaseException):
+    """The process dies here."""
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def time(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class FaultyAPI:
+    """The emulator's rules behind the calls of a client, with a script of faults."""
+
+    def __init__(self, service: EmulatedService, script: Iterator[str], clock: FakeClock) -> None:
+        self.service, self.script, self.clock = service, script, clock
+        self.calls: list[str] = []
+
+    def _run(self, name: str, work: Any) -> Any:
+        self.calls.append(name)
+        self.clock.sleep(0.1)
+        fault = next(self.script, "none")
+        if fault == "crash-before":
+            raise Crash
+        if fault == "refused":
+            raise RateLimitedError("rate limit", status_code=429)
+        if fault == "unsent":
+            raise NotSentError("no connection")
+        if fault == "lost-before":
+            raise ServiceUnavailableError("bad gateway", status_code=502)
+        try:
+            answer = work()
+        except ServiceError as exc:
+            error = NotFoundError if exc.status == 404 else InsufficientBalanceError
+            raise error(str(exc.body), status_code=exc.status) from exc
+        if fault == "crash-after":
+            raise Crash
+        if fault == "lost-after":
+            raise NoAnswerError("reset")
+        return answer
+
+    def create_batch(self, **request: Any) -> Batch:
+        return Batch.model_validate(self._run("create", lambda: self.service.create_batch(request)))
+
+    def get_batch(self, batch_id: str) -> Batch:
+        return Batch.model_validate(self._run("get", lambda: self.service.get_batch(batch_id)))
+
+    def list_batches(self) -> Iterator[Batch]:
+        page = self._run("list", lambda: self.service.list_batches(limit=100))
+        yield from (Batch.model_validate(item) for item in page["data"])
+
+    def list_files(self) -> list[UploadedFile]:
+        page = self._run("list files", lambda: self.service.list_files(purpose="batch"))
+        return [UploadedFile.model_validate(item) for item in page["data"]["data"]]
+
+
+class FaultyLedger:
+    """A ledger that survives crashes, and in whose writes a process may die."""
+
+    complete = True
+
+    def __init__(self, script: Iterator[str]) -> None:
+        self.script, self.entries = script, {}
+
+    def _maybe_crash(self, when: str) -> None:
+        if next(self.script, "none") == when:
+            raise Crash
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self.entries.get(key)
+
+    def set(self, key: str, entry: dict[str, Any]) -> None:
+        self._maybe_crash("crash-before")
+        self.entries[key] = entry
+        self._maybe_crash("crash-after")
+
+    def delete(self, key: str) -> None:
+        self.entries.pop(key, None)
+
+
+@pytest.fixture
+def service(tmp_path: Any) -> EmulatedService:
+    return EmulatedService(EmulatorConfig(), tmp_path, clock=FakeClock().time)
+
+
+def make_service(folder: Any, clock: FakeClock, **config: Any) -> EmulatedService:
+    return EmulatedService(EmulatorConfig(**config), folder, clock=clock.time)
+
+
+def make_work(service: EmulatedService, task_id: str = "create") -> BatchWork:
+    answer = service.add_file("rows.jsonl", "batch", [json.dumps(ROW).encode() + b"\n"])
+    file_id = answer.get("data", answer)["id"]
+    submitter = Submitter("dag", "run", task_id, -1, 3)
+    return BatchWork(
+        key=submitter.key(input=file_id),
+        label=submitter.label,
+        input_file_id=file_id,
+        endpoint="/v1/chat/completions",
+        completion_window="24h",
+        metadata={},
+        replace=None,
+    )
+
+
+def batches_of(service: EmulatedService, work: BatchWork) -> list[dict[str, Any]]:
+    found = service.state()["batches"]
+    return [batch for batch in found if (batch.get("metadata") or {}).get(WORK_KEY) == work.key]
+
+
+def created(service: EmulatedService) -> int:
+    return service.state(batches=False)["batch_count"]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    script=st.lists(st.sampled_from(FAULTS), max_size=25),
+    recorded=st.booleans(),
+    lag=st.sampled_from([0.0, 5.0, 40.0]),
+    retry_delay=st.sampled_from([0.0, 300.0]),
+)
+def test_whatever_happens_there_is_one_batch(
+    tmp_path_factory: pytest.TempPathFactory,
+    script: list[str],
+    recorded: bool,
+    lag: float,
+    retry_delay: float,
+) -> None:
+    clock = FakeClock()
+    service = make_service(tmp_path_factory.mktemp("service"), clock, list_lag_seconds=lag)
+    work = make_work(service)
+    faults = iter(script)
+    api, ledger = FaultyAPI(service, faults, clock), FaultyLedger(faults)
+    start = clock.time()
+    for attempt in range(1, len(script) + 3):
+        submission = Submission(
+            api,
+            ledger=ledger if recorded else NoLedger(),
+            earlier_tries="none" if attempt == 1 else "patiently",
+            since=start,
+            clock=clock,
+        )
+        try:
+            batch = submission.submit(work)
+            break
+        except (Crash, SiliconFlowError) as exc:
+            assert isinstance(exc, Crash) or exc.retryable
+            assert len(batches_of(service, work)) <= 1
+            clock.sleep(retry_delay)
+    else:
+        pytest.fail("it never came to an end")
+    assert [found["id"] for found in batches_of(service, work)] == [batch.id]
+    assert created(service) == 1
+
+
+def test_first_try_is_one_post_and_no_search(tmp_path: Any) -> None:
+    clock = FakeClock()
+    service = make_service(tmp_path, clock)
+    api = FaultyAPI(service, iter(()), clock)
+    Submission(api, ledger=NoLedger(), earlier_tries="none", since=0.0, clock=clock).submit(make_work(service))
+    assert api.calls == ["create"]
+
+
+def test_dead_batches_are_not_adopted_but_paid_ones_are(tmp_path: Any) -> None:
+    clock = FakeClock()
+    service = make_service(tmp_path, clock)
+    work = make_work(service)
+    api = FaultyAPI(service, iter(()), clock)
+
+    def submit() -> Batch:
+        return Submission(
+            api, ledger=NoLedger(), earlier_tries="patiently", since=clock.time(), clock=clock
+        ).submit(work)
+
+    first = submit()
+    service.force_status(first.id, "expired")
+    assert submit().id == first.id
+    service.force_status(first.id, "failed")
+    second = submit()
+    assert second.id != first.id
+    service.force_status(second.id, "cancelled")
+    third = submit()
+    assert third.id not in (first.id, second.id)
+
+
+def test_a_batch_being_cancelled_is_watched_to_its_end(tmp_path: Any) -> None:
+    clock = FakeClock()
+    service = make_service(tmp_path, clock, cancelling_seconds=120.0, queue_seconds=0.0, rows_per_second=0.001)
+    work = make_work(service)
+    api = FaultyAPI(service, iter(()), clock)
+
+    def submit() -> Batch:
+        return Submission(
+            api, ledger=NoLedger(), earlier_tries="patiently", since=clock.time(), clock=clock
+        ).submit(work)
+
+    first = submit()
+    clock.sleep(1.0)
+    service.cancel_batch(first.id)
+    assert submit().id != first.id
+    assert service.get_batch(first.id)["status"] == "cancelled"
+
+
+def test_other_work_over_the_same_file_is_not_adopted(tmp_path: Any) -> None:
+    clock = FakeClock()
+    service = make_service(tmp_path, clock)
+    api = FaultyAPI(service, iter(()), clock)
+    work = make_work(service)
+    keys = {
+        Submitter("dag", "run", "create", -1, 3).key(input="f"),
+        Submitter("dag", "run", "create", -1, 4).key(input="f"),
+        Submitter("dag", "run", "create", 0, 3).key(input="f"),
+        Submitter("dag", "run", "other", -1, 3).key(input="f"),
+        Submitter("dag", "run2", "create", -1, 3).key(input="f"),
+        Submitter("dag2", "run", "create", -1, 3).key(input="f"),
+        Submitter("dag", "run", "create", -1, 3).key(input="g"),
+    }
+    assert len(keys) == 7
+    ids = set()
+    for key in keys:
+        other = BatchWork(key, work.label, work.input_file_id, work.endpoint, "24h", {}, None)
+        submission = Submission(api, ledger=NoLedger(), earlier_tries="patiently", since=0.0, clock=clock)
+        ids.add(submission.submit(other).id)
+    assert len(ids) == 7
+
+
+def test_a_search_among_ten_thousand_foreign_batches_is_bounded(tmp_path: Any) -> None:
+    clock = FakeClock()
+    service = make_service(tmp_path, clock)
+    service.seed_foreign_batches(10_000, age_seconds=86400.0)
+    work = make_work(service)
+
+    class Paged(FaultyAPI):
+        def list_batches(self) -> Iterator[Batch]:
+            after = None
+            while True:
+                page = self._run("list", lambda after=after: self.service.list_batches(limit=100, after=after))
+                yield from (Batch.model_validate(item) for item in page["data"])
+                if not page["has_more"]:
+                    return
+                after = page["last_id"]
+
+    api = Paged(service, iter(()), clock)
+    submission = Submission(api, ledger=NoLedger(), earlier_tries="patiently", since=clock.time(), clock=clock)
+    submission.submit(work)
+    # One page, perhaps two, for each of the searches, though there are a hundred.
+    assert api.calls.count("list") <= 14
+
+
+def test_an_outage_without_end_gives_up_with_what_to_do(tmp_path: Any) -> None:
+    clock = FakeClock()
+    service = make_service(tmp_path, clock)
+    work = make_work(service)
+
+    class Lost(FaultyAPI):
+        def create_batch(self, **request: Any) -> Batch:
+            self.calls.append("create")
+            raise NoAnswerError("reset")
+
+    api = Lost(service, iter(()), clock)
+    with pytest.raises(SubmissionUnknownError, match="searches the account") as caught:
+        Submission(api, ledger=NoLedger(), earlier_tries="none", since=0.0, clock=clock).submit(work)
+    assert caught.value.retryable
+    assert api.calls.count("create") == 3
+
+
+def test_refusals_are_sat_out_as_long_as_they_ask(tmp_path: Any) -> None:
+    clock = FakeClock()
+    service = make_service(tmp_path, clock)
+    work = make_work(service)
+    start = clock.time()
+
+    class Refusing(FaultyAPI):
+        def create_batch(self, **request: Any) -> Batch:
+            if self.clock.time() < start + 200:
+                raise RateLimitedError("rate limit", status_code=429, retry_after=190.0)
+            return super().create_batch(**request)
+
+    api = Refusing(service, iter(()), clock)
+    Submission(api, ledger=NoLedger(), earlier_tries="none", since=0.0, clock=clock).submit(work)
+    assert created(service) == 1
+    assert clock.time() >= start + 190
+
+
+def test_an_upload_is_found_again_by_name_and_size(tmp_path: Any) -> None:
+    clock = FakeClock()
+    service = make_service(tmp_path, clock)
+    api = FaultyAPI(service, iter(["lost-after"]), clock)
+    content = json.dumps(ROW).encode() + b"\n"
+
+    def send() -> UploadedFile:
+        answer = api._run("upload", lambda: service.add_file("rows-key.jsonl", "batch", [content]))
+        return UploadedFile.model_validate(answer["data"])
+
+    submission = Submission(api, ledger=NoLedger(), earlier_tries="none", since=0.0, clock=clock)
+    file = submission.upload("key", "rows-key.jsonl", len(content), send)
+    again = Submission(api, ledger=NoLedger(), earlier_tries="patiently", since=0.0, clock=clock)
+    assert again.upload("key", "rows-key.jsonl", len(content), send).id == file.id
+    assert len(api.list_files()) == 1
