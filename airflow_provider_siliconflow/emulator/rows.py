@@ -172,7 +172,7 @@ def _check_line(line: bytes, scan: FileScan, seen: set[str], models: set[str]) -
     except UnicodeDecodeError:
         return "not valid UTF-8."
     except msgspec.DecodeError as error:
-        return f"{error}."
+        return f"{error}." if line.strip() else "the line is empty."
     if checked.custom_id in seen:
         return f"custom_id {checked.custom_id!r} is not unique."
     seen.add(checked.custom_id)
