@@ -1,0 +1,350 @@
+"""
+What became of every row: the service's result lines, put into the order of the input.
+
+One shard is merged at a time. Its result files are read once, front to back, noting where the line of each row
+stands; then the lines are copied, byte for byte, in the order of the shard. What is held in memory does not grow
+with the number of shards, nor with the length of the answers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pydantic
+
+from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError, InvalidInputError
+from airflow_provider_siliconflow.api.models import BatchResult, Outcome
+from airflow_provider_siliconflow.batch_files.sources import ByteWriter, LineReader, Source
+from airflow_provider_siliconflow.batch_files.tally import ModelTally
+from airflow_provider_siliconflow.batch_files.verdicts import (
+    Verdict,
+    is_balance_error,
+    read_verdict,
+    worth_retrying,
+)
+
+log = logging.getLogger(__name__)
+
+#: Bytes of result lines of one shard kept from the reading to the writing; what exceeds them is read again.
+_HELD_BYTES = 8 << 20
+_BLOCK_BYTES = 1 << 18
+
+_MISSING_ERROR = {"code": Outcome.MISSING.value, "message": "the service returned no result for this row"}
+
+
+class _AskedBody(msgspec.Struct, gc=False):
+    model: str | None = None
+
+
+class _Asked(msgspec.Struct, gc=False):
+    custom_id: str
+    body: _AskedBody
+
+
+@dataclass(frozen=True, slots=True)
+class BatchFiles:
+    """
+    The result files of one batch, downloaded.
+
+    :param output: answers; ``None`` if the batch has no such file.
+    :param errors: failures; ``None`` if the batch has no such file.
+    :param round: 0 for the first attempt of the rows, 1 for the first retry and so on.
+    :param shared: whether the batch also holds rows of other shards (a retry does), which are not foreign then.
+    :param batch_id: for messages.
+    """
+
+    output: Path | None
+    errors: Path | None
+    round: int = 0
+    shared: bool = False
+    batch_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MergedShard:
+    """
+    What became of the rows of one shard.
+
+    :param tally: the figures.
+    :param retry: a byte per row, 1 where another attempt is worth it; fit for ``select_rows``.
+    """
+
+    tally: ModelTally
+    retry: bytearray
+
+    @property
+    def out_of_balance(self) -> bool:
+        """Whether rows failed because the account cannot pay: no row should be retried now."""
+        return self.tally.balance_errors > 0
+
+
+def merge_shard(
+    shard: Source,
+    batches: Sequence[BatchFiles],
+    results: ByteWriter | None = None,
+    errors: ByteWriter | None = None,
+    *,
+    model: str | None = None,
+) -> MergedShard:
+    """
+    Judge every row of a shard and write its result line, in the order of the shard.
+
+    An answer that is ok wins over one that is not, a later round over an earlier one, and within one batch the
+    output file over the error file. The service's lines are written as they are; for a row without any, a line
+    with the error code ``missing`` is made.
+
+    :param shard: the request file.
+    :param batches: the batches that may hold its rows, earliest round first, all of one model.
+    :param results: takes one line per row; ``None`` to judge only.
+    :param errors: takes the lines of the rows that are not ok.
+    :param model: the model asked of the whole batch; without it the one that each row names.
+    :raises IncompleteResultsError: a result file holds a line that is none (the download was cut, or it is
+        not a result file).
+    """
+    with shard.open("rb") as stream:
+        decode = msgspec.json.Decoder(_Asked).decode
+        asked = [decode(line or b"") for line in LineReader(stream)]
+    positions = {row.custom_id: position for position, row in enumerate(asked)}
+    tally = ModelTally(rows=len(asked))
+    verdicts: list[Verdict | None] = [None] * len(asked)
+    files: list[Path] = []
+    budget = _HELD_BYTES if results is not None or errors is not None else 0
+    for number, batch in enumerate(batches):
+        for path in (batch.output, batch.errors):
+            if path is not None:
+                files.append(path)
+                budget = _index_file(path, len(files) - 1, number, batch, positions, verdicts, tally, budget)
+    retry = bytearray(len(asked))
+    for position, verdict in enumerate(verdicts):
+        retry[position] = _count(verdict, asked[position], batches, model, tally)
+    if results is not None or errors is not None:
+        _copy(asked, verdicts, files, results, errors)
+    return MergedShard(tally, retry)
+
+
+def _index_file(
+    path: Path,
+    file: int,
+    number: int,
+    batch: BatchFiles,
+    positions: dict[str, int],
+    verdicts: list[Verdict | None],
+    tally: ModelTally,
+    budget: int,
+) -> int:
+    """Note the verdict of every line; return what is left of the bytes that may be held."""
+    offset = duplicates = 0
+    with path.open("rb") as stream:
+        for count, line in enumerate(LineReader(stream), 1):
+            verdict = read_verdict(line) if line is not None else None
+            if line is None or verdict is None:
+                if line is not None and not line.strip():
+                    offset += len(line) + 1
+                    continue
+                raise _incomplete(path.name, count, batch.batch_id)
+            position = positions.get(verdict.custom_id)
+            if position is None:
+                tally.foreign += not batch.shared
+            else:
+                before = verdicts[position]
+                if before is not None and before.batch == number:
+                    duplicates += 1
+                else:
+                    verdict.add_usage_to(tally.billed)
+                    if before is None or before.outcome is not Outcome.OK or verdict.outcome is Outcome.OK:
+                        verdict.batch = number
+                        verdict.file = file
+                        verdict.offset = offset
+                        verdict.length = len(line)
+                        if budget > len(line):
+                            budget -= len(line)
+                            verdict.line = line
+                        verdicts[position] = verdict
+            offset += len(line) + 1
+    if duplicates:
+        tally.duplicates += duplicates
+        log.warning(
+            "Batch %s: %d lines of %s were left out, as the batch has a result for their rows already",
+            batch.batch_id or "",
+            duplicates,
+            path.name,
+        )
+    return budget
+
+
+def _incomplete(name: str, line: int, batch_id: str | None) -> IncompleteResultsError:
+    of_batch = f" of batch {batch_id}" if batch_id else ""
+    return IncompleteResultsError(
+        f"line {line} of {name}{of_batch} is not a result line: the download was cut, or this is not a result file. "
+        "The results are still with the service; a retry downloads them again and submits nothing.",
+        batch_id=batch_id,
+    )
+
+
+def _count(
+    verdict: Verdict | None,
+    asked: _Asked,
+    batches: Sequence[BatchFiles],
+    model: str | None,
+    tally: ModelTally,
+) -> bool:
+    """Count what became of one row; return whether it is worth another attempt."""
+    if verdict is None:
+        tally.missing += 1
+        tally.add_message(_MISSING_ERROR["message"])
+        return worth_retrying(Outcome.MISSING)
+    verdict.add_usage_to(tally.usage)
+    wanted = model or asked.body.model
+    if wanted and verdict.model and wanted != verdict.model and wanted.lower() != verdict.model.lower():
+        tally.mismatches += 1
+    if verdict.outcome is Outcome.OK:
+        tally.ok += 1
+        number = batches[verdict.batch].round
+        tally.ok_in_round[number] = tally.ok_in_round.get(number, 0) + 1
+        reason = verdict.finish_reason
+        if reason is not None:
+            tally.finish_reasons[reason] = tally.finish_reasons.get(reason, 0) + 1
+            tally.truncated += reason == "length"
+        tally.empty += verdict.empty
+        return False
+    if verdict.outcome is Outcome.EXPIRED:
+        tally.expired += 1
+    elif verdict.outcome is Outcome.MISSING:
+        tally.missing += 1
+    else:
+        tally.error += 1
+    tally.add_message(verdict.message or f"({verdict.outcome} without a message)")
+    code, message, status = verdict.code, verdict.message, verdict.status
+    tally.balance_errors += is_balance_error(code=code, message=message, status=status)
+    return worth_retrying(verdict.outcome, code=code, message=message, status=status)
+
+
+def _copy(
+    asked: Sequence[_Asked],
+    verdicts: Sequence[Verdict | None],
+    files: Sequence[Path],
+    results: ByteWriter | None,
+    errors: ByteWriter | None,
+) -> None:
+    with ExitStack() as opened:
+        descriptors = [opened.enter_context(path.open("rb")).fileno() for path in files]
+        to_results = _Block(results)
+        to_errors = _Block(errors)
+        for row, verdict in zip(asked, verdicts, strict=True):
+            if verdict is None:
+                line = _missing_line(row.custom_id)
+            elif verdict.line is not None:
+                line = verdict.line
+            else:
+                line = os.pread(descriptors[verdict.file], verdict.length, verdict.offset)
+                if len(line) != verdict.length:
+                    raise _incomplete(files[verdict.file].name, 0, None)
+            to_results.add(line)
+            if verdict is None or verdict.outcome is not Outcome.OK:
+                to_errors.add(line)
+        to_results.flush()
+        to_errors.flush()
+
+
+class _Block:
+    """Gathers lines, as writing costs by the call."""
+
+    def __init__(self, stream: ByteWriter | None) -> None:
+        self._stream = stream
+        self._lines: list[bytes] = []
+        self._bytes = 0
+
+    def add(self, line: bytes) -> None:
+        self._lines.append(line)
+        self._bytes += len(line)
+        if self._bytes >= _BLOCK_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._stream is not None and self._lines:
+            self._lines.append(b"")
+            self._stream.write(b"\n".join(self._lines))
+        self._lines = []
+        self._bytes = 0
+
+
+def _missing_line(custom_id: str) -> bytes:
+    return msgspec.json.encode(
+        {"id": None, "custom_id": custom_id, "response": None, "error": _MISSING_ERROR}
+    )
+
+
+def read_results(source: Source) -> Iterator[BatchResult]:
+    """
+    Read a result file (``results.jsonl``, ``errors.jsonl`` or one of the service's own) row by row.
+
+    :raises IncompleteResultsError: a line is not a result line.
+    """
+    name = str(getattr(source, "name", source))
+    with source.open("rb") as stream:
+        for number, line in enumerate(LineReader(stream), 1):
+            if line is not None and not line.strip():
+                continue
+            try:
+                yield BatchResult.model_validate(msgspec.json.decode(line or b""))
+            except (msgspec.DecodeError, pydantic.ValidationError, ValueError) as exc:
+                raise _incomplete(name, number, None) from exc
+
+
+#: Columns of :func:`to_frame` that are whole numbers; the others are text.
+_WHOLE_COLUMNS = ("prompt_tokens", "completion_tokens")
+
+
+def to_frame(results: Source | Iterable[BatchResult], library: str | None = None) -> Any:
+    """
+    Return results as a data frame, a row each.
+
+    Columns: ``custom_id``, ``outcome``, ``text``, ``reasoning``, ``finish_reason``, ``prompt_tokens``,
+    ``completion_tokens``, ``error`` (the message).
+
+    :param results: a result file, or what :func:`read_results` returns.
+    :param library: ``pandas`` or ``polars``; without it whichever is installed, pandas first.
+    :raises ImportError: it is not installed.
+    """
+    if library not in (None, "pandas", "polars"):
+        raise InvalidInputError(f"library must be 'pandas' or 'polars', not {library!r}")
+    frames = _import_frames((library,) if library else ("pandas", "polars"))
+    rows = results if isinstance(results, Iterable) else read_results(results)
+    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    for row in rows:
+        for name, read in _COLUMNS.items():
+            columns[name].append(read(row))
+    if frames.__name__ == "pandas":
+        return frames.DataFrame(columns).astype(dict.fromkeys(_WHOLE_COLUMNS, "Int64"))
+    schema = {name: frames.Int64 if name in _WHOLE_COLUMNS else frames.String for name in columns}
+    return frames.DataFrame(columns, schema=schema)
+
+
+_COLUMNS: dict[str, Callable[[BatchResult], Any]] = {
+    "custom_id": lambda row: row.custom_id,
+    "outcome": lambda row: row.outcome.value,
+    "text": lambda row: row.text,
+    "reasoning": lambda row: row.reasoning,
+    "finish_reason": lambda row: row.finish_reason,
+    "prompt_tokens": lambda row: row.usage.get("prompt_tokens"),
+    "completion_tokens": lambda row: row.usage.get("completion_tokens"),
+    "error": lambda row: row.error_message,
+}
+
+
+def _import_frames(names: Sequence[str]) -> Any:
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as exc:
+            if exc.name != name:
+                raise
+    raise ImportError(f"a data frame needs {' or '.join(names)}: pip install {names[0]}")
