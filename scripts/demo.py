@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scripts.live_airflow import LiveAirflow
+    from scripts.live_airflow import LiveAirflow, ProcessFamily
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".demo"
@@ -123,7 +123,7 @@ def write_input(folder: Path) -> tuple[Path, Path]:
 
 
 @contextlib.contextmanager
-def emulator(folder: Path, answers: Path) -> Iterator[str]:
+def emulator(folder: Path, answers: Path, family: ProcessFamily) -> Iterator[str]:
     """The local SiliconFlow as a process of its own; its base URL."""
     port_file, log_file = folder / "emulator.url", folder / "emulator.log"
     command = [sys.executable, "-m", "airflow_provider_siliconflow.emulator"]
@@ -132,7 +132,12 @@ def emulator(folder: Path, answers: Path) -> Iterator[str]:
     command += ["--queue-seconds", "2", "--rows-per-second", "6", "--finalizing-seconds", "1"]
     with log_file.open("wb") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command,
+            env=os.environ | family.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     try:
         deadline = time.monotonic() + 30
@@ -201,9 +206,11 @@ def follow(airflow: LiveAirflow, run_id: str, base_url: str, key: str) -> str:
 
 
 def explain_failure(airflow: LiveAirflow, run_id: str) -> None:
+    from scripts.live_airflow import readable_log
+
     for task in airflow.tasks(DAG_ID, run_id):
         if task.state == "failed":
-            log = airflow.task_log(DAG_ID, run_id, task.task_id, task.map_index)
+            log = readable_log(airflow.task_log(DAG_ID, run_id, task.task_id, task.map_index))
             print(f"\nTask {task.task_id} failed; the end of its log:\n{tail(log)}", file=sys.stderr)
 
 
@@ -236,7 +243,7 @@ def show_results(results: Path) -> None:
 
 
 def run() -> int:
-    from scripts.live_airflow import LiveAirflow, LiveAirflowError
+    from scripts.live_airflow import LiveAirflow, LiveAirflowError, ProcessFamily
 
     started = time.monotonic()
     work, results = FOLDER / "run", FOLDER / "results"
@@ -246,7 +253,8 @@ def run() -> int:
     requests, answers = write_input(work)
     try:
         with contextlib.ExitStack() as stack:
-            base_url = stack.enter_context(emulator(work, answers))
+            family = stack.enter_context(ProcessFamily())
+            base_url = stack.enter_context(emulator(work, answers, family))
             print(f"Local SiliconFlow listens on {base_url}.", flush=True)
             key = "sk-demo"
             connection = {"conn_type": "siliconflow", "password": key, "host": base_url}

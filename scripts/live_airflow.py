@@ -48,8 +48,7 @@ FINISHED_TASK = frozenset({"success", "failed", "skipped", "upstream_failed", "r
 
 _JOB_TYPES = {"scheduler": "SchedulerJob", "dag-processor": "DagProcessorJob"}
 
-# Every process of one live Airflow carries it in its environment, whatever its parent or process group.
-_MARK = "LIVE_AIRFLOW_MARK"
+_MARK = "PROCESS_FAMILY"
 
 
 class LiveAirflowError(Exception):
@@ -117,8 +116,6 @@ def _base_settings(python: Path | str, home: Path, dags: Path, version: str) -> 
         "AIRFLOW__DATABASE__LOAD_DEFAULT_CONNECTIONS": "False",
         "AIRFLOW__LOGGING__BASE_LOG_FOLDER": str(home / "logs"),
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
-        # Else a long process title overwrites the environment block that the watchdog reads.
-        "SPT_NOENV": "1",
         "PYTHONUNBUFFERED": "1",
     }
     if version.startswith("2."):
@@ -209,6 +206,49 @@ elif request["action"] == "pause":
 """
 
 
+class ProcessFamily:
+    """Processes that do not outlive their maker: a context manager that kills them all when it is left.
+
+    Every process started with `environment` belongs to it, and all that these start, whatever their parent or
+    process group: on Airflow 3 each task leads a group of its own, and the children of a killed process have
+    no parent to be found by. A watchdog process does the killing when the maker itself is killed outright.
+    """
+
+    def __init__(self) -> None:
+        self._mark = secrets.token_hex(8)
+        self._watchdog: subprocess.Popen[bytes] | None = None
+        # Without the second, a long process title overwrites the environment block in which the mark is looked for.
+        self.environment = {_MARK: self._mark, "SPT_NOENV": "1"}
+
+    def __enter__(self) -> ProcessFamily:
+        self.watch()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    def watch(self) -> None:
+        if self._watchdog is None:
+            self._watchdog = subprocess.Popen(
+                [sys.executable, str(Path(__file__).absolute()), "--watchdog", self._mark],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+            )
+
+    def pids(self) -> list[int]:
+        return [process.pid for process in _marked(self._mark)]
+
+    def kill(self) -> None:
+        try:
+            _kill_marked(self._mark)
+        finally:
+            if self._watchdog is not None:
+                watchdog, self._watchdog = self._watchdog, None
+                watchdog.communicate()
+
+
 class _Component:
     """One Airflow process with its log file."""
 
@@ -284,13 +324,12 @@ class LiveAirflow:
         self.version = airflow_version(python)
         self.start_timeout = start_timeout
         self._cache = cache
-        self._mark = secrets.token_hex(8)
+        self._family = ProcessFamily()
         self._token: str | None = None
-        self._watchdog: subprocess.Popen[bytes] | None = None
         self.port = _free_port()
         self.environment = _clean_environment() | _base_settings(python, self.home, self.dags, self.version)
+        self.environment |= self._family.environment
         self.environment |= {
-            _MARK: self._mark,
             "AIRFLOW__CORE__PARALLELISM": str(parallelism),
             "AIRFLOW__CORE__MIN_SERIALIZED_DAG_UPDATE_INTERVAL": "1",
             "AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME": "10",
@@ -378,12 +417,7 @@ class LiveAirflow:
                 f"{self.home} already holds a database: a live Airflow needs a home of its own"
             )
         shutil.copyfile(_template_database(self.python, self.version, self._cache), self.database)
-        # Cleans up when this process is killed outright, with no chance to run __exit__.
-        self._watchdog = subprocess.Popen(
-            [sys.executable, str(Path(__file__).absolute()), "--watchdog", self._mark],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
+        self._family.watch()
         try:
             for component in self.components.values():
                 component.start()
@@ -395,20 +429,16 @@ class LiveAirflow:
     def stop(self) -> None:
         """Kill every process of this Airflow, tasks and triggers included; does nothing the second time."""
         try:
-            _kill_marked(self._mark)
+            self._family.kill()
         finally:
             for component in self.components.values():
                 if component.process is not None:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         component.process.wait(timeout=10)
-            if self._watchdog is not None:
-                watchdog, self._watchdog = self._watchdog, None
-                watchdog.stdin.close()  # type: ignore[union-attr]
-                watchdog.wait()
 
     def processes(self) -> list[int]:
         """The ids of all live processes of this Airflow."""
-        return [process.pid for process in _marked(self._mark)]
+        return self._family.pids()
 
     def start(self, component: str) -> None:
         """Start a component that was killed, and wait until it is healthy."""
@@ -792,6 +822,28 @@ class LiveAirflow:
     def logs(self) -> dict[str, str]:
         """Each component's own log."""
         return {name: part.log.read_text(errors="replace") for name, part in self.components.items()}
+
+
+def readable_log(text: str) -> str:
+    """Airflow 3's JSON log lines as a person reads them; other lines as they are."""
+    lines = []
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+            event = f"{record['timestamp'][11:19]} {record.get('level', 'info').upper()} {record['event']}"
+        except (ValueError, KeyError, TypeError):
+            lines.append(line)
+            continue
+        if event.partition(" ")[2].startswith(("INFO ::group::", "INFO ::endgroup::")):
+            continue
+        lines.append(event)
+        for error in record.get("error_detail") or []:
+            lines.append(f"  {error.get('exc_type')}: {error.get('exc_value')}")
+            frames = (error.get("frames") or [])[-3:]
+            lines += [
+                f"    {frame.get('filename')}:{frame.get('lineno')} {frame.get('name')}" for frame in frames
+            ]
+    return "\n".join(lines)
 
 
 def _text(value: Any) -> str:
