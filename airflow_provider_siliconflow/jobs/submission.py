@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Search = Literal["none", "once", "patiently"]
 
-#: Pauses between searches while a listing may lag behind, in seconds: a minute in all.
-LIST_PATIENCE = (2.0, 3.0, 5.0, 10.0, 15.0, 25.0)
+#: How long the account's listing may take to show a new batch, in seconds, and the pauses between looks at it.
+LIST_LAG = 60.0
+_LIST_PAUSES = (2.0, 3.0, 5.0, 10.0, 15.0, 25.0)
 #: How long definite refusals (429, overloaded, no connection) are sat out, in seconds.
 REFUSAL_PATIENCE = 900.0
 #: How often a request is sent of which each time it stayed open whether it counted.
@@ -125,6 +126,8 @@ class Submission:
         self._earlier_tries = earlier_tries
         self._clock: Clock = clock or SystemClock()
         self._since = max(since - CLOCK_SKEW, self._clock.time() - MAX_AGE)
+        self._started = self._clock.time()
+        self._listing_read_at = float("-inf")
         self._found: dict[str, list[Batch]] = {}
         self._seen: set[str] = set()
 
@@ -138,15 +141,15 @@ class Submission:
         :raises SiliconFlowError: the service refused; no batch was created.
         """
         entry = self._ledger.get(work.key)
-        patience = self._patience(entry)
+        listed_at = self._listed_at(entry)
         if entry and entry.get("batch_id"):
             batch = self._read(entry["batch_id"])
             if batch is not None and self._may_adopt(batch):
                 return batch
             # A try that submitted after this batch had died would have left an intent instead of its id.
-            patience = LIST_PATIENCE if batch is None else None
-        if patience is not None:
-            batch = self._search(work, patience)
+            listed_at = self._started + LIST_LAG if batch is None else None
+        if listed_at is not None:
+            batch = self._search(work, listed_at)
             if batch is not None:
                 self._ledger.set(work.key, {"batch_id": batch.id})
                 return batch
@@ -154,23 +157,23 @@ class Submission:
         batch = self._send_once(
             f"POST /batches for {work.label}",
             lambda: self._api.create_batch(**work.request()),
-            lambda: self._search(work, LIST_PATIENCE),
+            lambda: self._search(work, self._clock.time() + LIST_LAG),
             lambda: self._ledger.delete(work.key),
         )
         self._ledger.set(work.key, {"batch_id": batch.id})
         return batch
 
-    def _patience(self, entry: dict[str, Any] | None) -> tuple[float, ...] | None:
-        """Return the pauses between searches for what an earlier try left; ``None`` when there is nothing."""
+    def _listed_at(self, entry: dict[str, Any] | None) -> float | None:
+        """Return when the account surely lists what an earlier try left; ``None`` when it left nothing."""
         if entry:
-            return LIST_PATIENCE
+            return self._started + LIST_LAG
         if self._ledger.complete or self._earlier_tries == "none":
             return None
-        return LIST_PATIENCE if self._earlier_tries == "patiently" else ()
+        return self._started + (LIST_LAG if self._earlier_tries == "patiently" else 0.0)
 
     def find(self, work: BatchWork) -> Batch | None:
         """Search the account once for a live batch of this work."""
-        return self._search(work, ())
+        return self._search(work, self._clock.time())
 
     def _read(self, batch_id: str) -> Batch | None:
         """Read a batch; one that is being cancelled is watched until it is clear how that ended."""
@@ -198,11 +201,16 @@ class Submission:
         )
         return True
 
-    def _search(self, work: BatchWork, patience: Iterable[float]) -> Batch | None:
-        """Search the account for the work, again after each pause: a new batch may be listed late."""
-        pauses = iter(patience)
+    def _search(self, work: BatchWork, listed_at: float) -> Batch | None:
+        """
+        Search the account for the work, again and again until it must be listed if it exists.
+
+        :param listed_at: epoch seconds from which on the listing can be trusted.
+        """
+        pauses = iter(_LIST_PAUSES)
         while True:
-            self._read_listing()
+            if self._listing_read_at < listed_at:
+                self._read_listing()
             live = [batch for batch in self._found.get(work.key, ()) if not batch.is_dead]
             # The listing may be behind: only the batch itself says whether it is still alive.
             for listed in sorted(live, key=lambda batch: batch.created_at or 0):
@@ -215,9 +223,10 @@ class Submission:
                             ", ".join(other.id for other in live),
                         )
                     return batch
-            pause = next(pauses, None)
-            if pause is None:
+            left = listed_at - self._listing_read_at
+            if left <= 0:
                 return None
+            pause = min(next(pauses, LIST_LAG), left)
             log.info("No batch of an earlier try is listed; looking again in %.0f s, the list may lag", pause)
             self._clock.sleep(pause)
 
@@ -228,18 +237,19 @@ class Submission:
         Stops after a page's worth of batches that are too old or were read before, and never reads one
         twice, so that a search costs as few calls as there are new pages.
         """
-        nothing_new = 0
+        nothing_new, began = 0, self._clock.time()
         for batch in self._api.list_batches():
             old = batch.created_at is not None and batch.created_at < self._since
             if old or batch.id in self._seen:
                 nothing_new += 1
                 if nothing_new >= protocol.PAGE_SIZE:
-                    return
+                    break
                 continue
             nothing_new = 0
             self._seen.add(batch.id)
             if key := batch.metadata.get(WORK_KEY):
                 self._found.setdefault(key, []).append(batch)
+        self._listing_read_at = began
 
     # Files ------------------------------------------------------------------------------------------------
 
@@ -256,7 +266,7 @@ class Submission:
         if entry and entry.get("file_id"):
             log.info("Using file %s, uploaded by an earlier try", entry["file_id"])
             return UploadedFile(id=entry["file_id"], filename=filename, bytes=size)
-        if self._patience(entry) is not None:
+        if self._listed_at(entry) is not None:
             file = self._search_file(filename, size)
             if file is not None:
                 self._ledger.set(key, {"file_id": file.id})
