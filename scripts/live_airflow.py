@@ -816,8 +816,8 @@ class LiveAirflow:
         for (table,) in self.query("select name from sqlite_master where type = 'table'"):
             for row in self.query(f'select * from "{table}"'):
                 yield f"table {table}", "\t".join(_text(value) for value in row)
-        for row in self.trigger_rows():
-            yield f"trigger {row['id']} (decrypted)", row["kwargs"]
+        for trigger in self.trigger_rows():
+            yield f"trigger {trigger['id']} (decrypted)", trigger["kwargs"]
 
     def logs(self) -> dict[str, str]:
         """Each component's own log."""
