@@ -1,0 +1,277 @@
+"""The account of a whole run: what was sent, what came back, what it cost and where it is."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
+
+#: Raised when a key of the manifest changes its meaning.
+MANIFEST_VERSION = 1
+
+_SLUG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSummary:
+    """
+    One batch of a run.
+
+    :param id: the batch.
+    :param status: its last status.
+    :param rows: rows sent in it.
+    :param shard: index of the shard sent in it, among those of its round.
+    :param round: 0 for the first attempt, 1 for the first retry and so on.
+    :param counts: ``total``, ``completed`` and ``failed`` as the service counted them.
+    """
+
+    id: str
+    status: str
+    rows: int
+    shard: int = 0
+    round: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the batch as JSON types."""
+        return {
+            "id": self.id,
+            "status": self.status,
+            "counts": dict(self.counts),
+            "rows": self.rows,
+            "shard": self.shard,
+            "round": self.round,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRun:
+    """
+    What one model made of the input.
+
+    :param model: ``None`` where the rows name their models themselves.
+    :param tally: the figures over all shards.
+    :param batches: the batches of all rounds.
+    :param paths: the files written, such as ``results`` and ``errors``, by name.
+    """
+
+    model: str | None
+    tally: ModelTally
+    batches: Sequence[BatchSummary]
+    paths: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_prices(prices: Mapping[str, Any] | None) -> None:
+    """
+    Check the argument ``prices`` before anything is sent.
+
+    :raises InvalidInputError: it is not of the form ``{model: {"prompt": number, "completion": number}}``.
+    """
+    if prices is None:
+        return
+    if not isinstance(prices, Mapping):
+        raise InvalidInputError(f"prices must be a mapping by model, not {type(prices).__name__}")
+    for model, price in prices.items():
+        if not (
+            isinstance(price, Mapping)
+            and set(price) == {"prompt", "completion"}
+            and all(_is_price(value) for value in price.values())
+        ):
+            raise InvalidInputError(
+                f"prices[{model!r}] must be {{'prompt': ..., 'completion': ...}} in CNY per million tokens, "
+                f"not {price!r}"
+            )
+
+
+def build_manifest(
+    runs: Sequence[ModelRun],
+    *,
+    prices: Mapping[str, Mapping[str, float]] | None = None,
+    paths: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """
+    Return the manifest as JSON types, safe for XCom: no rows, no signed URLs.
+
+    Rows, tokens and cost are given for each model and in total. ``usage`` counts the answers that were kept,
+    ``billed_usage`` all that were made; ``cost`` follows from the latter.
+
+    :param runs: one per model.
+    :param prices: by model, CNY per million tokens of ``prompt`` and of ``completion``.
+    :param paths: the files and folders of the whole run, by name.
+    :raises InvalidInputError: ``prices`` is malformed.
+    """
+    check_prices(prices)
+    total = ModelTally()
+    models = []
+    for run in runs:
+        total.add(run.tally)
+        cost = _cost(run.tally.billed, (prices or {}).get(run.model or ""))
+        models.append(
+            {
+                "model": run.model,
+                **_figures(run.tally, run.batches),
+                "cost": cost,
+                "batches": [batch.to_dict() for batch in run.batches],
+                "paths": dict(run.paths),
+            }
+        )
+    known = [each["cost"] for each in models if each["cost"] is not None]
+    return {
+        "version": MANIFEST_VERSION,
+        **_figures(total, [batch for run in runs for batch in run.batches]),
+        # A sum that leaves out a model would pass for the whole.
+        "cost": _add_costs(known) if known and len(known) == len(models) else None,
+        "models": models,
+        "paths": dict(paths or {}),
+    }
+
+
+def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, Any]:
+    return {
+        "rows": {
+            "total": tally.rows,
+            "ok": tally.ok,
+            "error": tally.error,
+            "expired": tally.expired,
+            "missing": tally.missing,
+        },
+        "finish_reasons": dict(tally.finish_reasons),
+        "truncated": tally.truncated,
+        "empty": tally.empty,
+        "model_mismatches": tally.mismatches,
+        "duplicates": tally.duplicates,
+        "foreign": tally.foreign,
+        "usage": _tokens(tally.usage),
+        "billed_usage": _tokens(tally.billed),
+        "errors": tally.commonest_errors(),
+        "rounds": [
+            {
+                "round": number,
+                "batches": sum(batch.round == number for batch in batches),
+                "rows": sum(batch.rows for batch in batches if batch.round == number),
+                "ok": tally.ok_in_round.get(number, 0),
+            }
+            for number in sorted({batch.round for batch in batches} | set(tally.ok_in_round))
+        ],
+    }
+
+
+def _tokens(usage: Usage) -> dict[str, int]:
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "reasoning_tokens": usage.reasoning,
+        "total_tokens": usage.total,
+    }
+
+
+def _cost(billed: Usage, price: Mapping[str, float] | None) -> dict[str, Any] | None:
+    if price is None:
+        return None
+    # Reasoning is a part of the completion and has no price of its own.
+    prompt = billed.prompt * price["prompt"] / 1e6
+    completion = billed.completion * price["completion"] / 1e6
+    return _rounded(prompt, completion)
+
+
+def _add_costs(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return _rounded(
+        math.fsum(each["prompt"] for each in costs), math.fsum(each["completion"] for each in costs)
+    )
+
+
+def _rounded(prompt: float, completion: float) -> dict[str, Any]:
+    return {
+        "currency": "CNY",
+        "prompt": round(prompt, 6),
+        "completion": round(completion, 6),
+        "total": round(prompt + completion, 6),
+    }
+
+
+def _is_price(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def model_slug(model: str) -> str:
+    """
+    Return a name for the model's folder: safe in file systems and URLs, and no two models share one.
+
+    ``Qwen/Qwen3-8B`` becomes ``Qwen--Qwen3-8B``. A name that cannot be turned back gets a digest at its end.
+    """
+    slug = model.replace("/", "--")
+    if _SLUG.fullmatch(slug) and slug.replace("--", "/") == model:
+        return slug
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", slug).strip("-")[:80]
+    digest = hashlib.sha256(model.encode("utf-8", "surrogatepass")).hexdigest()[:10]
+    return f"{readable or 'model'}-{digest}"
+
+
+_TABLE = (
+    "model",
+    "rows",
+    "ok",
+    "error",
+    "expired",
+    "missing",
+    "truncated",
+    "empty",
+    "prompt",
+    "completion",
+    "CNY",
+)
+
+
+def render_summary(manifest: Mapping[str, Any]) -> str:
+    """Return a manifest as a short table for the log."""
+    models = manifest["models"]
+    lines = [_table_row(each["model"] or "(as the rows say)", each) for each in models]
+    if len(models) > 1:
+        lines.append(_table_row("total", manifest))
+    # A column of zeros tells nothing, but for the rows and what is ok.
+    shown = [
+        column
+        for column, name in enumerate(_TABLE)
+        if name in ("model", "rows", "ok", "error") or any(line[column] not in ("0", "") for line in lines)
+    ]
+    table = [[line[column] for column in shown] for line in (_TABLE, *lines)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    text = [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    ]
+    rounds = manifest["rounds"]
+    if len(rounds) > 1:
+        text += [
+            f"round {each['round']}: {each['rows']:,} rows in {each['batches']:,} batches, {each['ok']:,} ok"
+            for each in rounds
+        ]
+    for name, label in (
+        ("model_mismatches", "answers by another model than the one asked"),
+        ("duplicates", "second results of a row, left out"),
+        ("foreign", "results of rows never asked"),
+    ):
+        if manifest[name]:
+            text.append(f"{manifest[name]:,} {label}")
+    text += [f"{count:,} x {message}" for message, count in manifest["errors"].items()]
+    return "\n".join(text)
+
+
+def _table_row(name: str, figures: Mapping[str, Any]) -> list[str]:
+    rows = figures["rows"]
+    usage = figures["billed_usage"]
+    counts = (
+        *(rows[key] for key in ("total", "ok", "error", "expired", "missing")),
+        *(figures["truncated"], figures["empty"], usage["prompt_tokens"], usage["completion_tokens"]),
+    )
+    cost = figures["cost"]
+    return [name, *(f"{count:,}" for count in counts), "" if cost is None else f"{cost['total']:.2f}"]
