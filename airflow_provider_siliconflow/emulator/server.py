@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,10 @@ import msgspec
 from aiohttp import BodyPartReader, web
 
 from airflow_provider_siliconflow.emulator.config import EmulatorConfig
+from airflow_provider_siliconflow.emulator.control import PREFIX, Control, answer_control
 from airflow_provider_siliconflow.emulator.faults import DEFAULT_BODIES, HTML_BODY, Fault, Faults
+from airflow_provider_siliconflow.emulator.records import RESULT_KINDS
 from airflow_provider_siliconflow.emulator.service import (
-    RESULT_KINDS,
     EmulatedService,
     ServiceError,
     invalid_parameter,
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 
 TRACE_HEADER = "x-siliconcloud-trace-id"
 _API = "/v1"
-_CONTROL = "/_emulator/"
 _LOGGED_REQUESTS = 20_000
 _CHUNK = 1 << 18
 
@@ -158,17 +158,7 @@ class EmulatorServer:
                 web.post(f"{_API}/batches/{{id}}/cancel", self._cancel_batch),
                 web.get(f"{_API}/user/info", self._user_info),
                 web.get(f"{_API}/models", self._models),
-                web.get(f"{_CONTROL}state", self._control_state),
-                web.get(f"{_CONTROL}requests", self._control_requests),
-                web.get(f"{_CONTROL}faults", self._control_list_faults),
-                web.post(f"{_CONTROL}faults", self._control_add_fault),
-                web.delete(f"{_CONTROL}faults", self._control_clear_faults),
-                web.post(f"{_CONTROL}release", self._control_release),
-                web.post(f"{_CONTROL}clock", self._control_clock),
-                web.get(f"{_CONTROL}config", self._control_get_config),
-                web.post(f"{_CONTROL}config", self._control_config),
-                web.post(f"{_CONTROL}batches/{{id}}/status", self._control_status),
-                web.post(f"{_CONTROL}seed", self._control_seed),
+                *Control(self).routes(),
             ]
         )
         return app
@@ -182,8 +172,8 @@ class EmulatorServer:
 
     @web.middleware
     async def _api_middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path.startswith(_CONTROL):
-            return await self._control(request, handler)
+        if request.path.startswith(PREFIX):
+            return await answer_control(request, handler)
         resource = request.match_info.route.resource
         route = "unknown"
         if resource is not None:
@@ -395,75 +385,6 @@ class EmulatorServer:
                 return web.FileResponse(path, headers={"Content-Type": "application/octet-stream"})
         raise not_found()
 
-    # -- control ----------------------------------------------------------------------------------------
-
-    async def _control(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        try:
-            return await handler(request)
-        except ServiceError as error:
-            return _json(error.body, error.status)
-        except (ValueError, TypeError, msgspec.DecodeError) as error:
-            return _json({"error": str(error)}, 400)
-        except web.HTTPException as error:
-            return _json({"error": error.reason}, error.status)
-
-    async def _control_state(self, request: web.Request) -> web.StreamResponse:
-        state = self.service.state(batches=request.query.get("batches") != "0")
-        state["request_counts"] = dict(self.request_counts)
-        state["held"] = self.held
-        state["faults"] = [rule.as_dict() for rule in self.faults.rules]
-        return _json(state)
-
-    async def _control_requests(self, request: web.Request) -> web.StreamResponse:
-        return _json([asdict(one) for one in self.requests])
-
-    async def _control_list_faults(self, request: web.Request) -> web.StreamResponse:
-        return _json([rule.as_dict() for rule in self.faults.rules])
-
-    async def _control_add_fault(self, request: web.Request) -> web.StreamResponse:
-        given = await _control_body(request, (dict, list, str))
-        specs = given if isinstance(given, list) else [given]
-        return _json([self.faults.add(Fault.parse(spec)).as_dict() for spec in specs])
-
-    async def _control_clear_faults(self, request: web.Request) -> web.StreamResponse:
-        self.faults.clear()
-        return _json([])
-
-    async def _control_release(self, request: web.Request) -> web.StreamResponse:
-        return _json({"released": self.release()})
-
-    async def _control_clock(self, request: web.Request) -> web.StreamResponse:
-        given = await _control_body(request, dict)
-        self.service.advance(msgspec.convert(given.get("advance"), float))
-        return _json({"now": self.service.now()})
-
-    async def _control_get_config(self, request: web.Request) -> web.StreamResponse:
-        return _json(self._visible_config())
-
-    async def _control_config(self, request: web.Request) -> web.StreamResponse:
-        self.service.configure(await _control_body(request, dict))
-        return _json(self._visible_config())
-
-    async def _control_status(self, request: web.Request) -> web.StreamResponse:
-        given = await _control_body(request, dict)
-        status = msgspec.convert(given.get("status"), str | None)
-        return _json(self.service.force_status(request.match_info["id"], status))
-
-    async def _control_seed(self, request: web.Request) -> web.StreamResponse:
-        given = await _control_body(request, dict)
-        self.service.seed_foreign_batches(
-            msgspec.convert(given.get("foreign_batches"), int),
-            msgspec.convert(given.get("age_seconds", 0), float),
-        )
-        return _json({"batch_count": self.service.state(batches=False)["batch_count"]})
-
-    def _visible_config(self) -> dict[str, Any]:
-        config = asdict(self.service.config)
-        # The control calls need no key, so they must not tell the keys either.
-        config["keys"] = len(config["keys"])
-        config["answers"] = None if config["answers"] is None else str(config["answers"])
-        return config
-
 
 class Emulator:
     """A running emulator, in a thread and an event loop of its own. Made by :func:`running_emulator`."""
@@ -533,7 +454,7 @@ class Emulator:
     @property
     def control_url(self) -> str:
         """Where the control calls live: ``http://127.0.0.1:PORT/_emulator``."""
-        return self.base_url.removesuffix(_API) + _CONTROL.rstrip("/")
+        return self.base_url.removesuffix(_API) + PREFIX.rstrip("/")
 
     @property
     def requests(self) -> list[RecordedRequest]:
@@ -688,10 +609,3 @@ async def _read_away(request: web.Request) -> None:
     with contextlib.suppress(ConnectionError, web.HTTPException):
         while await request.content.readany():
             pass
-
-
-async def _control_body(request: web.Request, wanted: Any) -> Any:
-    body = msgspec.json.decode(await request.read())
-    if not isinstance(body, wanted):
-        raise ValueError("the body has the wrong JSON type")
-    return body

@@ -19,10 +19,9 @@ import tempfile
 import threading
 import time
 from bisect import bisect_left, insort
-from collections import OrderedDict
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 import msgspec
@@ -30,15 +29,13 @@ import msgspec
 from airflow_provider_siliconflow.emulator.answers import (
     AnswerBook,
     Answerer,
-    error_line,
-    expired_line,
     transient_status,
 )
+from airflow_provider_siliconflow.emulator.records import BatchRecord, FileRecord, ResultKind
+from airflow_provider_siliconflow.emulator.results import ResultStore, write_results
 from airflow_provider_siliconflow.emulator.rows import (
     ENDPOINT,
-    FileScan,
     TooManyLinesError,
-    decode_row,
     decode_row_name,
     line_offsets,
     scan_file,
@@ -52,9 +49,6 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator.config import EmulatorConfig
 
 log = logging.getLogger(__name__)
-
-ResultKind = Literal["output", "error"]
-RESULT_KINDS: tuple[ResultKind, ...] = ("output", "error")
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _WINDOW = re.compile(r"(\d{1,4})h")
@@ -76,41 +70,6 @@ class ServiceError(Exception):
         super().__init__(f"{status} {body}")
         self.status = status
         self.body = body
-
-
-class FileRecord(msgspec.Struct, kw_only=True):
-    """An uploaded file."""
-
-    id: str
-    bytes: int
-    created: float
-    filename: str
-    purpose: str
-    scan: FileScan
-    deleted: bool = False
-
-
-class BatchRecord(msgspec.Struct, kw_only=True):
-    """A batch: what was asked, when it does what, and which rows do not simply succeed."""
-
-    id: str
-    seq: int
-    request: dict[str, Any]
-    file_name: str
-    window: str
-    timeline: Timeline
-    errors: list[str] | None = None
-    #: Row index to ``"missing"``, ``"expire"`` or the status the row fails with.
-    outcomes: dict[int, str] = {}
-    #: ``(custom_id, model)`` of rows that fail here and succeed in a later batch.
-    first_failures: list[tuple[str, str]] = []
-    #: Sorted places in the finish order.
-    failed_positions: list[int] = []
-    missing_positions: list[int] = []
-    foreign: bool = False
-
-    def sort_key(self) -> tuple[float, int, str]:
-        return (self.timeline.created, self.seq, self.id)
 
 
 class _Saved(msgspec.Struct):
@@ -156,9 +115,9 @@ class EmulatedService:
         self._seq = 0
         self._failed_once: set[tuple[str, str]] = set()
         self._result_ids: dict[str, tuple[str, ResultKind]] = {}
-        self._results: OrderedDict[str, threading.Lock] = OrderedDict()
+        self._results = ResultStore(self._storage / "results", config.kept_results)
         self._saved = _Saved(secret=secrets.token_hex(16))
-        for folder in ("files", "batches", "results", "spool"):
+        for folder in ("files", "batches", "spool"):
             (self._storage / folder).mkdir(parents=True, exist_ok=True)
         self._clear_leftovers()
         if persistent:
@@ -192,6 +151,7 @@ class EmulatedService:
             old, self.config = self.config, self.config.changed(changes)
             if "models" in changes:
                 self._answerer = Answerer(self._book, self.config.models)
+            self._results.kept = self.config.kept_results
             if old.speed != self.config.speed:
                 now = self.now()
                 for batch in self._batches.values():
@@ -208,9 +168,8 @@ class EmulatedService:
         with self._lock:
             batch = self._batch(batch_id)
             batch.timeline.show(status, self.now())
-            if self._results.pop(batch_id, None) is not None:
-                # Written for another end.
-                self._remove_results(batch_id)
+            # They were written for another end.
+            self._results.forget(batch_id)
             self._save_batch(batch)
             return self._view(batch)
 
@@ -479,14 +438,11 @@ class EmulatedService:
             batch = self._batch(batch_id)
             if kind not in self._result_kinds(batch, self.now()):
                 raise not_found()
-            writing = self._results.setdefault(batch_id, threading.Lock())
-            self._results.move_to_end(batch_id)
-            self._drop_results()
-        path = self._result_path(batch_id, kind)
-        with writing:
-            if not path.exists():
-                self._write_results(batch)
-        return path
+        # Storage makes the entity tag from size and time: the same, then, when the file is written again.
+        modified = int(batch.timeline.fate_at)
+        return self._results.get(
+            batch_id, kind, lambda output, error: self._write_results(batch, output, error), modified
+        )
 
     def signed_url(self, batch_id: str, kind: ResultKind) -> str:
         """Return a storage URL that works for ``url_ttl_seconds`` from now."""
@@ -664,66 +620,13 @@ class EmulatedService:
         batch.failed_positions.sort()
         batch.missing_positions.sort()
 
-    def _write_results(self, batch: BatchRecord) -> None:
-        """Write both result files in one pass over the input; memory holds one line and two buffers."""
-        timeline = batch.timeline
+    def _write_results(self, batch: BatchRecord, output: Path, error: Path) -> None:
         file_id = batch.request["input_file_id"]
         content = self._content_path(file_id)
         offsets = self._offsets.get(file_id)
         if offsets is None:
             offsets = self._offsets[file_id] = line_offsets(content)
-        replace = batch.request.get("replace") or {}
-        order = FinishOrder(timeline.total)
-        done = timeline.rows_done(timeline.fate_at)
-        last = timeline.total if timeline.fate == "expired" else done
-        folder = self._result_path(batch.id, "output").parent
-        folder.mkdir(parents=True, exist_ok=True)
-        parts = {kind: folder / f"{kind}.{secrets.token_hex(4)}.part" for kind in RESULT_KINDS}
-        answerer, outcomes = self._answerer, batch.outcomes
-        with (
-            content.open("rb", buffering=0) as rows,
-            parts["output"].open("wb", buffering=1 << 20) as output,
-            parts["error"].open("wb", buffering=1 << 20) as error,
-        ):
-            for position in range(last):
-                row = order.row_at(position)
-                rows.seek(offsets[row])
-                line = rows.read(offsets[row + 1] - offsets[row])
-                if position >= done:
-                    error.write(expired_line(decode_row_name(line).custom_id))
-                    continue
-                outcome = outcomes.get(row)
-                if outcome is None:
-                    request = decode_row(line)
-                    body = {**request.body, **replace} if replace else request.body
-                    written, twice = answerer.output_line(request.custom_id, body)
-                    output.write(written)
-                    if twice:
-                        output.write(written)
-                elif outcome == "expire":
-                    error.write(expired_line(decode_row_name(line).custom_id))
-                elif outcome != "missing":
-                    error.write(error_line(decode_row_name(line).custom_id, int(outcome)))
-        # Storage gives one entity tag per file, made from size and time: keep it the same when written again.
-        modified = int(timeline.fate_at) * 10**9
-        for kind in reversed(RESULT_KINDS):
-            os.utime(parts[kind], ns=(modified, modified))
-            os.replace(parts[kind], self._result_path(batch.id, kind))
-
-    def _drop_results(self) -> None:
-        while len(self._results) > self.config.kept_results:
-            batch_id, writing = next(iter(self._results.items()))
-            if not writing.acquire(blocking=False):
-                return
-            try:
-                del self._results[batch_id]
-                self._remove_results(batch_id)
-            finally:
-                writing.release()
-
-    def _remove_results(self, batch_id: str) -> None:
-        for kind in RESULT_KINDS:
-            self._result_path(batch_id, kind).unlink(missing_ok=True)
+        write_results(batch, content, offsets, self._answerer, output, error)
 
     def _enveloped(self, data: dict[str, Any]) -> dict[str, Any]:
         if self.config.flat_files:
@@ -755,9 +658,6 @@ class EmulatedService:
     def _content_path(self, file_id: str) -> Path:
         return self._storage / "files" / f"{file_id}.jsonl"
 
-    def _result_path(self, batch_id: str, kind: ResultKind) -> Path:
-        return self._storage / "results" / batch_id / f"{kind}.jsonl"
-
     @staticmethod
     def _new_id(prefix: str, taken: Mapping[str, object]) -> str:
         while True:
@@ -780,8 +680,6 @@ class EmulatedService:
 
     def _clear_leftovers(self) -> None:
         for path in (self._storage / "spool").iterdir():
-            path.unlink()
-        for path in (self._storage / "results").glob("*/*"):
             path.unlink()
 
     def _save_batch(self, batch: BatchRecord) -> None:

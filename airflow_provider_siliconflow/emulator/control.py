@@ -1,0 +1,124 @@
+"""The calls of the emulator itself, below ``/_emulator/``: to look into it and to change it from a test."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from aiohttp import web
+
+from airflow_provider_siliconflow.emulator.faults import Fault
+from airflow_provider_siliconflow.emulator.service import ServiceError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from airflow_provider_siliconflow.emulator.server import EmulatorServer
+
+PREFIX = "/_emulator/"
+
+
+class Control:
+    """Handlers of the control calls. They need no key."""
+
+    def __init__(self, server: EmulatorServer) -> None:
+        self._server = server
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get(f"{PREFIX}state", self._state),
+            web.get(f"{PREFIX}requests", self._requests),
+            web.get(f"{PREFIX}faults", self._list_faults),
+            web.post(f"{PREFIX}faults", self._add_fault),
+            web.delete(f"{PREFIX}faults", self._clear_faults),
+            web.post(f"{PREFIX}release", self._release),
+            web.post(f"{PREFIX}clock", self._clock),
+            web.get(f"{PREFIX}config", self._get_config),
+            web.post(f"{PREFIX}config", self._config),
+            web.post(f"{PREFIX}batches/{{id}}/status", self._status),
+            web.post(f"{PREFIX}seed", self._seed),
+        ]
+
+    async def _state(self, request: web.Request) -> web.StreamResponse:
+        state = self._server.service.state(batches=request.query.get("batches") != "0")
+        state["request_counts"] = dict(self._server.request_counts)
+        state["held"] = self._server.held
+        state["faults"] = [rule.as_dict() for rule in self._server.faults.rules]
+        return _json(state)
+
+    async def _requests(self, request: web.Request) -> web.StreamResponse:
+        return _json([asdict(one) for one in self._server.requests])
+
+    async def _list_faults(self, request: web.Request) -> web.StreamResponse:
+        return _json([rule.as_dict() for rule in self._server.faults.rules])
+
+    async def _add_fault(self, request: web.Request) -> web.StreamResponse:
+        given = await _body(request, (dict, list, str))
+        # All are read before the first is added, so that a refusal adds none.
+        faults = [Fault.parse(spec) for spec in (given if isinstance(given, list) else [given])]
+        return _json([self._server.faults.add(fault).as_dict() for fault in faults])
+
+    async def _clear_faults(self, request: web.Request) -> web.StreamResponse:
+        self._server.faults.clear()
+        return _json([])
+
+    async def _release(self, request: web.Request) -> web.StreamResponse:
+        return _json({"released": self._server.release()})
+
+    async def _clock(self, request: web.Request) -> web.StreamResponse:
+        given = await _body(request, dict)
+        self._server.service.advance(msgspec.convert(given.get("advance"), float))
+        return _json({"now": self._server.service.now()})
+
+    async def _get_config(self, request: web.Request) -> web.StreamResponse:
+        return _json(self._visible_config())
+
+    async def _config(self, request: web.Request) -> web.StreamResponse:
+        self._server.service.configure(await _body(request, dict))
+        return _json(self._visible_config())
+
+    async def _status(self, request: web.Request) -> web.StreamResponse:
+        given = await _body(request, dict)
+        status = msgspec.convert(given.get("status"), str | None)
+        return _json(self._server.service.force_status(request.match_info["id"], status))
+
+    async def _seed(self, request: web.Request) -> web.StreamResponse:
+        given = await _body(request, dict)
+        self._server.service.seed_foreign_batches(
+            msgspec.convert(given.get("foreign_batches"), int),
+            msgspec.convert(given.get("age_seconds", 0), float),
+        )
+        return _json({"batch_count": self._server.service.state(batches=False)["batch_count"]})
+
+    def _visible_config(self) -> dict[str, Any]:
+        config = asdict(self._server.service.config)
+        # The control calls need no key, so they must not tell the keys either.
+        config["keys"] = len(config["keys"])
+        config["answers"] = None if config["answers"] is None else str(config["answers"])
+        return config
+
+
+async def answer_control(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Answer a control call: what is wrong with it comes back as ``{"error": ...}``."""
+    try:
+        return await handler(request)
+    except ServiceError as error:
+        return _json(error.body, error.status)
+    except (ValueError, TypeError, msgspec.DecodeError) as error:
+        return _json({"error": str(error)}, 400)
+    except web.HTTPException as error:
+        return _json({"error": error.reason}, error.status)
+
+
+async def _body(request: web.Request, wanted: type | tuple[type, ...]) -> Any:
+    body = msgspec.json.decode(await request.read())
+    if not isinstance(body, wanted):
+        raise ValueError("the body has the wrong JSON type")
+    return body
+
+
+def _json(body: Any, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(body), status=status, content_type="application/json")

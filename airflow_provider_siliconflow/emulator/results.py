@@ -1,0 +1,127 @@
+"""Result files: written when they are first asked for, and kept on disk only for the last few batches."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from airflow_provider_siliconflow.emulator.answers import error_line, expired_line
+from airflow_provider_siliconflow.emulator.records import RESULT_KINDS
+from airflow_provider_siliconflow.emulator.rows import decode_row, decode_row_name
+from airflow_provider_siliconflow.emulator.timeline import FinishOrder
+
+if TYPE_CHECKING:
+    from array import array
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from airflow_provider_siliconflow.emulator.answers import Answerer
+    from airflow_provider_siliconflow.emulator.records import BatchRecord, ResultKind
+
+
+class ResultStore:
+    """
+    The result files on disk. Safe to use from any thread.
+
+    :param folder: emptied at the start, since every file in it can be written again.
+    :param kept: batches whose files stay.
+    """
+
+    def __init__(self, folder: Path, kept: int) -> None:
+        self.kept = kept
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._used: OrderedDict[str, threading.Lock] = OrderedDict()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+    def get(
+        self, batch_id: str, kind: ResultKind, write: Callable[[Path, Path], None], modified: int
+    ) -> Path:
+        """
+        Return the path of a result file.
+
+        :param write: writes the output and the error file, if they are not there.
+        :param modified: their time of modification in epoch seconds.
+        """
+        with self._lock:
+            writing = self._used.setdefault(batch_id, threading.Lock())
+            self._used.move_to_end(batch_id)
+            self._drop_oldest()
+        path = self._path(batch_id, kind)
+        with writing:
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                # A batch may be dropped and asked for again while it is still being written: never share a part.
+                parts = [path.parent / f"{one}.{secrets.token_hex(4)}" for one in RESULT_KINDS]
+                write(*parts)
+                for one, part in zip(RESULT_KINDS, parts, strict=True):
+                    os.utime(part, (modified, modified))
+                    os.replace(part, self._path(batch_id, one))
+        return path
+
+    def forget(self, batch_id: str) -> None:
+        """Drop the files of a batch, so that they are written anew."""
+        with self._lock:
+            if self._used.pop(batch_id, None) is not None:
+                self._remove(batch_id)
+
+    def _drop_oldest(self) -> None:
+        while len(self._used) > self.kept:
+            batch_id, writing = next(iter(self._used.items()))
+            if writing.locked():
+                return
+            del self._used[batch_id]
+            self._remove(batch_id)
+
+    def _remove(self, batch_id: str) -> None:
+        for kind in RESULT_KINDS:
+            self._path(batch_id, kind).unlink(missing_ok=True)
+
+    def _path(self, batch_id: str, kind: ResultKind) -> Path:
+        return self._folder / batch_id / f"{kind}.jsonl"
+
+
+def write_results(
+    batch: BatchRecord,
+    content: Path,
+    offsets: array[int],
+    answerer: Answerer,
+    output_path: Path,
+    error_path: Path,
+) -> None:
+    """
+    Write both result files in one pass over the input; memory holds one line and two buffers.
+
+    :param content: the input file.
+    :param offsets: where its lines begin, and its size.
+    """
+    timeline, outcomes = batch.timeline, batch.outcomes
+    replace = batch.request.get("replace") or {}
+    order = FinishOrder(timeline.total)
+    done = timeline.rows_done(timeline.fate_at)
+    last = timeline.total if timeline.fate == "expired" else done
+    with (
+        content.open("rb", buffering=0) as rows,
+        output_path.open("wb", buffering=1 << 20) as output,
+        error_path.open("wb", buffering=1 << 20) as error,
+    ):
+        for position in range(last):
+            row = order.row_at(position)
+            rows.seek(offsets[row])
+            line = rows.read(offsets[row + 1] - offsets[row])
+            outcome = outcomes.get(row) if position < done else "expire"
+            if outcome is None:
+                request = decode_row(line)
+                written, twice = answerer.output_line(request.custom_id, {**request.body, **replace})
+                output.write(written)
+                if twice:
+                    output.write(written)
+            elif outcome == "expire":
+                error.write(expired_line(decode_row_name(line).custom_id))
+            elif outcome != "missing":
+                error.write(error_line(decode_row_name(line).custom_id, int(outcome)))
