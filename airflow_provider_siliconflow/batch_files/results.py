@@ -23,7 +23,7 @@ import pydantic
 from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError, InvalidInputError
 from airflow_provider_siliconflow.api.models import BatchResult, Outcome
 from airflow_provider_siliconflow.batch_files.sources import ByteWriter, LineReader, Source
-from airflow_provider_siliconflow.batch_files.tally import ModelTally
+from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 from airflow_provider_siliconflow.batch_files.verdicts import (
     Verdict,
     is_balance_error,
@@ -123,8 +123,11 @@ def merge_shard(
                 files.append(path)
                 budget = _index_file(path, len(files) - 1, number, batch, positions, verdicts, tally, budget)
     retry = bytearray(len(asked))
+    rounds = [batch.round for batch in batches]
     for position, verdict in enumerate(verdicts):
-        retry[position] = _count(verdict, asked[position], batches, model, tally)
+        wanted = model or asked[position].body.model
+        if count_row(verdict, wanted, rounds[verdict.batch] if verdict is not None else 0, tally):
+            retry[position] = 1
     if results is not None or errors is not None:
         _copy(asked, verdicts, files, results, errors)
     return MergedShard(tally, retry)
@@ -142,6 +145,7 @@ def _index_file(
 ) -> int:
     """Note the verdict of every line; return what is left of the bytes that may be held."""
     offset = duplicates = 0
+    prompt = completion = reasoning = total = 0
     with path.open("rb") as stream:
         for count, line in enumerate(LineReader(stream), 1):
             verdict = read_verdict(line) if line is not None else None
@@ -149,7 +153,7 @@ def _index_file(
                 if line is not None and not line.strip():
                     offset += len(line) + 1
                     continue
-                raise _incomplete(path.name, count, batch.batch_id)
+                raise incomplete_file(path.name, count, batch.batch_id)
             position = positions.get(verdict.custom_id)
             if position is None:
                 tally.foreign += not batch.shared
@@ -158,7 +162,10 @@ def _index_file(
                 if before is not None and before.batch == number:
                     duplicates += 1
                 else:
-                    verdict.add_usage_to(tally.billed)
+                    prompt += verdict.prompt
+                    completion += verdict.completion
+                    reasoning += verdict.reasoning
+                    total += verdict.total
                     if before is None or before.outcome is not Outcome.OK or verdict.outcome is Outcome.OK:
                         verdict.batch = number
                         verdict.file = file
@@ -169,6 +176,7 @@ def _index_file(
                             verdict.line = line
                         verdicts[position] = verdict
             offset += len(line) + 1
+    tally.billed.add(Usage(prompt, completion, reasoning, total))
     if duplicates:
         tally.duplicates += duplicates
         log.warning(
@@ -180,7 +188,8 @@ def _index_file(
     return budget
 
 
-def _incomplete(name: str, line: int, batch_id: str | None) -> IncompleteResultsError:
+def incomplete_file(name: str, line: int, batch_id: str | None) -> IncompleteResultsError:
+    """Return the error for a line of a downloaded file that is no result line."""
     of_batch = f" of batch {batch_id}" if batch_id else ""
     return IncompleteResultsError(
         f"line {line} of {name}{of_batch} is not a result line: the download was cut, or this is not a result file. "
@@ -189,31 +198,34 @@ def _incomplete(name: str, line: int, batch_id: str | None) -> IncompleteResults
     )
 
 
-def _count(
-    verdict: Verdict | None,
-    asked: _Asked,
-    batches: Sequence[BatchFiles],
-    model: str | None,
-    tally: ModelTally,
-) -> bool:
-    """Count what became of one row; return whether it is worth another attempt."""
+def count_row(verdict: Verdict | None, model: str | None, round: int, tally: ModelTally) -> bool:
+    """
+    Count what became of one row.
+
+    :param verdict: of its result line; ``None`` for a row without any.
+    :param model: the model asked, where it is known.
+    :param round: the round that brought the verdict.
+    :param tally: takes the figures, but for ``rows`` and ``billed``.
+    :return: whether the row is worth another attempt.
+    """
     if verdict is None:
         tally.missing += 1
         tally.add_message(_MISSING_ERROR["message"])
         return worth_retrying(Outcome.MISSING)
     verdict.add_usage_to(tally.usage)
-    wanted = model or asked.body.model
-    if wanted and verdict.model and wanted != verdict.model and wanted.lower() != verdict.model.lower():
+    answered_by = verdict.model
+    if model != answered_by and model and answered_by and model.lower() != answered_by.lower():
         tally.mismatches += 1
     if verdict.outcome is Outcome.OK:
         tally.ok += 1
-        number = batches[verdict.batch].round
-        tally.ok_in_round[number] = tally.ok_in_round.get(number, 0) + 1
+        tally.ok_in_round[round] = tally.ok_in_round.get(round, 0) + 1
         reason = verdict.finish_reason
         if reason is not None:
             tally.finish_reasons[reason] = tally.finish_reasons.get(reason, 0) + 1
-            tally.truncated += reason == "length"
-        tally.empty += verdict.empty
+            if reason == "length":
+                tally.truncated += 1
+        if verdict.empty:
+            tally.empty += 1
         return False
     if verdict.outcome is Outcome.EXPIRED:
         tally.expired += 1
@@ -236,8 +248,8 @@ def _copy(
 ) -> None:
     with ExitStack() as opened:
         descriptors = [opened.enter_context(path.open("rb")).fileno() for path in files]
-        to_results = _Block(results)
-        to_errors = _Block(errors)
+        to_results = LineBlock(results)
+        to_errors = LineBlock(errors)
         for row, verdict in zip(asked, verdicts, strict=True):
             if verdict is None:
                 line = _missing_line(row.custom_id)
@@ -246,7 +258,7 @@ def _copy(
             else:
                 line = os.pread(descriptors[verdict.file], verdict.length, verdict.offset)
                 if len(line) != verdict.length:
-                    raise _incomplete(files[verdict.file].name, 0, None)
+                    raise IncompleteResultsError(f"{files[verdict.file].name} was cut while it was read")
             to_results.add(line)
             if verdict is None or verdict.outcome is not Outcome.OK:
                 to_errors.add(line)
@@ -254,8 +266,12 @@ def _copy(
         to_errors.flush()
 
 
-class _Block:
-    """Gathers lines, as writing costs by the call."""
+class LineBlock:
+    """
+    Gathers lines before they are written, as writing costs by the call.
+
+    :param stream: takes the lines, each with a newline; ``None`` to drop them.
+    """
 
     def __init__(self, stream: ByteWriter | None) -> None:
         self._stream = stream
@@ -263,12 +279,14 @@ class _Block:
         self._bytes = 0
 
     def add(self, line: bytes) -> None:
+        """Take a line, without its newline."""
         self._lines.append(line)
         self._bytes += len(line)
         if self._bytes >= _BLOCK_BYTES:
             self.flush()
 
     def flush(self) -> None:
+        """Write what was gathered."""
         if self._stream is not None and self._lines:
             self._lines.append(b"")
             self._stream.write(b"\n".join(self._lines))
@@ -296,7 +314,7 @@ def read_results(source: Source) -> Iterator[BatchResult]:
             try:
                 yield BatchResult.model_validate(msgspec.json.decode(line or b""))
             except (msgspec.DecodeError, pydantic.ValidationError, ValueError) as exc:
-                raise _incomplete(name, number, None) from exc
+                raise incomplete_file(name, number, None) from exc
 
 
 #: Columns of :func:`to_frame` that are whole numbers; the others are text.
