@@ -570,11 +570,17 @@ class LiveAirflow:
     ) -> str:
         """Start a run, after waiting up to `timeout` seconds for the DAG to be parsed; returns the run id."""
         run_id = run_id or f"run-{secrets.token_hex(4)}"
-        self._until(
-            lambda: self.query("select 1 from serialized_dag where dag_id = ?", (dag_id,)) or None,
-            timeout,
-            lambda: f"no DAG {dag_id} in {self.dags}: {self._import_errors()}",
-        )
+        patience = time.monotonic() + min(timeout, 15)
+
+        def parsed() -> bool | None:
+            if self.query("select 1 from serialized_dag where dag_id = ?", (dag_id,)):
+                return True
+            # Every file has been looked at by then: one with an error is not going to bring the DAG.
+            if time.monotonic() > patience and self.query("select 1 from import_error"):
+                raise LiveAirflowError(f"no DAG {dag_id} in {self.dags}: {self._import_errors()}")
+            return None
+
+        self._until(parsed, timeout, lambda: f"no DAG {dag_id} in {self.dags}: {self._import_errors()}")
         if self.is_airflow_2:
             self._airflow_2(action="trigger", dag_id=dag_id, run_id=run_id, conf=dict(conf or {}))
         else:

@@ -48,10 +48,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
-        if folder in {"unit", "integration", "system"}:
+    order = ["unit", "integration", "system"]
+    places = {item: item.path.relative_to(ROOT / "tests").parts[0] for item in items}
+    for item, folder in places.items():
+        if folder in order:
             item.add_marker(folder)
+    # The quick ones first; and the live Airflow runs only when nothing else does.
+    items.sort(key=lambda item: order.index(places[item]) if places[item] in order else -1)
 
 
 class MakeEmulator(Protocol):
