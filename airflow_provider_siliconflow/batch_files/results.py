@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import pydantic
 
 from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError, InvalidInputError
 from airflow_provider_siliconflow.api.models import BatchResult, Outcome
@@ -27,6 +26,7 @@ from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 from airflow_provider_siliconflow.batch_files.verdicts import (
     Verdict,
     is_balance_error,
+    read_result,
     read_verdict,
     worth_retrying,
 )
@@ -112,80 +112,86 @@ def merge_shard(
     with shard.open("rb") as stream:
         decode = msgspec.json.Decoder(_Asked).decode
         asked = [decode(line or b"") for line in LineReader(stream)]
-    positions = {row.custom_id: position for position, row in enumerate(asked)}
     tally = ModelTally(rows=len(asked))
-    verdicts: list[Verdict | None] = [None] * len(asked)
-    files: list[Path] = []
-    budget = _HELD_BYTES if results is not None or errors is not None else 0
+    index = _Index(asked, tally, held=_HELD_BYTES if results is not None or errors is not None else 0)
     for number, batch in enumerate(batches):
         for path in (batch.output, batch.errors):
             if path is not None:
-                files.append(path)
-                budget = _index_file(path, len(files) - 1, number, batch, positions, verdicts, tally, budget)
+                index.read(path, number, batch)
     retry = bytearray(len(asked))
     rounds = [batch.round for batch in batches]
-    for position, verdict in enumerate(verdicts):
+    for position, verdict in enumerate(index.verdicts):
         wanted = model or asked[position].body.model
         if count_row(verdict, wanted, rounds[verdict.batch] if verdict is not None else 0, tally):
             retry[position] = 1
     if results is not None or errors is not None:
-        _copy(asked, verdicts, files, results, errors)
+        _copy(asked, index, results, errors)
     return MergedShard(tally, retry)
 
 
-def _index_file(
-    path: Path,
-    file: int,
-    number: int,
-    batch: BatchFiles,
-    positions: dict[str, int],
-    verdicts: list[Verdict | None],
-    tally: ModelTally,
-    budget: int,
-) -> int:
-    """Note the verdict of every line; return what is left of the bytes that may be held."""
-    offset = duplicates = 0
-    prompt = completion = reasoning = total = 0
-    with path.open("rb") as stream:
-        for count, line in enumerate(LineReader(stream), 1):
-            verdict = read_verdict(line) if line is not None else None
-            if line is None or verdict is None:
-                if line is not None and not line.strip():
-                    offset += len(line) + 1
+class _Index:
+    """
+    The verdict that holds for each row of a shard, and where its line stands.
+
+    :param asked: the rows.
+    :param tally: takes what is known while reading: what was billed, duplicates and foreign lines.
+    :param held: bytes of result lines that may be kept in memory.
+    """
+
+    def __init__(self, asked: Sequence[_Asked], tally: ModelTally, *, held: int) -> None:
+        self.verdicts: list[Verdict | None] = [None] * len(asked)
+        self.files: list[Path] = []
+        self._positions = {row.custom_id: position for position, row in enumerate(asked)}
+        self._tally = tally
+        self._budget = held
+
+    def read(self, path: Path, number: int, batch: BatchFiles) -> None:
+        """Take in one file of the batch that is the ``number``-th."""
+        tally, verdicts, positions, budget = self._tally, self.verdicts, self._positions, self._budget
+        file = len(self.files)
+        self.files.append(path)
+        offset = duplicates = prompt = completion = reasoning = total = 0
+        with path.open("rb") as stream:
+            for count, line in enumerate(LineReader(stream), 1):
+                verdict = read_verdict(line) if line is not None else None
+                if line is None or verdict is None:
+                    if line is not None and not line.strip():
+                        offset += len(line) + 1
+                        continue
+                    raise incomplete_file(path.name, count, batch.batch_id)
+                start = offset
+                offset += len(line) + 1
+                position = positions.get(verdict.custom_id)
+                if position is None:
+                    tally.foreign += not batch.shared
                     continue
-                raise incomplete_file(path.name, count, batch.batch_id)
-            position = positions.get(verdict.custom_id)
-            if position is None:
-                tally.foreign += not batch.shared
-            else:
                 before = verdicts[position]
                 if before is not None and before.batch == number:
                     duplicates += 1
-                else:
-                    prompt += verdict.prompt
-                    completion += verdict.completion
-                    reasoning += verdict.reasoning
-                    total += verdict.total
-                    if before is None or before.outcome is not Outcome.OK or verdict.outcome is Outcome.OK:
-                        verdict.batch = number
-                        verdict.file = file
-                        verdict.offset = offset
-                        verdict.length = len(line)
-                        if budget > len(line):
-                            budget -= len(line)
-                            verdict.line = line
-                        verdicts[position] = verdict
-            offset += len(line) + 1
-    tally.billed.add(Usage(prompt, completion, reasoning, total))
-    if duplicates:
-        tally.duplicates += duplicates
-        log.warning(
-            "Batch %s: %d lines of %s were left out, as the batch has a result for their rows already",
-            batch.batch_id or "",
-            duplicates,
-            path.name,
-        )
-    return budget
+                    continue
+                prompt += verdict.prompt
+                completion += verdict.completion
+                reasoning += verdict.reasoning
+                total += verdict.total
+                if before is None or before.outcome is not Outcome.OK or verdict.outcome is Outcome.OK:
+                    verdict.batch = number
+                    verdict.file = file
+                    verdict.offset = start
+                    verdict.length = len(line)
+                    if budget > len(line):
+                        budget -= len(line)
+                        verdict.line = line
+                    verdicts[position] = verdict
+        self._budget = budget
+        tally.billed.add(Usage(prompt, completion, reasoning, total))
+        if duplicates:
+            tally.duplicates += duplicates
+            log.warning(
+                "Batch %s: %d lines of %s were left out, as the batch has a result for their rows already",
+                batch.batch_id or "",
+                duplicates,
+                path.name,
+            )
 
 
 def incomplete_file(name: str, line: int, batch_id: str | None) -> IncompleteResultsError:
@@ -240,17 +246,13 @@ def count_row(verdict: Verdict | None, model: str | None, round: int, tally: Mod
 
 
 def _copy(
-    asked: Sequence[_Asked],
-    verdicts: Sequence[Verdict | None],
-    files: Sequence[Path],
-    results: ByteWriter | None,
-    errors: ByteWriter | None,
+    asked: Sequence[_Asked], index: _Index, results: ByteWriter | None, errors: ByteWriter | None
 ) -> None:
     with ExitStack() as opened:
-        descriptors = [opened.enter_context(path.open("rb")).fileno() for path in files]
+        descriptors = [opened.enter_context(path.open("rb")).fileno() for path in index.files]
         to_results = LineBlock(results)
         to_errors = LineBlock(errors)
-        for row, verdict in zip(asked, verdicts, strict=True):
+        for row, verdict in zip(asked, index.verdicts, strict=True):
             if verdict is None:
                 line = _missing_line(row.custom_id)
             elif verdict.line is not None:
@@ -258,7 +260,9 @@ def _copy(
             else:
                 line = os.pread(descriptors[verdict.file], verdict.length, verdict.offset)
                 if len(line) != verdict.length:
-                    raise IncompleteResultsError(f"{files[verdict.file].name} was cut while it was read")
+                    raise IncompleteResultsError(
+                        f"{index.files[verdict.file].name} was cut while it was read"
+                    )
             to_results.add(line)
             if verdict is None or verdict.outcome is not Outcome.OK:
                 to_errors.add(line)
@@ -311,10 +315,10 @@ def read_results(source: Source) -> Iterator[BatchResult]:
         for number, line in enumerate(LineReader(stream), 1):
             if line is not None and not line.strip():
                 continue
-            try:
-                yield BatchResult.model_validate(msgspec.json.decode(line or b""))
-            except (msgspec.DecodeError, pydantic.ValidationError, ValueError) as exc:
-                raise incomplete_file(name, number, None) from exc
+            result = read_result(line) if line is not None else None
+            if result is None:
+                raise incomplete_file(name, number, None)
+            yield result
 
 
 #: Columns of :func:`to_frame` that are whole numbers; the others are text.

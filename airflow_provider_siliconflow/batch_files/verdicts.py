@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import msgspec
+import pydantic
 
 from airflow_provider_siliconflow.api.models import BatchResult, Outcome, judge
 from airflow_provider_siliconflow.batch_files.tally import Usage
@@ -161,19 +162,36 @@ def read_verdict(line: bytes) -> Verdict | None:
     return verdict
 
 
-def _read_unusual(line: bytes) -> Verdict | None:
+def read_result(line: bytes) -> BatchResult | None:
+    """Read a result line of any shape; ``None`` if it is none: not JSON, or without a ``custom_id``."""
     try:
-        data = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+        data = msgspec.json.decode(line)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        # A model's answer may be cut within an escaped character pair, which only the standard library takes.
+        try:
+            data = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
     if not isinstance(data, dict) or not isinstance(data.get("custom_id"), str):
         return None
-    response = data.get("response")
-    result = BatchResult.model_construct(
-        custom_id=data["custom_id"],
-        response=response if isinstance(response, dict) else None,
-        error=data.get("error"),
-    )
+    try:
+        return BatchResult.model_validate(data)
+    except pydantic.ValidationError:
+        # The row was answered, perhaps paid for: a field of an odd kind is no reason to lose it.
+        response = data.get("response")
+        return BatchResult.model_construct(
+            custom_id=data["custom_id"],
+            id=None if data.get("id") is None else str(data["id"]),
+            response=response if isinstance(response, dict) else {"body": response},
+            error=data.get("error"),
+            trace_id=None,
+        )
+
+
+def _read_unusual(line: bytes) -> Verdict | None:
+    result = read_result(line)
+    if result is None:
+        return None
     outcome = result.outcome
     usage = result.usage
     details = usage.get("completion_tokens_details")
@@ -192,15 +210,15 @@ def _read_unusual(line: bytes) -> Verdict | None:
     )
     verdict.total = _whole(usage.get("total_tokens")) or verdict.prompt + verdict.completion
     if outcome is not Outcome.OK:
-        verdict.code, verdict.message = _reason(result, response)
+        verdict.code, verdict.message = _reason(result)
     return verdict
 
 
-def _reason(result: BatchResult, response: Any) -> tuple[str | None, str]:
+def _reason(result: BatchResult) -> tuple[str | None, str]:
     """Code and message of a row that failed, from ``error`` or else from the answer's body."""
     if result.error:
         return result.error_code, result.error_message or ""
-    said = response.get("body") if isinstance(response, dict) else response
+    said = (result.response or {}).get("body")
     if isinstance(said, dict) and said and not said.get("choices"):
         error = said.get("error", said)
         from_body = BatchResult.model_construct(custom_id="", error=error)

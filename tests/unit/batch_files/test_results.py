@@ -300,9 +300,11 @@ def test_tallies_add_up_and_survive_json():
 def test_results_are_read_as_models(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(answer("a", "中")) + "\n\n" + json.dumps(failure("b")) + "\n{")
+    odd = answer("c", "cut \ud83d", id=7)
+    path.write_text(path.read_text()[:-1] + json.dumps(odd) + "\n{")
     rows = read_results(path)
-    assert [next(rows).text, next(rows).error_code] == ["中", "500"]
-    with pytest.raises(IncompleteResultsError, match=r"line 4 of results\.jsonl"):
+    assert [next(rows).text, next(rows).error_code, next(rows).text] == ["中", "500", "cut \ud83d"]
+    with pytest.raises(IncompleteResultsError, match=r"line 5 of results\.jsonl"):
         next(rows)
 
 
