@@ -17,7 +17,7 @@ _BALANCE_MESSAGE = re.compile(r"balance[^.]{0,20} insufficient|insufficient[^.]{
 _TRANSIENT_STATUSES = frozenset({408, 425, 429})
 _TRANSIENT_TEXT = re.compile(
     r"rate.?limit|too.?many.?requests|\b[tr]p[md]\b|overload|time[d]?.?out|unavailable|server.?error"
-    r"|internal.?(server.?)?error|try again|busy|connection (reset|error|aborted)|bad gateway",
+    r"|internal.?(server.?)?error|try again|\bbusy\b|connection (reset|error|aborted)|bad gateway",
     re.I,
 )
 _PERMANENT_TEXT = re.compile(
@@ -60,7 +60,7 @@ def worth_retrying(
         # 503), but for 2xxxx and 3xxxx: parameters, and the account.
         return int(code) in _TRANSIENT_STATUSES or code.startswith("5")
     words = f"{code or ''} {message or ''}"
-    return bool(_TRANSIENT_TEXT.search(words)) and not _PERMANENT_TEXT.search(code or "")
+    return bool(_TRANSIENT_TEXT.search(words)) and not _PERMANENT_TEXT.search(words)
 
 
 class _Details(msgspec.Struct, gc=False):

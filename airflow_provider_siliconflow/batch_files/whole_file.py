@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 import uuid
@@ -40,6 +41,12 @@ def write_whole(target: Any) -> Iterator[BinaryIO]:
         yield temporary  # type: ignore[misc]
         temporary.flush()
         target.fs.put_file(temporary.name, target.path)
+
+
+def write_json(target: Any, value: Any) -> None:
+    """Write ``value`` as readable JSON; the file appears only when it is whole."""
+    with write_whole(target) as stream:
+        stream.write(json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n")
 
 
 def local_path(target: Any) -> Path | None:

@@ -264,6 +264,7 @@ def test_every_row_ends_as_exactly_one_line(tmp_path_factory, arrivals):
         ("invalid_request_error", "timeout must be positive", None, False),
         ("30001", "Sorry, your account balance is insufficient", 500, False),
         ("30003", "Model disabled.", None, False),
+        (None, "Invalid value for timeout", None, False),
         (None, "something odd", None, False),
         (None, None, None, False),
     ],
