@@ -365,6 +365,11 @@ def read_rows(
             f"requests must be a file or a sequence of rows, not one {type(requests).__name__}: "
             "put a single row into a list, give a file as a path object"
         )
+    if hasattr(requests, "columns"):
+        raise InvalidInputError(
+            "requests must be a file or a sequence of rows, not a data frame, whose items are its column names: "
+            "give its rows as dicts"
+        )
     if callable(getattr(requests, "open", None)):
         return _rows_of_file(requests, complete, problems, max_bytes)  # type: ignore[arg-type]
     if not isinstance(requests, Iterable):
@@ -510,11 +515,13 @@ def _lines_of_objects(rows: Iterable[Any]) -> Iterator[bytes | LineProblem]:
             yield LineProblem(number, reason)
             continue
         try:
-            yield to_json(row)
+            line = to_json(row)
         except (TypeError, ValueError, RecursionError) as exc:
             custom_id = row.get("custom_id") if isinstance(row, dict) else None
             reason = f"the row cannot be written as JSON: {exc}"
             yield LineProblem(number, reason, custom_id if isinstance(custom_id, str) else None)
+        else:
+            yield line
 
 
 def to_json(value: Any) -> bytes:

@@ -265,7 +265,11 @@ def test_python_rows_and_their_jsonl_become_the_same_requests(custom_id, prompt,
     assert rows_of([prompt])[0]["body"]["messages"] == [{"role": "user", "content": prompt}]
 
 
-@pytest.mark.parametrize("requests", ["one prompt", b"bytes", {"messages": USER}, 5, None])
+class Frame(list):
+    columns = ("x",)
+
+
+@pytest.mark.parametrize("requests", ["one prompt", b"bytes", {"messages": USER}, 5, None, Frame(["x"])])
 def test_one_row_in_place_of_rows_is_refused(requests):
     with pytest.raises(InvalidInputError, match="requests must be"):
         rows_of(requests)
