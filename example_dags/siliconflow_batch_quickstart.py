@@ -23,7 +23,6 @@ with DAG(
         "input_path": Param("", type="string", description="Path or URI of a JSONL file of requests"),
         "output_dir": Param("", type="string", description="Path or URI of the folder for the results"),
         "model": Param("Qwen/Qwen3-32B", type="string"),
-        "poll_interval": Param(60, type="number", description="Seconds between two looks at the batch"),
     },
 ):
     upload = UploadBatchFileOperator(task_id="upload", input_path="{{ params.input_path }}")
@@ -32,7 +31,7 @@ with DAG(
         input_file_id=upload.output,
         replace={"model": "{{ params.model }}"},
     )
-    wait = BatchSensor(task_id="wait", batch_id=create.output, deferrable=True)
+    wait = BatchSensor(task_id="wait", batch_id=create.output, deferrable=True, poke_interval=10)
     download = DownloadBatchResultsOperator(
         task_id="download", batch_id=create.output, output_dir="{{ params.output_dir }}"
     )

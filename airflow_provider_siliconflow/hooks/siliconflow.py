@@ -286,6 +286,22 @@ class SiliconFlowHook(BaseHook):
                         batch_id=files.batch.id,
                     ) from exc
 
+    def download_results(self, batch_id: str, output_dir: str | Path | ObjectStoragePath) -> dict[str, Any]:
+        """
+        Write the results of an ended batch to a folder: completed, expired or cancelled.
+
+        :param batch_id: the batch.
+        :param output_dir: path or URI of the folder, for ``results.jsonl`` (every row the service returned),
+            ``errors.jsonl`` (those that did not succeed) and ``manifest.json``.
+        :returns: the manifest.
+        :raises IncompleteResultsError: the files hold fewer rows than the batch counts as successful.
+        """
+        from airflow_provider_siliconflow.api.protocol import check_identifier
+        from airflow_provider_siliconflow.jobs.downloads import download_results
+
+        batch_id = check_identifier("batch_id", batch_id)
+        return download_results(self._client, batch_id, open_folder("output_dir", output_dir))
+
 
 def settings_from_connection(
     connection: Connection, extra: Mapping[str, Any] | None = None
@@ -393,6 +409,24 @@ def open_source(source: str | Path | ObjectStoragePath | bytes) -> Any:
 
         return ObjectStoragePath(source)
     return source
+
+
+def open_folder(name: str, folder: Any) -> Any:
+    """
+    Return a folder to write to.
+
+    :param name: the argument, for messages.
+    :param folder: path, URI of any scheme Airflow's ``ObjectStoragePath`` takes, or such a path.
+    """
+    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+
+    if isinstance(folder, str):
+        if not folder.strip():
+            raise InvalidInputError(f"{name} is empty; give the path or URI of a folder for the results")
+        from airflow.providers.common.compat.sdk import ObjectStoragePath
+
+        return ObjectStoragePath(folder)
+    return folder
 
 
 def describe_source(source: Any) -> str:

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO, Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol
 
-from airflow_provider_siliconflow.api.exceptions import BatchError, IncompleteResultsError, SiliconFlowError
+from airflow_provider_siliconflow.api.exceptions import (
+    BatchError,
+    BatchPartialFailureError,
+    IncompleteResultsError,
+    SiliconFlowError,
+)
 from airflow_provider_siliconflow.api.models import Batch, BatchResult, BatchStatus
+from airflow_provider_siliconflow.batch_files.manifest import (
+    BatchSummary,
+    ModelRun,
+    build_manifest,
+    render_summary,
+)
+from airflow_provider_siliconflow.batch_files.results import BatchFiles
 from airflow_provider_siliconflow.batch_files.sources import LineReader
+from airflow_provider_siliconflow.batch_files.whole_batch import copy_batch
+from airflow_provider_siliconflow.batch_files.whole_file import write_json, write_whole
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
 
 log = logging.getLogger(__name__)
@@ -127,25 +144,97 @@ class ResultFiles:
             if line.strip():
                 rows += 1
                 yield line
-        self.check_rows(kind, rows)
-
-    def check_rows(self, kind: Kind, rows: int) -> None:
-        """
-        Compare the rows read with the batch's own counts.
-
-        :raises IncompleteResultsError: successful rows are missing.
-        """
-        counts = self.batch.request_counts
-        promised = counts.completed if kind == "output" else counts.failed
-        if rows >= promised:
-            return
-        story = f"The {kind} file of batch {self.batch.id} has {rows} rows, but the batch counts {promised}"
         if kind == "output":
-            raise IncompleteResultsError(
-                f"{story}. The rows are paid for and kept for 30 days; a retry downloads them again.",
-                batch_id=self.batch.id,
-            )
-        log.warning("%s; the others count as missing", story)
+            check_rows(self.batch, rows)
+
+
+@contextlib.contextmanager
+def downloaded(
+    api: ResultAPI, batch_id: str, clock: Clock | None = None, *, number: int = 0, shared: bool = False
+) -> Iterator[tuple[Batch, BatchFiles]]:
+    """
+    Download the result files of a batch into a temporary folder, for as long as the block lasts.
+
+    :param number: the round the batch belongs to.
+    :param shared: whether the batch holds rows of several shards.
+    """
+    files = ResultFiles(api, batch_id, clock)
+    with tempfile.TemporaryDirectory(prefix="siliconflow-") as folder:
+        paths: dict[Kind, Path] = {}
+        for kind in KINDS:
+            if files.reference(kind) is not None:
+                paths[kind] = Path(folder) / f"{kind}.jsonl"
+                with paths[kind].open("wb") as target:
+                    size = files.copy(kind, target)
+                log.debug("Downloaded the %s file of batch %s: %d bytes", kind, batch_id, size)
+        output, errors = paths.get("output"), paths.get("error")
+        yield (
+            files.batch,
+            BatchFiles(output, errors, round=number, shared=shared, batch_id=batch_id),
+        )
+
+
+def download_results(
+    api: ResultAPI, batch_id: str, output_dir: Any, clock: Clock | None = None
+) -> dict[str, Any]:
+    """
+    Write what a batch produced to a folder, and return the manifest.
+
+    :param output_dir: a ``pathlib.Path`` or an ``ObjectStoragePath``.
+    :raises IncompleteResultsError: the files hold fewer rows than the batch counts as successful.
+    """
+    with downloaded(api, batch_id, clock) as (batch, files):
+        paths = {name: str(output_dir / f"{name}.jsonl") for name in ("results", "errors")}
+        with (
+            write_whole(output_dir / "results.jsonl") as results,
+            write_whole(output_dir / "errors.jsonl") as errors,
+        ):
+            tally = copy_batch(files, results, errors, rows=batch.request_counts.total)
+            check_rows(batch, tally.ok)
+        summary = BatchSummary(
+            batch.id, batch.status, tally.rows, counts=batch.request_counts.model_dump(mode="json")
+        )
+        manifest = build_manifest(
+            [ModelRun(None, tally, [summary], paths)],
+            paths={"manifest": str(output_dir / "manifest.json"), "output_dir": str(output_dir)},
+        )
+        write_json(output_dir / "manifest.json", manifest)
+    log.info("Results of batch %s are in %s\n%s", batch_id, output_dir, render_summary(manifest))
+    return manifest
+
+
+def check_rows(batch: Batch, ok: int) -> None:
+    """
+    Compare the rows read with the batch's own counts.
+
+    :param ok: successful rows that were read.
+    :raises IncompleteResultsError: successful rows are missing.
+    """
+    promised = batch.request_counts.completed
+    if ok < promised:
+        raise IncompleteResultsError(
+            f"The results of batch {batch.id} hold {ok} successful rows, but the batch counts {promised}. The "
+            "rows are paid for and kept for 30 days; a retry downloads them again.",
+            batch_id=batch.id,
+        )
+
+
+def refuse_partial(manifest: Mapping[str, Any], what: str) -> None:
+    """
+    Fail when any row of a manifest did not succeed.
+
+    :param what: what the rows belong to, for the message.
+    :raises BatchPartialFailureError: one did not; the files are written.
+    """
+    rows = manifest["rows"]
+    if rows["ok"] == rows["total"]:
+        return
+    commonest = next(iter(manifest["errors"]), None)
+    raise BatchPartialFailureError(
+        f"{what}: {rows['ok']} of {rows['total']} rows succeeded ({rows['error']} failed, {rows['expired']} "
+        f"expired, {rows['missing']} missing){f'; most often: {commonest}' if commonest else ''}. The results "
+        f"are written to {manifest['paths']['output_dir']}."
+    )
 
 
 def commonest_error(api: ResultAPI, batch: Batch) -> str | None:
