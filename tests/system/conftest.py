@@ -17,13 +17,15 @@ DAGS = Path(__file__).parent / "dags"
 
 @pytest.fixture(scope="session")
 def live_emulator() -> Iterator[Emulator]:
-    """The SiliconFlow that `live_airflow` is connected to; batches take a few seconds.
+    """The SiliconFlow that `live_airflow` is connected to; a batch takes about six seconds.
 
-    Shared by all system tests: tell batches and requests apart by what your DAG run sent.
+    Shared by all system tests: tell batches and requests apart by what your DAG run sent. Not faster than that:
+    when a trigger fires within a second of its task's deferral, Airflow's scheduler may take the end of the
+    worker that deferred for the end of the resumed task, and fail it.
     """
     from airflow_provider_siliconflow.emulator.server import running_emulator
 
-    with running_emulator(speed=20.0) as emulator:
+    with running_emulator(queue_seconds=5.0, finalizing_seconds=1.0) as emulator:
         yield emulator
 
 
