@@ -6,13 +6,18 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from airflow.providers.common.compat.sdk import AirflowTaskTimeout, BaseOperator, conf
+from airflow.providers.common.compat.sdk import AirflowTaskTimeout, conf
 
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
-from airflow_provider_siliconflow.links.batch import BatchConsoleLink
+from airflow_provider_siliconflow.operators.base import (
+    DEFERRAL_BACKSTOP,
+    SiliconFlowOperator,
+    check_wait_arguments,
+    finish_batch,
+    wait_deadline,
+)
 from airflow_provider_siliconflow.task_context import (
     may_end_in_trigger,
     open_submission,
@@ -28,31 +33,8 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter
     from airflow_provider_siliconflow.jobs.submission import Submission
 
-#: Airflow's own limit on a deferral comes this many seconds after ours, as a backstop.
-_BACKSTOP = 900.0
 
-
-class _BatchOperator(BaseOperator):
-    """What all operators of this module share."""
-
-    template_fields: Sequence[str] = ("conn_id",)
-    operator_extra_links = (BatchConsoleLink(),)
-    ui_color = "#e8e4fb"
-
-    def __init__(
-        self, *, conn_id: str = SiliconFlowHook.default_conn_name, fail_fast: bool = True, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        self.conn_id = conn_id
-        self.fail_fast = fail_fast
-
-    @cached_property
-    def hook(self) -> SiliconFlowHook:
-        """Return the hook for the connection."""
-        return SiliconFlowHook(conn_id=self.conn_id)
-
-
-class UploadBatchFileOperator(_BatchOperator):
+class UploadBatchFileOperator(SiliconFlowOperator):
     """
     Check a batch input file and upload it once; a retry finds the file that an earlier try uploaded.
 
@@ -113,7 +95,7 @@ def upload_once(
     return file.id, summary.sha256
 
 
-class CreateBatchOperator(_BatchOperator):
+class CreateBatchOperator(SiliconFlowOperator):
     """
     Create a batch exactly once and, if told to, wait until it has ended.
 
@@ -311,7 +293,7 @@ class CreateBatchOperator(_BatchOperator):
                 end_in_trigger=end_in_trigger,
             ),
             method_name="execute_complete",
-            timeout=timedelta(seconds=max(deadline - time.time(), 0) + _BACKSTOP),
+            timeout=timedelta(seconds=max(deadline - time.time(), 0) + DEFERRAL_BACKSTOP),
         )
 
     def _finish(self, batch: Batch) -> str:
@@ -367,7 +349,7 @@ class CreateBatchOperator(_BatchOperator):
             self.log.warning("Batch %s could not be cancelled; it may go on and be billed: %s", batch_id, exc)
 
 
-class DownloadBatchResultsOperator(_BatchOperator):
+class DownloadBatchResultsOperator(SiliconFlowOperator):
     """
     Download the results of an ended batch: completed, expired or cancelled.
 
@@ -403,7 +385,7 @@ class DownloadBatchResultsOperator(_BatchOperator):
         return manifest
 
 
-class CancelBatchOperator(_BatchOperator):
+class CancelBatchOperator(SiliconFlowOperator):
     """
     Ask for a batch to be cancelled. Rows that are done are billed and stay readable.
 
@@ -426,43 +408,3 @@ class CancelBatchOperator(_BatchOperator):
         with task_errors(fail_fast=self.fail_fast):
             batch: dict[str, Any] = self.hook.cancel_batch(self.batch_id).to_json_dict()
             return batch
-
-
-def check_wait_arguments(*, poll_interval: Any, timeout: Any) -> None:
-    """
-    Refuse waiting arguments that cannot work, when the DAG is parsed.
-
-    :raises ValueError: one is not a positive number.
-    """
-    for name, value in (("poll_interval", poll_interval), ("timeout", timeout)):
-        if value is None and name == "timeout":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ValueError(f"{name} must be a number of seconds above 0; got {value!r}")
-
-
-def wait_deadline(batch: Batch, timeout: float | None) -> float:
-    """Return the absolute time (epoch seconds) at which the wait for a batch ends, fixed once per try."""
-    from airflow_provider_siliconflow.jobs.waiting import default_deadline
-
-    now = time.time()
-    return default_deadline(batch, now) if timeout is None else now + timeout
-
-
-def finish_batch(
-    hook: SiliconFlowHook, batch: Batch, *, fail_on_partial_error: bool, allow_all_failed: bool
-) -> str | None:
-    """
-    Judge an ended batch; where it is not flawless, look up the commonest error first.
-
-    :returns: a warning, or ``None``.
-    :raises BatchError: the batch is a failure.
-    """
-    from airflow_provider_siliconflow.jobs.downloads import commonest_error
-    from airflow_provider_siliconflow.jobs.waiting import is_flawless, judge_batch
-
-    hook.log.info("Batch %s has ended: %s", batch.id, batch.status)
-    reason = None if is_flawless(batch) else commonest_error(hook.get_conn(), batch)
-    return judge_batch(
-        batch, fail_on_partial_error=fail_on_partial_error, allow_all_failed=allow_all_failed, reason=reason
-    )

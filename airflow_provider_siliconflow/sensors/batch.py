@@ -18,7 +18,7 @@ from airflow.triggers.base import StartTriggerArgs
 
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.links.batch import BatchConsoleLink
-from airflow_provider_siliconflow.operators.batch import finish_batch
+from airflow_provider_siliconflow.operators.base import DEFERRAL_BACKSTOP, finish_batch
 from airflow_provider_siliconflow.task_context import airflow_version, rendered_list, task_errors
 from airflow_provider_siliconflow.triggers.batch import BatchTrigger
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 #: Longest life of a batch and a day more, in seconds: how long the sensor waits when nothing else is said.
 _LONGEST_WAIT = 15 * 86400.0
-#: Airflow's own limit on a deferral comes this many seconds after ours, as a backstop.
-_BACKSTOP = 900.0
 
 
 class BatchSensor(BaseSensorOperator):
@@ -118,7 +116,7 @@ class BatchSensor(BaseSensorOperator):
                 deadline=time.time() + self.timeout if self._has_timeout else None,
             ),
             method_name="execute_complete",
-            timeout=timedelta(seconds=self.timeout + _BACKSTOP),
+            timeout=timedelta(seconds=self.timeout + DEFERRAL_BACKSTOP),
         )
         return None
 
