@@ -78,6 +78,7 @@ def test_a_valid_file_is_summed_up(tmp_path):
         ),
         (line(body={"messages": [{"role": "user"}]}), 1, "content is missing"),
         (line(body={"messages": [*USER, {"role": "assistant", "content": "x"}]}), 1, "role user"),
+        (line(body={"messages": [{"role": "user", "content": None}]}), 1, "content must not be null"),
         (line(body={"messages": USER, "model": 1}), 1, "model must be a string"),
         (line("a") + line("b") + line("a"), 3, "line 1 has the same custom_id"),
         (line(x="\ud800"), 1, "not a valid request"),
@@ -243,6 +244,21 @@ def test_every_form_of_a_row_becomes_a_full_request_line(tmp_path):
             "body": {"messages": [{"role": "user", "content": "x"}], "temperature": 1},
         },
     ]
+
+
+def test_a_line_that_is_whole_gets_defaults_too():
+    whole = line(method="POST", url="/v1/chat/completions")
+    assert rows_of(Bytes(whole), defaults={"seed": 1})[0]["body"] == {"messages": USER, "seed": 1}
+
+
+@pytest.mark.parametrize("head", [{}, {"method": "POST", "url": "/v1/chat/completions"}])
+def test_the_largest_line_counts_its_newline(head):
+    data = line("a", **head)
+    [row] = read_rows(Bytes(data), Problems("x"))
+    size = len(row.line) + 1
+    assert len(rows_of(Bytes(data), max_bytes=size)) == 1
+    with pytest.raises(InvalidRequestFileError):
+        rows_of(Bytes(data), max_bytes=size - 1)
 
 
 def test_a_full_line_keeps_its_very_bytes(tmp_path):

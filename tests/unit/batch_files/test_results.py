@@ -137,12 +137,26 @@ def test_figures_of_the_answers(folder):
     thinking = answer("d", None)
     thinking["response"]["body"]["usage"]["completion_tokens_details"] = {"reasoning_tokens": 2}
     thinking["response"]["body"]["choices"][0]["message"]["reasoning_content"] = "long thoughts"
+    thinking["response"]["body"]["usage"]["total_tokens"] = 13
     batch = folder.batch([answer("a", finish="length"), answer("b", " \n"), answer("c", model="M"), thinking])
     tally = folder.merge(batch)[0].tally
     assert tally.finish_reasons == {"length": 1, "stop": 3}
     assert (tally.truncated, tally.empty, tally.mismatches) == (1, 2, 0)
-    assert tally.usage == Usage(40, 8, 2, 48)
+    assert tally.usage == Usage(40, 8, 2, 49)
     assert folder.merge(batch, model="other")[0].tally.mismatches == 4
+
+
+def test_an_answer_without_a_choice_is_an_error(folder):
+    hollow = answer("a")
+    hollow["response"]["body"]["choices"] = []
+    refused = {
+        "custom_id": "b",
+        "response": {"status_code": 503, "body": {"code": 50505, "message": "overloaded"}},
+    }
+    merged = folder.merge(folder.batch([hollow, refused]))[0]
+    assert (merged.tally.error, merged.tally.ok) == (2, 0)
+    assert list(merged.retry) == [0, 1, 1, 1]
+    assert merged.tally.messages["overloaded (50505)"] == 1
 
 
 def test_a_balance_error_is_told_apart(folder):
@@ -161,7 +175,7 @@ def test_lines_that_memory_does_not_hold_are_read_again(tmp_path, monkeypatch, h
     folder = Folder(tmp_path, names)
     lines = [json.dumps(answer(each, "x" * n), ensure_ascii=False).encode() for n, each in enumerate(names)]
     shuffled = random.Random(1).sample(lines, k=50)
-    _, results, _ = folder.merge(folder.batch(shuffled[:30], shuffled[30:]))
+    _, results, _ = folder.merge(folder.batch([*shuffled[:20], b"", *shuffled[20:30]], shuffled[30:]))
     assert results == lines
 
 

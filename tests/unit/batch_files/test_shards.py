@@ -52,6 +52,12 @@ def test_shards_hold_every_row_in_order_within_both_limits(tmp_path_factory, siz
     assert (split.rows, split.bytes) == (len(sizes), sum(shard.bytes for shard in split.shards))
 
 
+def test_a_shard_may_be_filled_to_the_last_byte(tmp_path):
+    size = split_requests(["x"] * 2, tmp_path, name="x").bytes
+    for rows, limit, shards in ((2, size, 1), (2, size - 1, 2), (4, size, 2)):
+        assert len(split_requests(["x"] * rows, tmp_path, name="x", max_bytes=limit).shards) == shards
+
+
 def test_a_split_tells_models_and_survives_json(tmp_path):
     rows = ["abcd" * 3, {"model": "b", "messages": [{"role": "user", "content": "中"}]}, *prompts(1)]
     split = split_requests(rows, tmp_path / "new" / "folder", name="x", max_rows=2)
