@@ -232,7 +232,10 @@ def show_results(results: Path) -> None:
         right += expected.lower() in answer.lower()
         tokens += used
         if number < 10:
-            table.add_row(str(row.get("custom_id")), answer[:40], expected, str(used))
+            # The models think aloud first; what they answer stands last.
+            shown = " ".join(answer.split())
+            shown = shown if len(shown) <= 36 else f"... {shown[-32:]}"
+            table.add_row(str(row.get("custom_id")), shown, expected, str(used))
     # Without a terminal rich guesses 80 columns, which is enough for this table.
     Console().print(table)
     if len(rows) > 10:
