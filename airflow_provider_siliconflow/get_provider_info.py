@@ -39,6 +39,12 @@ def get_provider_info() -> dict[str, Any]:
                 "ui-field-behaviour": behaviour,
             }
         ],
+        "task-decorators": [
+            {
+                "name": "siliconflow_batch",
+                "class-name": f"{_PACKAGE}.decorators.batch.siliconflow_batch_task",
+            }
+        ],
         "config": {
             "siliconflow": {
                 "description": "Settings of the SiliconFlow provider.",

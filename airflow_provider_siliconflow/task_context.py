@@ -65,12 +65,19 @@ def submitter_of(context: Context) -> Submitter:
     )
 
 
-def open_submission(context: Context, client: SiliconFlowClient) -> Submission:
-    """Return what submits for this try: with Airflow's task state store where there is one."""
+def open_submission(context: Context, client: SiliconFlowClient, ledger: Ledger | None = None) -> Submission:
+    """
+    Return what submits for this try.
+
+    :param ledger: what outlives a try; by default Airflow's task state store where there is one.
+    """
     from airflow_provider_siliconflow.jobs.submission import Submission
 
     return Submission(
-        client, ledger=ledger_of(context), earlier_tries=_search(context), since=_earliest_start(context)
+        client,
+        ledger=ledger_of(context) if ledger is None else ledger,
+        earlier_tries=_search(context),
+        since=_earliest_start(context),
     )
 
 

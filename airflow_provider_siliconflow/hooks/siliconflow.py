@@ -227,18 +227,25 @@ class SiliconFlowHook(BaseHook):
         return self.wait_for_batches([batch_id], poll_interval=poll_interval, deadline=deadline)[0]
 
     def wait_for_batches(
-        self, batch_ids: Sequence[str], *, poll_interval: float = 60, deadline: float | None = None
+        self,
+        batch_ids: Sequence[str],
+        *,
+        poll_interval: float = 60,
+        deadline: float | None = None,
+        enough: int | None = None,
     ) -> list[Batch]:
         """
-        Wait until all of several batches have ended; see :meth:`wait_for_batch`.
+        Wait until several batches have ended; see :meth:`wait_for_batch`.
 
         :param deadline: epoch seconds.
+        :param enough: return once so many have ended; by default all.
+        :returns: the ended batches.
         """
         from airflow_provider_siliconflow.api.protocol import check_identifiers
         from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
         wait = BatchWait(
-            check_identifiers("batch_ids", list(batch_ids)), time.time(), poll_interval, deadline
+            check_identifiers("batch_ids", list(batch_ids)), time.time(), poll_interval, deadline, enough
         )
         while True:
             self.poll_once(wait)

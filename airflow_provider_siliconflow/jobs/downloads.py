@@ -121,12 +121,13 @@ class ResultFiles:
             yield from self._api.iter_file(reference, lambda: self._refresh(kind))
 
     def copy(self, kind: Kind, target: BinaryIO) -> int:
-        """Write a result file to an open stream and return its size in bytes."""
-        size = 0
+        """Write a result file to an open stream and return its number of lines."""
+        lines, last = 0, b"\n"
         for chunk in self.chunks(kind):
             target.write(chunk)
-            size += len(chunk)
-        return size
+            lines += chunk.count(b"\n")
+            last = chunk[-1:]
+        return lines + (last != b"\n")
 
     def lines(self, kind: Kind) -> Iterator[bytes]:
         """
@@ -165,8 +166,9 @@ def downloaded(
             if files.reference(kind) is not None:
                 paths[kind] = Path(folder) / f"{kind}.jsonl"
                 with paths[kind].open("wb") as target:
-                    size = files.copy(kind, target)
-                log.debug("Downloaded the %s file of batch %s: %d bytes", kind, batch_id, size)
+                    lines = files.copy(kind, target)
+                if kind == "output":
+                    check_rows(files.batch, lines)
         output, errors = paths.get("output"), paths.get("error")
         yield (
             files.batch,
@@ -190,7 +192,6 @@ def download_results(
             write_whole(output_dir / "errors.jsonl") as errors,
         ):
             tally = copy_batch(files, results, errors, rows=batch.request_counts.total)
-            check_rows(batch, tally.ok)
         summary = BatchSummary(
             batch.id, batch.status, tally.rows, counts=batch.request_counts.model_dump(mode="json")
         )

@@ -128,8 +128,13 @@ class Submission:
         self._since = max(since - CLOCK_SKEW, self._clock.time() - MAX_AGE)
         self._started = self._clock.time()
         self._listing_read_at = float("-inf")
+        self._announced: set[str] = set()
         self._found: dict[str, list[Batch]] = {}
         self._seen: set[str] = set()
+
+    def announce(self, keys: Iterable[str]) -> None:
+        """Say of keys that the intents recorded for them are this try's own, and nothing was sent yet."""
+        self._announced.update(keys)
 
     # Batches ----------------------------------------------------------------------------------------------
 
@@ -140,7 +145,7 @@ class Submission:
         :raises SubmissionUnknownError: it stayed open whether a batch exists; a retry searches again.
         :raises SiliconFlowError: the service refused; no batch was created.
         """
-        entry = self._ledger.get(work.key)
+        entry = self._entry(work.key)
         listed_at = self._listed_at(entry)
         if entry and entry.get("batch_id"):
             batch = self._read(entry["batch_id"])
@@ -162,6 +167,14 @@ class Submission:
         )
         self._ledger.set(work.key, {"batch_id": batch.id})
         return batch
+
+    def _entry(self, key: str) -> dict[str, Any] | None:
+        """Return what an earlier try recorded, or this one after it sent."""
+        entry = self._ledger.get(key)
+        if key not in self._announced:
+            return entry
+        self._announced.remove(key)
+        return None if entry and entry.keys() == {"intent"} else entry
 
     def _listed_at(self, entry: dict[str, Any] | None) -> float | None:
         """Return when the account surely lists what an earlier try left; ``None`` when it left nothing."""
@@ -262,7 +275,7 @@ class Submission:
         :param size: size in bytes; a file of another size is not adopted.
         :param send: uploads.
         """
-        entry = self._ledger.get(key)
+        entry = self._entry(key)
         if entry and entry.get("file_id"):
             log.info("Using file %s, uploaded by an earlier try", entry["file_id"])
             return UploadedFile(id=entry["file_id"], filename=filename, bytes=size)

@@ -68,12 +68,14 @@ class BatchWait:
     :param now: epoch seconds.
     :param poll_interval: seconds between two polls of one batch; 20 % jitter either way.
     :param deadline: epoch seconds at which the wait ends; by default an hour after the batches expire.
+    :param enough: how many ended batches end the wait; by default all.
     """
 
     batch_ids: Sequence[str]
     now: float
     poll_interval: float
     deadline: float | None = None
+    enough: int | None = None
     ended: dict[str, Batch] = field(default_factory=dict)
     _pending: dict[str, _Waiting] = field(default_factory=dict)
 
@@ -87,8 +89,8 @@ class BatchWait:
 
     @property
     def finished(self) -> bool:
-        """Whether every batch reached a terminal status."""
-        return not self._pending
+        """Whether every batch, or as many as are enough, reached a terminal status."""
+        return not self._pending or (self.enough is not None and len(self.ended) >= self.enough)
 
     @property
     def batches(self) -> list[Batch]:

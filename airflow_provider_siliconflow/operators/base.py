@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from airflow.providers.common.compat.sdk import BaseOperator
+from airflow.providers.common.compat.sdk import AirflowTaskTimeout, BaseOperator
 
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.links.batch import BatchConsoleLink
@@ -37,6 +38,27 @@ class SiliconFlowOperator(BaseOperator):
     def hook(self) -> SiliconFlowHook:
         """Return the hook for the connection."""
         return SiliconFlowHook(conn_id=self.conn_id)
+
+    def kill_cancels(self) -> bool:
+        """
+        Whether ``on_kill`` is to cancel.
+
+        ``execution_timeout`` comes this way too; that is a timeout, and follows ``cancel_on_timeout``.
+        """
+        timed_out = isinstance(sys.exc_info()[1], AirflowTaskTimeout)
+        return bool(getattr(self, "cancel_on_timeout" if timed_out else "cancel_on_kill"))
+
+    def cancel_quietly(self, batch_ids: Iterable[str]) -> None:
+        """Ask for batches to be cancelled where a failure to do so must not hide what happened before."""
+        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+
+        for batch_id in batch_ids:
+            try:
+                self.hook.cancel_batch(batch_id)
+            except SiliconFlowError as exc:
+                self.log.warning(
+                    "Batch %s could not be cancelled; it may go on and be billed: %s", batch_id, exc
+                )
 
 
 def check_wait_arguments(*, poll_interval: Any, timeout: Any) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from airflow.providers.common.compat.sdk import AirflowTaskTimeout, conf
+from airflow.providers.common.compat.sdk import conf
 
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.operators.base import (
@@ -18,6 +17,7 @@ from airflow_provider_siliconflow.operators.base import (
     finish_batch,
     wait_deadline,
 )
+from airflow_provider_siliconflow.operators.run import RunBatchOperator
 from airflow_provider_siliconflow.task_context import (
     may_end_in_trigger,
     open_submission,
@@ -32,6 +32,14 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.api.models import Batch
     from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter
     from airflow_provider_siliconflow.jobs.submission import Submission
+
+__all__ = [
+    "CancelBatchOperator",
+    "CreateBatchOperator",
+    "DownloadBatchResultsOperator",
+    "RunBatchOperator",
+    "UploadBatchFileOperator",
+]
 
 
 class UploadBatchFileOperator(SiliconFlowOperator):
@@ -312,16 +320,11 @@ class CreateBatchOperator(SiliconFlowOperator):
 
         if isinstance(error, BatchTimeoutError) and self.cancel_on_timeout and self.batch_id:
             self.log.warning("The wait timed out and cancel_on_timeout is set")
-            self._cancel(self.batch_id)
+            self.cancel_quietly([self.batch_id])
 
     def on_kill(self) -> None:
-        """
-        Cancel the batch when the running task is ended from outside.
-
-        ``execution_timeout`` comes this way too; that is a timeout, and follows ``cancel_on_timeout``.
-        """
-        timed_out = isinstance(sys.exc_info()[1], AirflowTaskTimeout)
-        if not (self.cancel_on_timeout if timed_out else self.cancel_on_kill):
+        """Cancel the batch when the running task is ended from outside."""
+        if not self.kill_cancels():
             if self.batch_id:
                 self.log.warning("Batch %s is left alone; it goes on and is billed", self.batch_id)
             return
@@ -338,15 +341,7 @@ class CreateBatchOperator(SiliconFlowOperator):
                 return
             batch_id = found.id if found else None
         if batch_id is not None:
-            self._cancel(batch_id)
-
-    def _cancel(self, batch_id: str) -> None:
-        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
-
-        try:
-            self.hook.cancel_batch(batch_id)
-        except SiliconFlowError as exc:
-            self.log.warning("Batch %s could not be cancelled; it may go on and be billed: %s", batch_id, exc)
+            self.cancel_quietly([batch_id])
 
 
 class DownloadBatchResultsOperator(SiliconFlowOperator):

@@ -34,6 +34,7 @@ class BatchTrigger(BaseTrigger):
     :param poll_interval: seconds between two polls of one batch.
     :param deadline: epoch seconds at which the wait ends; by default an hour after the batches expire.
     :param cancel_on_kill: whether to cancel the batches when a person ends the deferred task (Airflow 3.3+).
+    :param wake_after: how many ended batches end the wait; by default all. Those still open are not in the event.
     :param end_in_trigger: whether to end the task right here, without a worker, when every row of every batch
         succeeded.
     """
@@ -48,6 +49,7 @@ class BatchTrigger(BaseTrigger):
         deadline: float | None = None,
         cancel_on_kill: bool = False,
         end_in_trigger: bool = False,
+        wake_after: int | None = None,
     ) -> None:
         super().__init__()
         self.batch_id = batch_id if batch_ids is None else list(batch_ids)
@@ -56,6 +58,7 @@ class BatchTrigger(BaseTrigger):
         self.deadline = deadline
         self.cancel_on_kill = cancel_on_kill
         self.end_in_trigger = end_in_trigger
+        self.wake_after = wake_after
         self._settings: ClientSettings | None = None
         self._wait: BatchWait | None = None
 
@@ -70,6 +73,7 @@ class BatchTrigger(BaseTrigger):
                 "deadline": self.deadline,
                 "cancel_on_kill": self.cancel_on_kill,
                 "end_in_trigger": self.end_in_trigger,
+                "wake_after": self.wake_after,
             },
         )
 
@@ -84,7 +88,7 @@ class BatchTrigger(BaseTrigger):
         try:
             batch_ids = check_identifiers("batch_id", rendered_list(self.batch_id))
             self._settings = await self._read_connection()
-            self._wait = BatchWait(batch_ids, time.time(), self.poll_interval, self.deadline)
+            self._wait = BatchWait(batch_ids, time.time(), self.poll_interval, self.deadline, self.wake_after)
             async with shared_client(self._settings) as client:
                 await self._until_ended(self._wait, client)
         except SiliconFlowError as exc:

@@ -1,0 +1,728 @@
+"""
+A whole job: rows cut into shards, each shard over each model, in rounds, back into files in the input's order.
+
+Everything a later process needs lies in a folder below the output: the plan, the shards and a ledger of what was
+uploaded and created. A process may die anywhere; the next one opens the folder and goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from airflow_provider_siliconflow.api import protocol
+from airflow_provider_siliconflow.api.client import SiliconFlowClient
+from airflow_provider_siliconflow.api.exceptions import (
+    BatchFailedError,
+    BatchPartialFailureError,
+    InsufficientBalanceError,
+    InvalidInputError,
+)
+from airflow_provider_siliconflow.api.models import DEAD_STATUSES, Batch, UploadedFile
+from airflow_provider_siliconflow.batch_files.manifest import (
+    BatchSummary,
+    ModelRun,
+    build_manifest,
+    check_prices,
+    model_slug,
+    render_summary,
+)
+from airflow_provider_siliconflow.batch_files.results import BatchFiles, merge_shard
+from airflow_provider_siliconflow.batch_files.shards import Shard, Split, select_rows, split_requests
+from airflow_provider_siliconflow.batch_files.tally import ModelTally
+from airflow_provider_siliconflow.batch_files.whole_file import write_json, write_whole
+from airflow_provider_siliconflow.jobs.downloads import downloaded
+from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, check_user_metadata, upload_name
+from airflow_provider_siliconflow.jobs.submission import Submission
+
+log = logging.getLogger(__name__)
+
+#: Folder below the output in which jobs keep what outlives a process.
+WORK_FOLDER = ".siliconflow"
+
+#: Entry of the ledger that is no work but the try's own.
+_DEADLINE = "deadline"
+
+OpenSubmission = Callable[["FolderLedger"], Submission]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """
+    What is asked of a job, checked.
+
+    :param models: models by ``replace``; empty where the rows name theirs.
+    :param max_rows: rows per batch.
+    :param max_bytes: bytes per batch.
+    :param max_in_flight: batches open at once; ``None`` for all.
+    :param max_row_attempts: how often a row is sent at most.
+    :param max_error_rate: share of rows (0 to 1) that may not succeed; ``None`` for any.
+    :param request_params: body parameters for rows that lack them.
+    """
+
+    models: tuple[str, ...] = ()
+    completion_window: str = "24h"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    max_rows: int = protocol.MAX_FILE_LINES
+    max_bytes: int = protocol.MAX_FILE_BYTES
+    max_in_flight: int | None = None
+    max_row_attempts: int = 1
+    max_error_rate: float | None = None
+    fail_on_partial_error: bool = False
+    allow_all_failed: bool = False
+    prices: Mapping[str, Mapping[str, float]] | None = None
+    request_params: Mapping[str, Any] | None = None
+
+    @property
+    def replacements(self) -> tuple[str | None, ...]:
+        """The models to run over, ``None`` standing for what the rows name."""
+        return self.models or (None,)
+
+
+def check_options(
+    *,
+    model: Any,
+    models: Any,
+    completion_window: Any,
+    metadata: Any,
+    max_rows_per_batch: Any,
+    max_bytes_per_batch: Any,
+    max_in_flight: Any,
+    max_row_attempts: Any,
+    max_error_rate: Any,
+    prices: Any,
+    request_params: Any,
+    **rest: Any,
+) -> RunOptions:
+    """
+    Check the arguments of a job.
+
+    :raises InvalidInputError: one is wrong; the message names it.
+    """
+    if model is not None and models is not None:
+        raise InvalidInputError("give either model or models, not both")
+    names = [model] if model is not None else (models if models is not None else [])
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise InvalidInputError(f"models must be a list of model names; got {names!r}")
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise InvalidInputError(f"a model must be a name such as 'Qwen/Qwen3-32B'; got {name!r}")
+    if len(set(names)) != len(names):
+        raise InvalidInputError(f"models names one twice: {names!r}")
+    if models is not None and not names:
+        raise InvalidInputError("models is empty; leave it out where the rows name their models")
+    for argument, value, most in (
+        ("max_rows_per_batch", max_rows_per_batch, protocol.MAX_FILE_LINES),
+        ("max_bytes_per_batch", max_bytes_per_batch, protocol.MAX_FILE_BYTES),
+        ("max_in_flight", max_in_flight, None),
+        ("max_row_attempts", max_row_attempts, 10),
+    ):
+        if value is None and argument == "max_in_flight":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
+            limit = f" of at most {most}" if most else ""
+            raise InvalidInputError(f"{argument} must be a whole number above 0{limit}; got {value!r}")
+    if max_error_rate is not None and (
+        isinstance(max_error_rate, bool)
+        or not isinstance(max_error_rate, int | float)
+        or not 0 <= max_error_rate <= 1
+    ):
+        raise InvalidInputError(f"max_error_rate must be a share from 0 to 1; got {max_error_rate!r}")
+    if request_params is not None and not isinstance(request_params, Mapping):
+        raise InvalidInputError(
+            f"request_params must be a mapping such as {{'temperature': 0.2}}; got {type(request_params).__name__}"
+        )
+    check_prices(prices)
+    return RunOptions(
+        models=tuple(name.strip() for name in names),
+        completion_window=protocol.check_completion_window(completion_window),
+        metadata=check_user_metadata(metadata),
+        max_rows=max_rows_per_batch,
+        max_bytes=max_bytes_per_batch,
+        max_in_flight=max_in_flight,
+        max_row_attempts=max_row_attempts,
+        max_error_rate=max_error_rate,
+        prices=prices,
+        request_params=request_params,
+        **rest,
+    )
+
+
+class FolderLedger:
+    """
+    A ledger in a file, written whole at each change.
+
+    :param path: the file.
+    :param complete: whether a key without an entry was certainly never sent.
+    """
+
+    def __init__(self, path: Any, *, complete: bool) -> None:
+        self._path = path
+        self.complete = complete
+        self.entries: dict[str, dict[str, Any]] = read_json(path) or {}
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """Return the entry of a key."""
+        return self.entries.get(key)
+
+    def set(self, key: str, entry: dict[str, Any]) -> None:
+        """Write the entry of a key."""
+        self.update({key: entry})
+
+    def update(self, entries: Mapping[str, dict[str, Any]]) -> None:
+        """Write several entries at once."""
+        changed = {key: entry for key, entry in entries.items() if self._says_more(key, entry)}
+        if changed:
+            self.entries.update(changed)
+            write_json(self._path, self.entries)
+
+    def _says_more(self, key: str, entry: dict[str, Any]) -> bool:
+        """An intent after an intent says nothing that was not known."""
+        known = self.entries.get(key)
+        return known is None or known.keys() != entry.keys() or "intent" not in entry
+
+    def delete(self, key: str) -> None:
+        """Forget a key."""
+        if self.entries.pop(key, None) is not None:
+            write_json(self._path, self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One batch of a job: a shard over a model in a round."""
+
+    round: int
+    model: int
+    shard: Shard
+    folder: str
+    upload_key: str
+    work_key: str
+
+    @property
+    def path(self) -> str:
+        """Where the shard lies below the job's folder."""
+        return f"{self.folder}/{self.shard.name}"
+
+
+class BatchRun:
+    """
+    One job, opened by one process.
+
+    :param options: what is asked.
+    :param submitter: who asks.
+    :param client: the calls.
+    :param conn_id: the connection, a part of the identity.
+    :param output_dir: ``pathlib.Path`` or ``ObjectStoragePath`` of the results.
+    :param open_submission: makes the submission over the job's ledger.
+    :param earlier_tries: whether an earlier try of this generation may have left batches behind.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        *,
+        submitter: Submitter,
+        client: SiliconFlowClient,
+        conn_id: str,
+        output_dir: Any,
+        open_submission: OpenSubmission,
+        earlier_tries: bool,
+    ) -> None:
+        self.options = options
+        self._submitter = submitter
+        self._client = client
+        self._where = {"conn_id": conn_id, "host": client.settings.base_url}
+        self.output_dir = output_dir
+        self.key = submitter.key(run=str(output_dir), models=list(options.models), **self._where)
+        self.folder = output_dir / WORK_FOLDER / self.key[:16]
+        self._open_submission = open_submission
+        self._earlier_tries = earlier_tries
+        self._tallies: dict[int, ModelTally] = {}
+        self._rounds: list[list[Piece]] = []
+
+    # Planning ---------------------------------------------------------------------------------------------
+
+    def finished_before(self) -> dict[str, Any] | None:
+        """Return the manifest when an earlier try of this job wrote it, having done everything else."""
+        manifest = read_json(self.output_dir / "manifest.json")
+        return manifest if manifest is not None and manifest.get("run") == self.key else None
+
+    def prepare(self, requests: Callable[[], Any], name: str) -> None:
+        """
+        Make the plan, or take up the one an earlier try made.
+
+        :param requests: returns the rows, a file or Python objects; only called when there is no plan yet.
+        :param name: what messages call them.
+        :raises InvalidRequestFileError: rows are wrong; nothing was uploaded.
+        """
+        if read_json(self.folder / "plan.json") is None:
+            split = plan(requests(), self.folder / "round-0", name=name, options=self.options)
+            write_json(self.folder / "plan.json", {"split": split.to_dict()})
+            known = not self._earlier_tries
+        else:
+            log.info("Going on with the rows as an earlier try planned them")
+            known = True
+        self.open(complete=known)
+        log.info(
+            "%d rows in %d shards over %s: %d batches, about %d prompt tokens each time",
+            self.split.rows,
+            len(self.split.shards),
+            ", ".join(self.options.models) or "the models that the rows name",
+            len(self.split.shards) * len(self.options.replacements),
+            self.split.prompt_tokens,
+        )
+
+    def open(self, *, complete: bool = True) -> None:
+        """
+        Open a job that was prepared.
+
+        :raises InvalidInputError: its folder is gone.
+        """
+        stored = read_json(self.folder / "plan.json")
+        if stored is None:
+            raise InvalidInputError(
+                f"{self.folder} holds no plan any more: output_dir must stay as it is, and render the same, while "
+                "the task waits. The batches are untouched; a clear submits anew."
+            )
+        self.split = Split.from_dict(stored["split"])
+        self.ledger = FolderLedger(self.folder / "ledger.json", complete=complete)
+        self._submission = self._open_submission(self.ledger)
+        self._rounds = [self._pieces(0, dict.fromkeys(self._model_numbers, self.split.shards))]
+        while (planned := read_json(self.folder / f"round-{len(self._rounds)}.json")) is not None:
+            shards = {int(i): tuple(map(Shard.from_dict, items)) for i, items in planned["shards"].items()}
+            self._rounds.append(self._pieces(len(self._rounds), shards))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the job was planned and opened, so that it may have batches."""
+        return bool(self._rounds)
+
+    @property
+    def deadline(self) -> float | None:
+        """When this try's wait ends, in epoch seconds; ``None`` leaves it to the batches."""
+        return (self.ledger.get(_DEADLINE) or {}).get("at")
+
+    def set_deadline(self, deadline: float | None) -> None:
+        """Fix the end of this try's wait, over all of its deferrals."""
+        self.ledger.update({_DEADLINE: {"at": deadline}})
+
+    def wake_after(self, open_batches: int) -> int | None:
+        """Return how many batches must end before the next ones are submitted; ``None`` for all."""
+        waiting = sum(not self._batch_id(piece) for piece in self._current)
+        return max(open_batches // 4, 1) if waiting else None
+
+    @property
+    def batch_ids(self) -> list[str]:
+        """Ids of all batches so far."""
+        pieces = (piece for pieces in self._rounds for piece in pieces)
+        return [batch_id for piece in pieces if (batch_id := self._batch_id(piece))]
+
+    @property
+    def _model_numbers(self) -> range:
+        return range(len(self.options.replacements))
+
+    def _pieces(self, number: int, shards: Mapping[int, Sequence[Shard]]) -> list[Piece]:
+        """Return the batches of a round, shard by shard, so that an upload serves its models one after another."""
+        pieces = [
+            self._piece(number, model, shard)
+            for model, model_shards in shards.items()
+            for shard in model_shards
+        ]
+        return sorted(pieces, key=lambda piece: (piece.shard.index, piece.model))
+
+    def _piece(self, number: int, model: int, shard: Shard) -> Piece:
+        return Piece(
+            round=number,
+            model=model,
+            shard=shard,
+            folder="round-0" if number == 0 else f"round-{number}/{model}",
+            upload_key=self._submitter.key(upload=shard.sha256, **self._where),
+            work_key=self._submitter.key(
+                input=shard.sha256,
+                completion_window=self.options.completion_window,
+                model=self.options.replacements[model],
+                metadata=dict(self.options.metadata),
+                round=number,
+                **self._where,
+            ),
+        )
+
+    # Submitting -------------------------------------------------------------------------------------------
+
+    @property
+    def _current(self) -> list[Piece]:
+        return self._rounds[-1]
+
+    def _batch_id(self, piece: Piece) -> str | None:
+        return (self.ledger.get(piece.work_key) or {}).get("batch_id")
+
+    def _ended(self, piece: Piece) -> dict[str, Any] | None:
+        return (self.ledger.get(piece.work_key) or {}).get("ended")
+
+    @property
+    def open_batches(self) -> list[str]:
+        """Ids of the batches that were submitted and have not ended as far as this job knows."""
+        found = ((self._batch_id(piece), self._ended(piece)) for piece in self._current)
+        return [batch_id for batch_id, ended in found if batch_id and not ended]
+
+    def revive(self) -> None:
+        """
+        Take up the batches of an earlier try: one that failed or was cancelled is submitted anew.
+
+        Called once per try, since within a try a batch that failed stays failed.
+        """
+        adopted = []
+        for piece in self._current:
+            ended = self._ended(piece)
+            if ended and ended["status"] in DEAD_STATUSES:
+                self.ledger.delete(piece.work_key)
+            elif self._batch_id(piece) and not ended:
+                adopted.append(self._submission.submit(self._work(piece, self._file_id(piece))))
+        self.note(adopted)
+
+    def submit_due(self) -> list[str]:
+        """
+        Submit as many batches as may be open at once, and return the ids of all open ones.
+
+        :raises InsufficientBalanceError: the account is empty; what was submitted goes on, and a retry submits
+            the rest.
+        """
+        open_batches = self.open_batches
+        limit = self.options.max_in_flight or len(self._current)
+        waiting = [piece for piece in self._current if not self._batch_id(piece)]
+        now = waiting[: max(limit - len(open_batches), 0)]
+        if self.ledger.complete:
+            # One write for all of them: whoever finds an intent looks for the batch before it sends.
+            keys = {key for piece in now for key in (piece.upload_key, piece.work_key)}
+            new = [key for key in keys if self.ledger.get(key) is None]
+            self.ledger.update({key: {"intent": time.time()} for key in new})
+            self._submission.announce(new)
+        for position, piece in enumerate(now):
+            try:
+                batch = self._submission.submit(self._work(piece, self._file_id(piece)))
+            except InsufficientBalanceError as exc:
+                sent = len(open_batches) + position
+                if sent:
+                    log.error(
+                        "The account is empty with %d of %d batches submitted; those go on and are billed. Charge "
+                        "the account and let the task retry: it submits the rest only. A clear would pay for all.",
+                        sent,
+                        len(self._current),
+                    )
+                    exc.retryable = True
+                raise
+            self.note([batch])
+            log.info(
+                "Batch %s: shard %d of round %d%s",
+                batch.id,
+                piece.shard.index,
+                piece.round,
+                f", {self.options.replacements[piece.model]}" if self.options.models else "",
+            )
+        return self.open_batches
+
+    def _work(self, piece: Piece, file_id: str) -> BatchWork:
+        model = self.options.replacements[piece.model]
+        return BatchWork(
+            key=piece.work_key,
+            label=self._submitter.label,
+            input_file_id=file_id,
+            endpoint=protocol.CHAT_COMPLETIONS,
+            completion_window=self.options.completion_window,
+            metadata=self.options.metadata,
+            replace={"model": model} if model else None,
+        )
+
+    def _file_id(self, piece: Piece) -> str:
+        source = self.folder / piece.path
+        name = upload_name(f"r{piece.round}-{piece.shard.name}", piece.upload_key)
+
+        def send() -> UploadedFile:
+            return self._client.upload_file(source, size=piece.shard.bytes, filename=name)
+
+        return self._submission.upload(piece.upload_key, name, piece.shard.bytes, send).id
+
+    def note(self, batches: Iterable[Batch]) -> None:
+        """Take what became of batches: those that ended are not waited for any more."""
+        by_id = {batch.id: batch for batch in batches if batch.is_terminal}
+        self.ledger.update(
+            {
+                piece.work_key: {
+                    "batch_id": batch_id,
+                    "ended": {
+                        "status": by_id[batch_id].status,
+                        "counts": by_id[batch_id].request_counts.model_dump(
+                            mode="json", include={"total", "completed", "failed"}
+                        ),
+                        "errors": by_id[batch_id].error_messages[:3],
+                    },
+                }
+                for piece in self._current
+                if (batch_id := self._batch_id(piece)) in by_id and batch_id and not self._ended(piece)
+            }
+        )
+
+    # Results ----------------------------------------------------------------------------------------------
+
+    def merge(self) -> bool:
+        """
+        Write the results of all rounds so far; return whether another round was planned.
+
+        Rows that may be answered another time go into it, as long as attempts are left and the account can pay.
+        """
+        retries = {model: self._merge_model(model) for model in self._model_numbers}
+        if len(self._rounds) >= self.options.max_row_attempts or not any(map(any, _flat(retries))):
+            return False
+        if any(tally.balance_errors for tally in self._tallies.values()):
+            log.error("Rows failed because the account is empty: no row is sent again")
+            return False
+        number = len(self._rounds)
+        shards: dict[int, tuple[Shard, ...]] = {}
+        sources = [self.folder / "round-0" / shard.name for shard in self.split.shards]
+        for model, chosen in retries.items():
+            shards[model] = select_rows(
+                sources,
+                chosen,
+                self.folder / f"round-{number}" / str(model),
+                max_rows=self.options.max_rows,
+                max_bytes=self.options.max_bytes,
+            )
+        planned = {str(model): [shard.to_dict() for shard in items] for model, items in shards.items()}
+        write_json(self.folder / f"round-{number}.json", {"shards": planned})
+        self._rounds.append(self._pieces(number, shards))
+        log.info(
+            "Round %d: %d rows are sent again in %d batches",
+            number,
+            sum(piece.shard.rows for piece in self._current),
+            len(self._current),
+        )
+        return True
+
+    def _model_folder(self, model: int) -> Any:
+        name = self.options.replacements[model]
+        return (
+            self.output_dir / model_slug(name) if name and len(self.options.models) > 1 else self.output_dir
+        )
+
+    def _merge_model(self, model: int) -> list[bytearray]:
+        """Write the results of one model, and return for each shard which rows are worth another attempt."""
+        folder = self._model_folder(model)
+        name = self.options.replacements[model]
+        tally = ModelTally()
+        retries: list[bytearray] = []
+        first = {piece.shard.index: piece for piece in self._rounds[0] if piece.model == model}
+        with contextlib.ExitStack() as stack:
+            later = [
+                stack.enter_context(self._download(piece, shared=True))
+                for pieces in self._rounds[1:]
+                for piece in pieces
+                if piece.model == model
+            ]
+            results = stack.enter_context(write_whole(folder / "results.jsonl"))
+            errors = stack.enter_context(write_whole(folder / "errors.jsonl"))
+            for shard in self.split.shards:
+                with self._download(first[shard.index]) as files:
+                    merged = merge_shard(
+                        self.folder / first[shard.index].path, [files, *later], results, errors, model=name
+                    )
+                tally.add(merged.tally)
+                retries.append(merged.retry)
+        self._tallies[model] = tally
+        log.info("%s: %d of %d rows are ok", name or "Results", tally.ok, tally.rows)
+        return retries
+
+    @contextlib.contextmanager
+    def _download(self, piece: Piece, *, shared: bool = False) -> Iterator[BatchFiles]:
+        batch_id = self._batch_id(piece)
+        if batch_id is None:
+            raise AssertionError(f"no batch for {piece}")
+        with downloaded(self._client, batch_id, number=piece.round, shared=shared) as (_, files):
+            yield files
+
+    def finish(self) -> dict[str, Any]:
+        """
+        Write the manifest and return it.
+
+        :raises BatchError: the outcome is a failure by the job's options; the results are written.
+        """
+        runs = [
+            ModelRun(
+                self.options.replacements[model],
+                self._tallies[model],
+                [self._summary(piece) for pieces in self._rounds for piece in pieces if piece.model == model],
+                {name: str(self._model_folder(model) / f"{name}.jsonl") for name in ("results", "errors")},
+            )
+            for model in self._model_numbers
+        ]
+        paths = {"output_dir": str(self.output_dir), "manifest": str(self.output_dir / "manifest.json")}
+        manifest = build_manifest(runs, prices=self.options.prices, paths=paths)
+        log.info("Results are in %s\n%s", self.output_dir, render_summary(manifest))
+        dead = [
+            (self._batch_id(piece), ended)
+            for pieces in self._rounds
+            for piece in pieces
+            if (ended := self._ended(piece)) and ended["status"] in DEAD_STATUSES
+        ]
+        if dead:
+            write_json(self.output_dir / "manifest.json", manifest)
+            said = [message for _, ended in dead for message in ended["errors"]]
+            named = ", ".join(f"{batch_id} ({ended['status']})" for batch_id, ended in dead[:5])
+            raise BatchFailedError(
+                f"{len(dead)} of {sum(map(len, self._rounds))} batches failed or were cancelled: "
+                f"{named}"
+                f"{f'; the service says: {said[0]}' if said else ''}. The rows of the others are written to "
+                f"{self.output_dir}. A retry submits the failed batches anew and pays for nothing else.",
+                batch_id=dead[0][0],
+            )
+        # With this key the manifest says that nothing is left to do, whatever the verdict on it.
+        manifest["run"] = self.key
+        write_json(self.output_dir / "manifest.json", manifest)
+        remove_tree(self.folder)
+        return manifest
+
+    def _summary(self, piece: Piece) -> BatchSummary:
+        ended = self._ended(piece) or {}
+        return BatchSummary(
+            id=self._batch_id(piece) or "",
+            status=ended.get("status", ""),
+            rows=piece.shard.rows,
+            shard=piece.shard.index,
+            round=piece.round,
+            counts=ended.get("counts", {}),
+        )
+
+    def find_unrecorded(self) -> list[str]:
+        """Search once for batches that were being created when the process was told to stop."""
+        found = []
+        for piece in self._current:
+            entry = self.ledger.get(piece.work_key)
+            if entry and "intent" in entry:
+                batch = self._submission.find(self._work(piece, ""))
+                if batch is not None:
+                    found.append(batch.id)
+        return found
+
+
+def plan(requests: Any, folder: Any, *, name: str, options: RunOptions) -> Split:
+    """
+    Cut rows into shards.
+
+    :param requests: a file (something that opens) or rows.
+    :param folder: where the shards go.
+    :raises InvalidInputError: rows are wrong, or some name no model and none is given.
+    """
+    split = split_requests(
+        requests,
+        folder,
+        name=name,
+        max_rows=options.max_rows,
+        max_bytes=options.max_bytes,
+        defaults=options.request_params,
+    )
+    if split.rows_without_model and not options.models:
+        raise InvalidInputError(
+            f"{name}: {split.rows_without_model} of {split.rows} rows name no model; give model= or models=, or "
+            "put it into their body. Nothing was uploaded."
+        )
+    return split
+
+
+def estimate(requests: Any, *, name: str, options: RunOptions) -> dict[str, Any]:
+    """
+    Plan a job without sending anything, and return what it would take.
+
+    Prompt tokens are estimated at a quarter per ASCII character of the messages and one per other character;
+    completions cannot be known, so ``cost`` is that of the prompts alone.
+    """
+    with tempfile.TemporaryDirectory(prefix="siliconflow-") as folder:
+        split = plan(requests, Path(folder), name=name, options=options)
+    models = []
+    for model in options.replacements:
+        price = (options.prices or {}).get(model or "")
+        models.append(
+            {
+                "model": model,
+                "batches": len(split.shards),
+                "prompt_tokens": split.prompt_tokens,
+                "prompt_cost": round(split.prompt_tokens * price["prompt"] / 1e6, 6) if price else None,
+            }
+        )
+    return {
+        "dry_run": True,
+        "rows": split.rows,
+        "bytes": split.bytes,
+        "shards": len(split.shards),
+        "batches": len(split.shards) * len(models),
+        "models": models,
+        "models_named_by_rows": list(split.models),
+    }
+
+
+def judge_run(manifest: Mapping[str, Any], options: RunOptions) -> str | None:
+    """
+    Say whether a finished job is a success.
+
+    :returns: ``None`` for a flawless one, else a sentence to warn with.
+    :raises BatchPartialFailureError: it is a failure; the results are written.
+    """
+    rows = manifest["rows"]
+    lost = rows["total"] - rows["ok"]
+    if not lost:
+        return None
+    story = (
+        f"{rows['ok']} of {rows['total']} rows succeeded ({rows['error']} failed, {rows['expired']} expired, "
+        f"{rows['missing']} missing)"
+    )
+    if manifest["errors"]:
+        message, count = next(iter(manifest["errors"].items()))
+        story += f"; most often: {message} ({count} rows)"
+    story += f". The results are in {manifest['paths']['output_dir']}"
+    rate = options.max_error_rate
+    if rate is not None and lost > rate * rows["total"]:
+        raise BatchPartialFailureError(
+            f"{story}. {lost / rows['total']:.2%} is more than max_error_rate allows ({rate:.2%})."
+        )
+    if options.fail_on_partial_error and rate is None:
+        raise BatchPartialFailureError(f"{story}. fail_on_partial_error is set.")
+    if not rows["ok"] and not options.allow_all_failed:
+        raise BatchPartialFailureError(f"{story}. Not one row succeeded.")
+    return story
+
+
+def read_json(path: Any) -> dict[str, Any] | None:
+    """Return what a JSON file holds, or ``None`` where there is none."""
+    try:
+        with path.open("rb") as stream:
+            value = json.load(stream)
+    except FileNotFoundError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def remove_tree(folder: Any) -> None:
+    """Remove a job's folder, and the folder of all jobs when it was the last."""
+    if isinstance(folder, Path):
+        import shutil
+
+        shutil.rmtree(folder)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
+        return
+    try:
+        folder.fs.rm(folder.path, recursive=True)
+        if folder.protocol in ("file", "local", ""):
+            Path(folder.parent.path).rmdir()
+    except OSError as exc:
+        log.info("The job's folder %s is left behind: %s", folder, exc)
+
+
+def _flat(retries: Mapping[int, Sequence[bytearray]]) -> Iterator[bytearray]:
+    for chosen in retries.values():
+        yield from chosen

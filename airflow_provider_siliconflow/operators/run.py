@@ -1,0 +1,295 @@
+"""The operator that runs a whole job, from rows to results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from airflow.providers.common.compat.sdk import conf
+
+from airflow_provider_siliconflow.operators.base import (
+    DEFERRAL_BACKSTOP,
+    SiliconFlowOperator,
+    check_wait_arguments,
+)
+from airflow_provider_siliconflow.task_context import (
+    open_submission,
+    rendered_list,
+    submitter_of,
+    task_errors,
+)
+from airflow_provider_siliconflow.triggers.batch import BatchTrigger
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+
+    from airflow_provider_siliconflow.jobs.run import BatchRun, RunOptions
+
+
+class RunBatchOperator(SiliconFlowOperator):
+    """
+    Run rows of any number over one model or several, and write the results in the order of the rows.
+
+    The rows are checked and cut into shards of at most 5,000 rows; each shard is uploaded once and run over
+    every model. One trigger waits for all batches. Every row ends as ok, error, expired or missing. A try that
+    dies anywhere is taken up by the next one, which pays for nothing again; a person's clear starts afresh.
+
+    What a retry needs lies in ``output_dir/.siliconflow`` while the job runs: ``output_dir`` must render to the
+    same value on every try.
+
+    :param requests: path or URI of a JSONL file, or the rows: a list, or what an upstream task returned. A row
+        is a full request line (``custom_id``, ``body``), a short one (``custom_id``, ``messages``, other body
+        parameters) or a prompt. A missing ``custom_id`` is numbered. (templated)
+    :param output_dir: path or URI of a folder for ``results.jsonl``, ``errors.jsonl`` and ``manifest.json``;
+        per model in a folder below when several models run. (templated)
+    :param model: the model for all rows; without it (and ``models``) the rows name theirs. (templated)
+    :param models: several models to run the same rows over. (templated)
+    :param request_params: body parameters for rows that lack them, such as ``{"temperature": 0}``. (templated)
+    :param conn_id: the connection. (templated)
+    :param completion_window: ``"24h"`` to ``"336h"``, a number of hours or a ``timedelta``. (templated)
+    :param metadata: pairs of strings for every batch, at most 15. (templated)
+    :param max_rows_per_batch: at most 5,000.
+    :param max_bytes_per_batch: at most 10**9.
+    :param max_in_flight: batches that are open at once; by default all.
+    :param max_row_attempts: how often a row is sent at most. Only rows that expired, vanished or failed for a
+        passing reason (429, 5xx) are sent again, and none once the account is empty.
+    :param max_error_rate: share of rows (0 to 1) that may not succeed before the task fails.
+    :param fail_on_partial_error: fail when any row did not succeed; ``max_error_rate`` takes its place.
+    :param allow_all_failed: let a job pass of which not one row succeeded.
+    :param prices: CNY per million tokens by model: ``{model: {"prompt": ..., "completion": ...}}``. (templated)
+    :param ordered: write results in the order of the rows. It is the only order there is.
+    :param dry_run: check and plan, return what it would take, and send nothing.
+    :param deferrable: wait in the triggerer, without a worker slot. Default: ``[operators]
+        default_deferrable``.
+    :param poll_interval: seconds between two looks at a batch.
+    :param timeout: seconds to wait in all, from the start of the try; by default until an hour after the
+        batches expire.
+    :param cancel_on_kill: cancel the open batches when a person ends the task. While the task is deferred this
+        needs Airflow 3.3.
+    :param cancel_on_timeout: cancel the open batches when the wait times out.
+    :param durable: must be left on: a job of many batches has no other way to go on after a crash.
+    :param fail_fast: fail at once, without the task's retries, where a retry cannot help.
+    :returns: the manifest: batches, rows, finish reasons, tokens, cost, errors and paths, by model and in all.
+    """
+
+    template_fields: Sequence[str] = (
+        "requests",
+        "output_dir",
+        "model",
+        "models",
+        "request_params",
+        "conn_id",
+        "completion_window",
+        "metadata",
+        "prices",
+    )
+    template_fields_renderers: ClassVar[dict[str, str]] = {
+        "request_params": "json",
+        "metadata": "json",
+        "prices": "json",
+    }
+
+    def __init__(
+        self,
+        *,
+        requests: Any,
+        output_dir: str,
+        model: str | None = None,
+        models: Sequence[str] | None = None,
+        request_params: dict[str, Any] | None = None,
+        completion_window: str | int | timedelta = "24h",
+        metadata: dict[str, str] | None = None,
+        max_rows_per_batch: int = 5000,
+        max_bytes_per_batch: int = 10**9,
+        max_in_flight: int | None = None,
+        max_row_attempts: int = 1,
+        max_error_rate: float | None = None,
+        fail_on_partial_error: bool = False,
+        allow_all_failed: bool = False,
+        prices: dict[str, dict[str, float]] | None = None,
+        ordered: bool = True,
+        dry_run: bool = False,
+        deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
+        poll_interval: float = 60,
+        timeout: float | None = None,
+        cancel_on_kill: bool = True,
+        cancel_on_timeout: bool = False,
+        durable: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_wait_arguments(poll_interval=poll_interval, timeout=timeout)
+        if not durable or not ordered:
+            raise ValueError("RunBatchOperator is always durable and its results are always ordered")
+        self.requests = requests
+        self.output_dir = output_dir
+        self.model = model
+        self.models = models
+        self.request_params = request_params
+        self.completion_window = completion_window
+        self.metadata = metadata
+        self.max_rows_per_batch = max_rows_per_batch
+        self.max_bytes_per_batch = max_bytes_per_batch
+        self.max_in_flight = max_in_flight
+        self.max_row_attempts = max_row_attempts
+        self.max_error_rate = max_error_rate
+        self.fail_on_partial_error = fail_on_partial_error
+        self.allow_all_failed = allow_all_failed
+        self.prices = prices
+        self.ordered = ordered
+        self.dry_run = dry_run
+        self.deferrable = deferrable
+        self.poll_interval = poll_interval
+        self.timeout = timeout
+        self.cancel_on_kill = cancel_on_kill
+        self.cancel_on_timeout = cancel_on_timeout
+        self.durable = durable
+        self._run: BatchRun | None = None
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Plan, submit and wait; or take up what an earlier try left."""
+        from airflow_provider_siliconflow.jobs.run import estimate, judge_run
+
+        with task_errors(fail_fast=self.fail_fast):
+            options = self._options()
+            if self.dry_run:
+                return estimate(self._rows(), name=self._requests_name(), options=options)
+            run = self._run = self._open_run(context, options)
+            manifest = run.finished_before()
+            if manifest is not None:
+                self.log.info("An earlier try did everything but say so")
+                return self._judged(manifest, judge_run(manifest, options))
+            run.prepare(self._rows, self._requests_name())
+            run.set_deadline(None if self.timeout is None else time.time() + self.timeout)
+            run.revive()
+            return self._advance(context, run)
+
+    def execute_complete(self, context: Context, event: Any = None) -> dict[str, Any]:
+        """Resume after the trigger: note what ended, submit what is due, or finish."""
+        from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError
+        from airflow_provider_siliconflow.jobs.waiting import read_event
+
+        with task_errors(fail_fast=self.fail_fast):
+            run = self._run = self._open_run(context, self._options())
+            run.open()
+            try:
+                run.note(read_event(event))
+            except BatchTimeoutError:
+                self._after_timeout(run)
+                raise
+            return self._advance(context, run)
+
+    def _advance(self, context: Context, run: BatchRun) -> dict[str, Any]:
+        from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError
+        from airflow_provider_siliconflow.jobs.run import judge_run
+
+        while True:
+            while open_batches := run.submit_due():
+                context["ti"].xcom_push(key="batch_ids", value=run.batch_ids)
+                enough = run.wake_after(len(open_batches))
+                if self.deferrable:
+                    self._defer(run, open_batches, enough)
+                try:
+                    ended = self.hook.wait_for_batches(
+                        open_batches, poll_interval=self.poll_interval, deadline=run.deadline, enough=enough
+                    )
+                except BatchTimeoutError:
+                    self._after_timeout(run)
+                    raise
+                run.note(ended)
+            if not run.merge():
+                break
+        manifest = run.finish()
+        return self._judged(manifest, judge_run(manifest, run.options))
+
+    def _judged(self, manifest: dict[str, Any], warning: str | None) -> dict[str, Any]:
+        if warning:
+            self.log.warning("%s", warning)
+        return manifest
+
+    def _defer(self, run: BatchRun, open_batches: list[str], enough: int | None) -> None:
+        from airflow_provider_siliconflow.api.protocol import MAX_WINDOW_HOURS
+
+        longest = MAX_WINDOW_HOURS * 3600.0 if run.deadline is None else max(run.deadline - time.time(), 0.0)
+        self.defer(
+            trigger=BatchTrigger(
+                batch_ids=open_batches,
+                conn_id=self.conn_id,
+                poll_interval=self.poll_interval,
+                deadline=run.deadline,
+                cancel_on_kill=self.cancel_on_kill,
+                wake_after=enough,
+            ),
+            method_name="execute_complete",
+            # Without a deadline of its own the trigger stops an hour after the batches expire.
+            timeout=timedelta(seconds=longest + 3600.0 + DEFERRAL_BACKSTOP),
+        )
+
+    def _options(self) -> RunOptions:
+        from airflow_provider_siliconflow.jobs.run import check_options
+
+        return check_options(
+            model=self.model,
+            models=rendered_list(self.models),
+            completion_window=self.completion_window,
+            metadata=self.metadata,
+            max_rows_per_batch=self.max_rows_per_batch,
+            max_bytes_per_batch=self.max_bytes_per_batch,
+            max_in_flight=self.max_in_flight,
+            max_row_attempts=self.max_row_attempts,
+            max_error_rate=self.max_error_rate,
+            prices=self.prices,
+            request_params=self.request_params,
+            fail_on_partial_error=self.fail_on_partial_error,
+            allow_all_failed=self.allow_all_failed,
+        )
+
+    def _open_run(self, context: Context, options: RunOptions) -> BatchRun:
+        from airflow_provider_siliconflow.hooks.siliconflow import open_folder
+        from airflow_provider_siliconflow.jobs.run import BatchRun
+
+        client = self.hook.get_conn()
+        return BatchRun(
+            options,
+            submitter=submitter_of(context),
+            client=client,
+            conn_id=self.conn_id,
+            output_dir=open_folder("output_dir", self.output_dir),
+            open_submission=lambda ledger: open_submission(context, client, ledger),
+            earlier_tries=context["ti"].try_number > 1,
+        )
+
+    def _rows(self) -> Any:
+        """Return the rows: a file that opens, or Python objects."""
+        from airflow_provider_siliconflow.hooks.siliconflow import open_source
+
+        requests = rendered_list(self.requests)
+        return open_source(requests) if isinstance(requests, str) else requests
+
+    def _requests_name(self) -> str:
+        requests = self.requests
+        return requests if isinstance(requests, str) and not requests.startswith("[") else "requests"
+
+    def _after_timeout(self, run: BatchRun) -> None:
+        if self.cancel_on_timeout:
+            self.log.warning("The wait timed out and cancel_on_timeout is set")
+            self.cancel_quietly(run.open_batches)
+
+    def on_kill(self) -> None:
+        """Cancel the open batches when the running task is ended from outside."""
+        run = self._run
+        if run is None or not run.is_open:
+            return
+        if not self.kill_cancels():
+            self.log.warning("Batches %s are left alone; they go on and are billed", run.open_batches)
+            return
+        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+
+        unrecorded: list[str] = []
+        try:
+            unrecorded = run.find_unrecorded()
+        except SiliconFlowError as exc:
+            self.log.warning("A batch that was being created cannot be looked up: %s", exc)
+        self.cancel_quietly([*run.open_batches, *unrecorded])
