@@ -8,12 +8,22 @@ shapes) and keep fields they do not know, so that an addition on the other side 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -69,8 +79,37 @@ def judge(*, error_code: str | None, has_error: bool, status_code: int | None, h
 
 def strip_query(url: str) -> str:
     """Return a URL without its query, fragment and user part: a signature must not be shown."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return re.split(r"[?#]", url, maxsplit=1)[0]
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+# In JSON a slash may be escaped, and the "&" of a query often is (as \\u0026); error texts of HTTP libraries
+# name a path without its host.
+_QUERIES = (
+    re.compile(r"(https?:(?:\\?/){2}[^\s\"'<>?#]+)[?#][^\s\"'<>]*", re.IGNORECASE),
+    re.compile(r"(/[^\s\"'<>?#]+)\?[^\s\"'<>]*=[^\s\"'<>]*"),
+)
+
+
+def strip_queries(text: str) -> str:
+    """Return a text in which no URL has a query any more."""
+    for pattern in _QUERIES:
+        text = pattern.sub(r"\1", text)
+    return text
+
+
+def _shown(value: Any) -> Any:
+    """Return what may be shown of a value: its texts without the queries of URLs."""
+    if isinstance(value, str):
+        return strip_queries(value)
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _shown(item) for key, item in value.items()}
+    return value
 
 
 def is_url(value: str) -> bool:
@@ -79,7 +118,15 @@ def is_url(value: str) -> bool:
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="allow", populate_by_name=True, frozen=True, protected_namespaces=())
+    # What was wrong may lie beside a signed URL, and the text of a validation error ends up in logs.
+    model_config = ConfigDict(
+        extra="allow", populate_by_name=True, frozen=True, protected_namespaces=(), hide_input_in_errors=True
+    )
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Show signed URLs without their query."""
+        for name, value in super().__repr_args__():
+            yield name, _shown(value)
 
 
 class RequestCounts(_Model):
@@ -119,6 +166,18 @@ class Batch(_Model):
     request_counts: RequestCounts = RequestCounts()
     metadata: dict[str, str] = Field(default_factory=dict)
     file_name: str | None = None
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _without_odd_fields(cls, data: Any, handler: ModelWrapValidatorHandler[Batch]) -> Batch:
+        """Take a field of an unknown shape for one that is not there: it must not hide the batch itself."""
+        try:
+            return handler(data)
+        except ValidationError as exc:
+            odd = {error["loc"][0] for error in exc.errors() if error["loc"]} - {"id", "status"}
+            if not odd or not isinstance(data, dict):
+                raise
+            return handler({name: value for name, value in data.items() if name not in odd})
 
     @field_validator("request_counts", mode="before")
     @classmethod
@@ -162,18 +221,11 @@ class Batch(_Model):
             return []
         return [_as_sentence(item) for item in (items if isinstance(items, list) else [items])]
 
-    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        """Show signed URLs without their query."""
-        for name, value in super().__repr_args__():
-            yield name, strip_query(value) if isinstance(value, str) and is_url(value) else value
-
     def to_json_dict(self) -> dict[str, Any]:
         """Return the batch as JSON types with signed URLs stripped of their query: safe for XCom and logs."""
         data = self.model_dump(mode="json")
-        for key in ("output_file_id", "error_file_id"):
-            if data[key] and is_url(data[key]):
-                data[key] = strip_query(data[key])
-        return data
+        # The author's own metadata is no secret of the service.
+        return {key: value if key == "metadata" else _shown(value) for key, value in data.items()}
 
 
 def _as_sentence(item: Any) -> str:
@@ -270,7 +322,8 @@ class BatchResult(_Model):
     @property
     def text(self) -> str | None:
         """The answer's text, or ``None`` where the row has none."""
-        return cast("str | None", self._message.get("content"))
+        text = self._message.get("content")
+        return text if isinstance(text, str) else None
 
     @property
     def reasoning(self) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import random
 import re
 import secrets
@@ -36,7 +37,14 @@ from airflow_provider_siliconflow.api.exceptions import (
     SiliconFlowError,
     UnexpectedAnswerError,
 )
-from airflow_provider_siliconflow.api.models import Account, Batch, UploadedFile, is_url, strip_query
+from airflow_provider_siliconflow.api.models import (
+    Account,
+    Batch,
+    UploadedFile,
+    is_url,
+    strip_queries,
+    strip_query,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +63,7 @@ PAGE_SIZE = 100
 #: Pieces in which files travel, in bytes.
 CHUNK_SIZE = 1 << 20
 
-_SUCCESS_CODE = 20000
+_SUCCESS_CODE = "20000"
 _BALANCE_CODE = "30001"
 _OVERLOADED_CODES = frozenset({"50505", "50603"})
 
@@ -95,8 +103,8 @@ class ClientSettings:
                 "the connection's password is not an API key: it has spaces or non-ASCII characters"
             )
         object.__setattr__(self, "api_key", self.api_key.strip())
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        parts = _origin(self.base_url) and urlsplit(self.base_url)
+        if not parts or parts.scheme not in ("http", "https") or not parts.hostname:
             raise InvalidInputError(
                 f"the connection's host must be the API's base URL such as {DEFAULT_BASE_URL!r}; "
                 f"got {strip_query(self.base_url)!r}"
@@ -105,20 +113,32 @@ class ClientSettings:
             raise InvalidInputError("the connection's host must be a URL without user, query and fragment")
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
         for name in ("timeout", "connect_timeout"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise InvalidInputError(f"{name} must be a number of seconds above 0")
         if self.max_retries < 0:
             raise InvalidInputError(f"max_retries must be 0 or more; got {self.max_retries}")
+        for name, value in self.headers.items():
+            # The value is not shown: it may be a secret.
+            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or not re.fullmatch(
+                r"[\x21-\x7e]([\x20-\x7e\t]*[\x21-\x7e])?", value
+            ):
+                raise InvalidInputError(f"headers: {name!r} or its value is not what a header may be")
+        for scheme, proxy in (self.proxies or {}).items():
+            if (_origin(proxy) or ("", None))[1] is None:
+                raise InvalidInputError(
+                    f"proxies: {scheme!r} must be a URL such as 'http://proxy:3128'; got {strip_query(proxy)!r}"
+                )
 
     @property
     def request_headers(self) -> dict[str, str]:
         """Headers of every call of the API, with the key."""
-        return {
-            **self.headers,
+        ours = {
             "Authorization": f"Bearer {self.api_key}",
             "Accept": "application/json",
             "User-Agent": "airflow-provider-siliconflow",
         }
+        taken = {name.lower() for name in ours}
+        return {name: value for name, value in self.headers.items() if name.lower() not in taken} | ours
 
     @property
     def fingerprint(self) -> str:
@@ -128,12 +148,17 @@ class ClientSettings:
 
     def owns(self, url: str) -> bool:
         """Whether a URL has the API's own origin, so that the key may go there."""
-        ours, theirs = urlsplit(self.base_url), urlsplit(url)
-        return (ours.scheme, ours.hostname, _port(ours)) == (theirs.scheme, theirs.hostname, _port(theirs))
+        return _origin(self.base_url) == _origin(url)
 
 
-def _port(parts: Any) -> int | None:
-    return parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+def _origin(url: str) -> tuple[str, str | None, int | None] | None:
+    """Return scheme, host and port of a URL; ``None`` where it is none."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        return None
+    return parts.scheme, parts.hostname, port
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,15 +400,17 @@ def redirect_target(url: str, location: str | None) -> str:
 
     :raises UnexpectedAnswerError: it names no place, or leaves HTTP.
     """
-    target = urljoin(url, location or "")
-    if not location or urlsplit(target).scheme not in ("http", "https"):
+    try:
+        target = urljoin(url, location or "")
+    except ValueError:
+        target = ""
+    if not location or not is_url(target):
         raise UnexpectedAnswerError(f"{strip_query(url)} redirects to nowhere")
     return target
 
 
 # Errors and repetition --------------------------------------------------------------------------------------
 
-_SIGNED_URL = re.compile(r"(https?://[^\s\"'<>?#\\]+)[?#][^\s\"'<>\\]*", re.IGNORECASE)
 _BEARER = re.compile(r"(?i)bearer\s+[\w.~+/=-]+")
 
 
@@ -391,7 +418,7 @@ def redact(text: str, settings: ClientSettings | None = None) -> str:
     """Return ``text`` without the key and without the queries of URLs, which may hold signatures."""
     if settings is not None:
         text = text.replace(settings.api_key, "***")
-    return _SIGNED_URL.sub(r"\1", _BEARER.sub("Bearer ***", text))
+    return strip_queries(_BEARER.sub("Bearer ***", text))
 
 
 def _snippet(body: bytes, settings: ClientSettings | None, limit: int = 200) -> str:
@@ -424,9 +451,9 @@ def error_from_answer(
     code, message = _code_and_message(data)
     if 200 <= status < 300:
         # The envelope may carry a refusal under a success status.
-        if code is None or data is None or data.get("status") is not False or code == str(_SUCCESS_CODE):
+        if not _is_refusal(code, data):
             return None
-        status = int(code) // 100 if code.isdigit() and 400 <= int(code) // 100 < 600 else 400
+        status = _status_of_code(code)
     return _error_class(status, code)(
         redact(message or _snippet(body, settings), settings)[:1000],
         status_code=status,
@@ -449,6 +476,22 @@ def _code_and_message(data: Any) -> tuple[str | None, str | None]:
         data = {"message": nested, **data}
     code, message = data.get("code"), data.get("message")
     return None if code is None else str(code), message if isinstance(message, str) else None
+
+
+def _is_refusal(code: str | None, data: Any) -> bool:
+    """Whether an answer under a success status says that the call was refused."""
+    if code in (None, "0", "200", _SUCCESS_CODE):
+        return False
+    return data.get("status") is False or ("status" not in data and "id" not in data and not data.get("data"))
+
+
+def _status_of_code(code: str | None) -> int:
+    """Return the HTTP status that the service's own code stands for."""
+    if code in _OVERLOADED_CODES:
+        return 503
+    number = int(code) if code and code.isdecimal() and len(code) in (3, 5) else 0
+    status = number // 100 if number > 999 else number
+    return status if 400 <= status < 600 else 400
 
 
 def _error_class(status: int, code: str | None) -> type[APIError]:
@@ -474,7 +517,7 @@ def _retry_after(value: str | None) -> float | None:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return None
     return min(max(seconds, 0.0), RETRY_AFTER_LIMIT) if seconds == seconds else None
 

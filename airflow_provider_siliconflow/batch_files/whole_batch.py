@@ -40,11 +40,11 @@ def copy_batch(
                 verdict = read_verdict(line) if line is not None else None
                 if line is None or verdict is None:
                     raise incomplete_file(path.name, number, batch.batch_id)
-                verdict.add_usage_to(tally.billed)
                 if verdict.custom_id in seen:
                     tally.duplicates += 1
                     continue
                 seen.add(verdict.custom_id)
+                verdict.add_usage_to(tally.billed)
                 count_row(verdict, model, batch.round, tally)
                 to_results.add(line)
                 if verdict.outcome is not Outcome.OK:
