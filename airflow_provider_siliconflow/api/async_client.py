@@ -12,7 +12,7 @@ from yarl import URL
 
 from airflow_provider_siliconflow.api import protocol
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError, NoAnswerError, NotSentError
-from airflow_provider_siliconflow.api.models import Batch
+from airflow_provider_siliconflow.api.models import Batch, is_url
 from airflow_provider_siliconflow.api.protocol import Call, ClientSettings
 
 T = TypeVar("T")
@@ -34,6 +34,8 @@ class AsyncSiliconFlowClient:
         self._ssl = _ssl_argument(settings.verify)
         scheme = urlsplit(settings.base_url).scheme
         self._proxy = (settings.proxies or {}).get(scheme) or (settings.proxies or {}).get("all")
+        if self._proxy and not is_url(self._proxy):
+            raise InvalidInputError("a proxy in the triggerer must have an http:// or https:// URL")
         self._timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=settings.connect_timeout, sock_read=settings.timeout
         )

@@ -7,6 +7,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 import requests
 import tenacity
@@ -22,7 +23,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     ServiceUnavailableError,
     SiliconFlowError,
 )
-from airflow_provider_siliconflow.api.models import Account, Batch, UploadedFile, strip_query
+from airflow_provider_siliconflow.api.models import Account, Batch, UploadedFile, strip_queries, strip_query
 from airflow_provider_siliconflow.api.protocol import CHUNK_SIZE, Call, ClientSettings
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class _UploadBody:
                     )
                 left -= len(chunk)
                 yield chunk
+            if stream.read(1):
+                raise InvalidInputError(f"{self._source} grew during its upload; nothing was created")
         yield self._frame.tail
 
 
@@ -83,9 +86,7 @@ class SiliconFlowClient:
     def __init__(self, settings: ClientSettings) -> None:
         self.settings = settings
         self._session = requests.Session()
-        self._session.verify = settings.verify
-        if settings.proxies:
-            self._session.proxies.update(settings.proxies)
+        _keep_queries_out_of_logs()
 
     def close(self) -> None:
         """Close the connections."""
@@ -116,7 +117,7 @@ class SiliconFlowClient:
             try:
                 content = response.content
             except (requests.RequestException, OSError) as exc:
-                raise self._no_answer(call.name, exc) from exc
+                raise self._no_answer(call.name, response.url, exc) from None
             return call.answer(response.status_code, response.headers, content, self.settings)
 
     def _open(
@@ -140,26 +141,31 @@ class SiliconFlowClient:
                 headers=headers,
                 auth=_KeyAuth(settings if with_key else None),
                 timeout=timeout,
+                # Given here they win over the environment's; set on the session they would not.
+                proxies=dict(settings.proxies or {}),
+                verify=settings.verify,
                 stream=True,
                 allow_redirects=False,
             )
+        # "from None": the text of the causes holds the whole URL, its signature too, and a traceback shows them.
         except requests.ConnectTimeout as exc:
-            raise self._not_sent(name, exc) from exc
+            raise self._not_sent(name, url, exc) from None
         except requests.ConnectionError as exc:
-            raise (self._not_sent if _was_not_sent(exc) else self._no_answer)(name, exc) from exc
+            raise (self._not_sent if _was_not_sent(exc) else self._no_answer)(name, url, exc) from None
         except (requests.Timeout, requests.exceptions.ChunkedEncodingError) as exc:
-            raise self._no_answer(name, exc) from exc
-        except requests.exceptions.RequestException as exc:
-            raise InvalidInputError(f"{name} cannot be sent: {self._why(exc)}") from exc
+            raise self._no_answer(name, url, exc) from None
+        except OSError as exc:
+            # What requests refuses to send, and a CA bundle that is not there.
+            raise InvalidInputError(f"{name} cannot be sent: {self._why(exc)}") from None
 
     def _why(self, exc: BaseException) -> str:
         return f"{type(exc).__name__}: {protocol.redact(str(exc), self.settings)}"
 
-    def _not_sent(self, name: str, exc: BaseException) -> NotSentError:
-        return NotSentError(f"{name} did not reach {self.settings.base_url}: {self._why(exc)}")
+    def _not_sent(self, name: str, url: str, exc: BaseException) -> NotSentError:
+        return NotSentError(f"{name} did not reach {_host(url)}: {self._why(exc)}")
 
-    def _no_answer(self, name: str, exc: BaseException) -> NoAnswerError:
-        return NoAnswerError(f"{name} got no whole answer from {self.settings.base_url}: {self._why(exc)}")
+    def _no_answer(self, name: str, url: str, exc: BaseException) -> NoAnswerError:
+        return NoAnswerError(f"{name} got no whole answer from {_host(url)}: {self._why(exc)}")
 
     # Calls ------------------------------------------------------------------------------------------------
 
@@ -247,10 +253,16 @@ class SiliconFlowClient:
                     raise NoAnswerError(f"{strip_query(reference)} was cut at byte {done} of {total}")
             except APIError as exc:
                 # Storage refuses an aged signature with 400, 403 or 404.
-                if exc.status_code in (400, 401, 403, 404, 410) and not refreshed:
-                    refreshed = True
-                    reference = refresh() or reference
-                    continue
+                if exc.status_code in (400, 401, 403, 404, 410):
+                    if not refreshed:
+                        refreshed = True
+                        reference = refresh() or reference
+                        continue
+                    if not self.settings.owns(protocol.result_url(reference, self.settings)):
+                        # Not the API's word on the key or the request, so another try may well succeed.
+                        raise IncompleteResultsError(
+                            f"{exc} The results are kept for 30 days; a retry asks for them again."
+                        ) from exc
                 if not protocol.is_transient(exc):
                     raise
                 error: SiliconFlowError = exc
@@ -285,7 +297,10 @@ class SiliconFlowClient:
             if response.status_code in (200, 206):
                 return response
             with closing(response):
-                body = response.raw.read(4096, decode_content=True) or b""
+                try:
+                    body = response.raw.read(4096, decode_content=True) or b""
+                except (urllib3.exceptions.HTTPError, OSError):
+                    body = b""
                 error = protocol.error_from_answer(
                     name, response.status_code, response.headers, body, self.settings
                 )
@@ -308,7 +323,28 @@ class SiliconFlowClient:
         try:
             yield from response.raw.stream(CHUNK_SIZE, decode_content=False)
         except (urllib3.exceptions.HTTPError, OSError) as exc:
-            raise self._no_answer(f"GET {strip_query(response.url)}", exc) from exc
+            raise self._no_answer(f"GET {strip_query(response.url)}", response.url, exc) from None
+
+
+def _host(url: str) -> str:
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+
+class _NoQueries(logging.Filter):
+    """Takes the queries out of the request lines that ``urllib3`` logs at level DEBUG."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(strip_queries(arg) if isinstance(arg, str) else arg for arg in record.args)
+        return True
+
+
+_NO_QUERIES = _NoQueries()
+
+
+def _keep_queries_out_of_logs() -> None:
+    # Adding a filter twice is adding it once.
+    logging.getLogger("urllib3.connectionpool").addFilter(_NO_QUERIES)
 
 
 def _was_not_sent(exc: requests.ConnectionError) -> bool:

@@ -86,19 +86,20 @@ def strip_query(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-# In JSON a slash may be escaped, and the "&" of a query often is (as \\u0026); error texts of HTTP libraries
+# In JSON a slash may be escaped, and the "&" of a query often is (as \u0026); error texts of HTTP libraries
 # name a path without its host.
 _QUERIES = (
     re.compile(r"(https?:(?:\\?/){2}[^\s\"'<>?#]+)[?#][^\s\"'<>]*", re.IGNORECASE),
     re.compile(r"(/[^\s\"'<>?#]+)\?[^\s\"'<>]*=[^\s\"'<>]*"),
 )
+_USER_PART = re.compile(r"(https?:(?:\\?/){2})[^\s\"'<>/@]+@", re.IGNORECASE)
 
 
 def strip_queries(text: str) -> str:
-    """Return a text in which no URL has a query any more."""
+    """Return a text in which no URL has a query or a user part any more."""
     for pattern in _QUERIES:
         text = pattern.sub(r"\1", text)
-    return text
+    return _USER_PART.sub(r"\1", text)
 
 
 def _shown(value: Any) -> Any:

@@ -103,8 +103,8 @@ class ClientSettings:
                 "the connection's password is not an API key: it has spaces or non-ASCII characters"
             )
         object.__setattr__(self, "api_key", self.api_key.strip())
-        parts = _origin(self.base_url) and urlsplit(self.base_url)
-        if not parts or parts.scheme not in ("http", "https") or not parts.hostname:
+        parts = urlsplit(self.base_url) if _origin(self.base_url) else None
+        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
             raise InvalidInputError(
                 f"the connection's host must be the API's base URL such as {DEFAULT_BASE_URL!r}; "
                 f"got {strip_query(self.base_url)!r}"
@@ -120,7 +120,7 @@ class ClientSettings:
         for name, value in self.headers.items():
             # The value is not shown: it may be a secret.
             if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or not re.fullmatch(
-                r"[\x21-\x7e]([\x20-\x7e\t]*[\x21-\x7e])?", value
+                r"([\x21-\x7e]([\x20-\x7e\t]*[\x21-\x7e])?)?", value
             ):
                 raise InvalidInputError(f"headers: {name!r} or its value is not what a header may be")
         for scheme, proxy in (self.proxies or {}).items():
