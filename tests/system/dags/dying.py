@@ -1,0 +1,93 @@
+"""Operators that die in their first try at a given point, by SIGKILL, as when their machine loses power."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from airflow_provider_siliconflow import task_context
+from airflow_provider_siliconflow.api.client import SiliconFlowClient
+from airflow_provider_siliconflow.jobs import downloads, submission
+from airflow_provider_siliconflow.operators.batch import CreateBatchOperator, DownloadBatchResultsOperator
+
+
+def _die(*_: Any, **__: Any) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+def _then_die(function: Callable[..., Any], when: Callable[..., bool] = lambda *_, **__: True) -> Callable[..., Any]:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        if when(*args, **kwargs):
+            _die()
+        return result
+
+    return wrapper
+
+
+class DyingCreate(CreateBatchOperator):
+    """
+    :param dies_at: a point of `crash_cases`; those in `HELD` are left to the test.
+    :param store: whether to use Airflow's task state store where there is one.
+    """
+
+    def __init__(self, *, dies_at: str = "", store: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.dies_at = dies_at
+        self.store = store
+
+    def execute(self, context: Any) -> str:
+        self._arm(context)
+        return super().execute(context)
+
+    def execute_complete(self, context: Any, event: Any = None) -> str:
+        self._arm(context)
+        if self.dies_at == "resumed" and context["ti"].try_number == 1:
+            _die()
+        return super().execute_complete(context, event)
+
+    def _arm(self, context: Any) -> None:
+        if not self.store:
+            os.environ["AIRFLOW__SILICONFLOW__TASK_STATE_STORE"] = "False"
+        if context["ti"].try_number > 1:
+            return
+        client: Any = SiliconFlowClient
+        match self.dies_at:
+            case "before-upload":
+                client.upload_file = _die
+            case "after-upload":
+                client.upload_file = _then_die(client.upload_file)
+            case "upload-recorded":
+                self._die_after_recording("file_id")
+            case "before-post":
+                client.create_batch = _die
+            case "after-post":
+                client.create_batch = _then_die(client.create_batch)
+            case "recorded":
+                self._die_after_recording("batch_id")
+            case "xcom-pushed":
+                ti = context["ti"]
+                object.__setattr__(ti, "xcom_push", _then_die(ti.xcom_push))
+            case "before-defer":
+                self.defer = _die  # type: ignore[method-assign]
+
+    @staticmethod
+    def _die_after_recording(name: str) -> None:
+        for ledger in (task_context.TaskStateLedger, submission.NoLedger):
+            ledger.set = _then_die(ledger.set, lambda _, __, entry: name in entry)  # type: ignore[attr-defined]
+
+
+class DyingDownload(DownloadBatchResultsOperator):
+    """:param dies_at: a point of `crash_cases.DOWNLOAD_POINTS`."""
+
+    def __init__(self, *, dies_at: str = "", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.dies_at = dies_at
+
+    def execute(self, context: Any) -> dict[str, Any]:
+        if self.dies_at == "before-manifest" and context["ti"].try_number == 1:
+            downloads.write_json = _die
+        return super().execute(context)

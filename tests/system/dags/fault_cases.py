@@ -1,0 +1,92 @@
+"""Accounts that answer badly, for the DAG `faults` and for the test that runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _fault(match: str, kind: str, **more: Any) -> dict[str, Any]:
+    return {"match": match, "kind": kind, **more}
+
+
+def _refusal(status: int, code: int | None, message: str, **more: Any) -> dict[str, Any]:
+    body = {"code": code, "message": message, "data": None}
+    return _fault("POST /batches", "status", status=status, body=body, **more)
+
+
+@dataclass(frozen=True)
+class Account:
+    """
+    An account that answers badly.
+
+    :param extra: of the connection.
+    :param settings: of the emulator.
+    :param foreign: batches of other people in the account.
+    """
+
+    faults: tuple[dict[str, Any], ...]
+    extra: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    foreign: int = 0
+
+
+_RESET = _fault("POST /batches", "reset-after")
+
+#: The batch is made, and nobody hears of it.
+LOST_ANSWERS = {
+    "reset": Account((_RESET,)),
+    "http-500": Account((_fault("POST /batches", "status-after", status=500),)),
+    "http-502": Account((_fault("POST /batches", "status-after", status=502),)),
+    "http-504": Account((_fault("POST /batches", "status-after", status=504),)),
+    "empty": Account((_fault("POST /batches", "empty"),)),
+    "truncated": Account((_fault("POST /batches", "truncated-json"),)),
+    "slower-than-timeout": Account((_fault("POST /batches", "slow", seconds=6),), extra={"timeout": 2}),
+    "late-list": Account((_RESET,), settings={"list_lag_seconds": 7}),
+    "cursor-ignored": Account((_RESET,), settings={"ignore_cursor": True}, foreign=250),
+    "crowded": Account((_RESET,), foreign=10_000),
+    "crowded-and-lagging": Account((_RESET,), settings={"list_lag_seconds": 4}, foreign=10_000),
+    "upload-reset": Account((_fault("POST /files", "reset-after"),)),
+    "upload-502": Account((_fault("POST /files", "status-after", status=502),)),
+}
+
+#: Nothing is made, and the account says so. `$DATE` is an HTTP date five seconds ahead.
+REFUSALS = {
+    "http-429": Account((_refusal(429, None, "Request was rejected due to rate limiting."),)),
+    "http-429-seconds": Account(
+        (_refusal(429, None, "rate limiting", headers={"Retry-After": "4"}),), extra={"max_retries": 0}
+    ),
+    "http-429-date": Account(
+        (_refusal(429, None, "rate limiting", headers={"Retry-After": "$DATE"}),), extra={"max_retries": 0}
+    ),
+    "http-503-50505": Account((_refusal(503, 50505, "Model service overloaded.", times=2),)),
+    "http-503-50603": Account((_refusal(503, 50603, "System is too busy now.", times=2),)),
+    "upload-429": Account((_fault("POST /files", "status", status=429),)),
+    "no-connection": Account(()),
+}
+
+#: Every other poll goes wrong, each time in another way, while the batch runs for 35 seconds.
+_NOISE = tuple(
+    _fault("GET /batches/*", skip=number, **fault)
+    for number, fault in enumerate(
+        (
+            {"kind": "status", "status": 500},
+            {"kind": "html", "status": 502},
+            {"kind": "html", "status": 200},
+            {"kind": "truncated-json"},
+            {"kind": "empty"},
+            {"kind": "reset"},
+            {"kind": "status", "status": 429, "headers": {"Retry-After": "1"}},
+            {"kind": "status", "status": 503},
+            {"kind": "status", "status": 404},
+        )
+    )
+)
+_REVOKED = (_fault("GET /batches/*", "status", status=401, times=-1, skip=1),)
+WAITS = {
+    "wait-noisy-deferred": Account(_NOISE, settings={"speed": 1}),
+    "wait-noisy-poke": Account(_NOISE, settings={"speed": 1}),
+    "wait-noisy-reschedule": Account(_NOISE[:4], settings={"speed": 1}),
+    "wait-401-deferred": Account(_REVOKED, settings={"speed": 1}),
+    "wait-401-poke": Account(_REVOKED, settings={"speed": 1}),
+}

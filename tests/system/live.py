@@ -1,0 +1,77 @@
+"""What the system tests have in common beside their fixtures."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from airflow_provider_siliconflow.emulator.server import Emulator
+    from scripts.live_airflow import LiveAirflow
+
+#: Adds what takes longer than every change should have to wait for.
+EXHAUSTIVE = bool(os.environ.get("EXHAUSTIVE"))
+#: Found again wherever it leaks; every emulator accepts this key only.
+KEY = "sk-systemtest7Jq2vX9mLr4T"
+ROWS = 5
+
+
+class OpenAccount(Protocol):
+    def __call__(self, name: str, *, extra: dict[str, Any] | None = None, **settings: Any) -> Emulator: ...
+
+
+def connect(airflow: LiveAirflow, name: str, host: str, extra: dict[str, Any] | None = None) -> None:
+    """Make a connection, as a person does in the web interface."""
+    body = {"connection_id": name, "conn_type": "siliconflow", "host": host, "password": KEY}
+    airflow.api("POST", "/connections", body | {"extra": json.dumps(extra or {})})
+
+
+def write_rows(path: Path, *first: str) -> Path:
+    """Write rows; the texts given are the first ones' prompts."""
+    prompts = [*first, *(f"What is {number} + {number}?" for number in range(ROWS - len(first)))]
+    with path.open("w") as file:
+        for number, prompt in enumerate(prompts):
+            body = {"model": "Qwen/Qwen3-8B", "messages": [{"role": "user", "content": prompt}]}
+            line = {"custom_id": f"row-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+            file.write(json.dumps(line) + "\n")
+    return path
+
+
+def batches(emulator: Emulator) -> list[dict[str, Any]]:
+    """All batches of the account, oldest first, each with the request that created it."""
+    return list(emulator.service.state()["batches"])
+
+
+def files(emulator: Emulator) -> list[dict[str, Any]]:
+    """All files of the account."""
+    return list(emulator.service.state()["files"])
+
+
+def cancellations(emulator: Emulator) -> int:
+    """How often the account was asked to cancel a batch."""
+    return emulator.request_counts.get("POST /batches/*/cancel", 0)
+
+
+def eventually(look: Callable[[], Any], timeout: float = 30.0) -> Any:
+    """What `look` returns as soon as it is true; fails when it is not in time."""
+    deadline = time.monotonic() + timeout
+    while True:
+        found = look()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"not within {timeout:.0f} s"
+        time.sleep(0.1)
+
+
+def worker_starts(airflow: LiveAirflow, dag_id: str, run_id: str, task_id: str, map_index: int = -1) -> int:
+    """How often a worker started (or resumed) a task: Airflow 3 writes each into its audit log."""
+    found = airflow.query(
+        "select count(*) from log where event = 'running' and dag_id = ? and run_id = ? and task_id = ?"
+        " and coalesce(map_index, -1) = ?",
+        (dag_id, run_id, task_id, map_index),
+    )
+    return int(found[0][0])
