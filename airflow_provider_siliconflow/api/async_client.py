@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 from typing import TypeVar
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import tenacity
@@ -32,8 +33,7 @@ class AsyncSiliconFlowClient:
         self.settings = settings
         self._session: aiohttp.ClientSession | None = None
         self._ssl = _ssl_argument(settings.verify)
-        scheme = urlsplit(settings.base_url).scheme
-        self._proxy = (settings.proxies or {}).get(scheme) or (settings.proxies or {}).get("all")
+        self._proxy = _proxy(settings)
         if self._proxy and not is_url(self._proxy):
             raise InvalidInputError("a proxy in the triggerer must have an http:// or https:// URL")
         self._timeout = aiohttp.ClientTimeout(
@@ -46,7 +46,9 @@ class AsyncSiliconFlowClient:
                 headers=self.settings.request_headers,
                 connector=aiohttp.TCPConnector(limit=MAX_CONNECTIONS, ssl=self._ssl),
                 timeout=self._timeout,
-                trust_env=self._proxy is None,
+                # With it aiohttp would look into a netrc file, for each request and in a thread, and refuse the
+                # request when it finds credentials there beside the key.
+                trust_env=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=True,
             )
@@ -111,6 +113,17 @@ class AsyncSiliconFlowClient:
     async def cancel_batch(self, batch_id: str) -> Batch:
         """Ask for a batch to be cancelled; the answer may still show its old status."""
         return await self.call(protocol.cancel_batch(batch_id))
+
+
+def _proxy(settings: ClientSettings) -> str | None:
+    """Return the proxy the connection names or, as ``requests`` does, the one the environment names."""
+    parts = urlsplit(settings.base_url)
+    host = parts.netloc.rpartition("@")[2]
+    from_environment = {} if proxy_bypass(host) else getproxies()
+    for proxies in (settings.proxies or {}, from_environment):
+        if proxy := proxies.get(parts.scheme) or proxies.get("all"):
+            return proxy if "://" in proxy else f"http://{proxy}"
+    return None
 
 
 def _ssl_argument(verify: bool | str) -> ssl.SSLContext | bool:

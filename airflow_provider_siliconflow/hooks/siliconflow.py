@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from airflow.providers.common.compat.sdk import BaseHook
 
@@ -75,8 +77,10 @@ class SiliconFlowHook(BaseHook):
         from airflow.providers.common.compat.sdk import mask_secret
 
         settings = settings_from_connection(self.get_connection(self.conn_id))
-        for secret in (settings.api_key, *settings.headers.values()):
-            mask_secret(secret)
+        passwords = [urlsplit(proxy).password for proxy in (settings.proxies or {}).values()]
+        for secret in (settings.api_key, *settings.headers.values(), *passwords):
+            if secret:
+                mask_secret(secret)
         return settings
 
     @cached_property
@@ -270,6 +274,7 @@ class SiliconFlowHook(BaseHook):
                 wait.fault(batch_id, exc, time.time())
             else:
                 wait.observe(batch_id, batch, time.time())
+        wait.say_summary(time.time())
 
     def iter_results(self, batch: Batch | str) -> Iterator[BatchResult]:
         """
@@ -338,7 +343,10 @@ def settings_from_connection(
         proxies = _json_if_text(values["proxies"])
         if isinstance(proxies, str):
             proxies = {"http": proxies, "https": proxies}
-        values["proxies"] = _string_map(proxies, f"{where}: proxies")
+        values["proxies"] = {
+            scheme: proxy if "://" in proxy else f"http://{proxy}"
+            for scheme, proxy in _string_map(proxies, f"{where}: proxies").items()
+        }
     if "headers" in values:
         values["headers"] = _string_map(_json_if_text(values["headers"]), f"{where}: headers")
     if "verify" in values and not isinstance(values["verify"], bool):
@@ -353,14 +361,15 @@ def _base_url(connection: Connection) -> str:
     host = (connection.host or "").strip()
     if not host:
         return ""
-    if "://" in host:
+    if "://" not in host:
+        host = f"https://{host}"
+    # The URI forms of a connection (siliconflow://:key@host:port/v1, siliconflow://http://...) take a URL apart.
+    origin, slash, path = host.partition("://")[2].partition("/")
+    if slash:
         return host
-    # The URI form of a connection (siliconflow://:key@host:port/v1) takes the URL apart.
-    port = f":{connection.port}" if connection.port else ""
-    path = f"/{connection.schema.strip('/')}" if connection.schema else ""
-    if not path and "/" not in host:
-        path = "/v1"
-    return f"https://{host}{port}{path}"
+    port = f":{connection.port}" if connection.port and not re.search(r":\d+$", origin) else ""
+    path = (connection.schema or "v1").strip("/")
+    return f"{host}{port}/{path}"
 
 
 def _json_if_text(value: Any) -> Any:

@@ -72,6 +72,7 @@ class ResultFiles:
     ) -> None:
         self._api = api
         self._clock: Clock = clock or SystemClock()
+        self._patience = patience
         self.batch = self._settled(batch_id, iter(patience))
 
     def _settled(self, batch_id: str, pauses: Iterator[float]) -> Batch:
@@ -85,9 +86,9 @@ class ResultFiles:
             counts = batch.request_counts
             owed = counts.completed > 0 and not batch.output_file_id
             unclear = (
-                batch.status == BatchStatus.COMPLETED
+                batch.status in (BatchStatus.COMPLETED, BatchStatus.EXPIRED)
                 and not counts.total
-                and not (batch.output_file_id or batch.error_file_id)
+                and not batch.output_file_id
             )
             unexplained = counts.failed > 0 and not batch.error_file_id and not batch.output_file_id
             if not (owed or unclear or unexplained):
@@ -101,9 +102,9 @@ class ResultFiles:
                         "asks for them again.",
                         batch_id=batch_id,
                     )
-                log.warning("Batch %s is %s and names no result file", batch_id, batch.status)
+                log.warning("Batch %s is %s and names no output file", batch_id, batch.status)
                 return batch
-            log.info("Batch %s names no result file yet; asking again in %.0f s", batch_id, pause)
+            log.info("Batch %s names no output file yet; asking again in %.0f s", batch_id, pause)
             self._clock.sleep(pause)
 
     def reference(self, kind: Kind) -> str | None:
@@ -128,6 +129,31 @@ class ResultFiles:
             lines += chunk.count(b"\n")
             last = chunk[-1:]
         return lines + (last != b"\n")
+
+    def fetch(self, kind: Kind, path: Path) -> None:
+        """
+        Download a result file; one that holds fewer rows than the batch counts is asked for again for a while.
+
+        What the service has even then is all there is: the rows without a result count as missing.
+        """
+        counts = self.batch.request_counts
+        promised = counts.completed if kind == "output" else 0
+        pauses = iter(self._patience)
+        while True:
+            with path.open("wb") as target:
+                lines = self.copy(kind, target)
+            if lines >= promised:
+                return
+            story = (
+                f"The {kind} file of batch {self.batch.id} has {lines} rows, but the batch counts {promised}"
+            )
+            pause = next(pauses, None)
+            if pause is None:
+                log.warning("%s; the others count as missing", story)
+                return
+            log.warning("%s; downloading it again in %.0f s", story, pause)
+            self._clock.sleep(pause)
+            self._refresh(kind)
 
     def lines(self, kind: Kind) -> Iterator[bytes]:
         """
@@ -165,10 +191,7 @@ def downloaded(
         for kind in KINDS:
             if files.reference(kind) is not None:
                 paths[kind] = Path(folder) / f"{kind}.jsonl"
-                with paths[kind].open("wb") as target:
-                    lines = files.copy(kind, target)
-                if kind == "output":
-                    check_rows(files.batch, lines)
+                files.fetch(kind, paths[kind])
         output, errors = paths.get("output"), paths.get("error")
         yield (
             files.batch,

@@ -277,7 +277,7 @@ class Submission:
         """
         entry = self._entry(key)
         if entry and entry.get("file_id"):
-            log.info("Using file %s, uploaded by an earlier try", entry["file_id"])
+            log.info("Using file %s, which was uploaded before", entry["file_id"])
             return UploadedFile(id=entry["file_id"], filename=filename, bytes=size)
         if self._listed_at(entry) is not None:
             file = self._search_file(filename, size)
@@ -297,7 +297,7 @@ class Submission:
     def _search_file(self, filename: str, size: int) -> UploadedFile | None:
         for file in self._api.list_files():
             if file.filename == filename and file.bytes in (None, size):
-                log.info("Using file %s, uploaded by an earlier try", file.id)
+                log.info("Using file %s, which was uploaded before", file.id)
                 return file
         return None
 

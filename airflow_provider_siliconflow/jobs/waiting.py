@@ -44,6 +44,8 @@ FAULT_PAUSE_LIMIT = 600.0
 MAX_CONCURRENT_POLLS = 8
 #: Share of the rows done since the last progress line that is worth another one; seconds after which any is.
 _PROGRESS_STEP, _PROGRESS_SECONDS = 0.05, 600.0
+#: Batches of one wait that are still told one by one.
+_FEW = 8
 
 
 @dataclass(slots=True)
@@ -57,6 +59,15 @@ class _Waiting:
     said_at: float = 0.0
     said_done: int = -1
     warned_status: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What the last summary of many batches told."""
+
+    at: float
+    done: int
+    ended: int
 
 
 @dataclass(slots=True)
@@ -78,6 +89,7 @@ class BatchWait:
     enough: int | None = None
     ended: dict[str, Batch] = field(default_factory=dict)
     _pending: dict[str, _Waiting] = field(default_factory=dict)
+    _said: _Said | None = None
 
     def __post_init__(self) -> None:
         # The first polls of many batches are spread a little, so that they do not all fall due together.
@@ -189,6 +201,8 @@ class BatchWait:
         if not batch.is_known_status and state.warned_status != batch.status:
             state.warned_status = batch.status
             log.warning("Batch %s has the unknown status %r; it counts as pending", batch.id, batch.status)
+        if len(self.batch_ids) > _FEW:
+            return
         done = counts.completed + counts.failed
         changed = before is None or before.status != batch.status
         if not changed:
@@ -199,6 +213,32 @@ class BatchWait:
         state.said_at, state.said_done = now, done
         log.info("%s", progress_line(batch, now))
 
+    def say_summary(self, now: float) -> None:
+        """Say how far many batches are together, when that changed; of a few each is told by itself."""
+        if len(self.batch_ids) <= _FEW:
+            return
+        seen = [state.seen for state in self._pending.values() if state.seen]
+        counts = [batch.request_counts for batch in (*seen, *self.ended.values())]
+        total = sum(count.total for count in counts)
+        failed = sum(count.failed for count in counts)
+        done = sum(count.completed for count in counts) + failed
+        said = self._said
+        step = max(total * _PROGRESS_STEP, 1)
+        if (
+            said
+            and done - said.done < step
+            and not (
+                (done, len(self.ended)) != (said.done, said.ended) and now - said.at >= _PROGRESS_SECONDS
+            )
+        ):
+            return
+        line = f"{len(self.ended)}/{len(self.batch_ids)} batches ended, {done}/{total} rows done, {failed} failed"
+        if said and done > said.done and not self.finished:
+            rate = (done - said.done) / max(now - said.at, 1e-3)
+            line += f", {rate:.1f} rows/s, expected end {_utc(now + (total - done) / rate)}"
+        self._said = _Said(now, done, len(self.ended))
+        log.info("%s", line)
+
 
 def default_deadline(batch: Batch, now: float) -> float:
     """Return when a wait without a timeout ends: an hour after the batch expires, in epoch seconds."""
@@ -207,7 +247,11 @@ def default_deadline(batch: Batch, now: float) -> float:
 
 
 def _utc(epoch: float) -> str:
-    return datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    try:
+        return datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (OverflowError, ValueError, OSError):
+        # Some time of the service is not in seconds; a line of the log must not end a wait.
+        return "a time out of range"
 
 
 def progress_line(batch: Batch, now: float) -> str:

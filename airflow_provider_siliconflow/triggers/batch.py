@@ -142,6 +142,7 @@ class BatchTrigger(BaseTrigger):
                 await poll(due[0])
             elif due:
                 await asyncio.gather(*(poll(batch_id) for batch_id in due))
+            wait.say_summary(time.time())
             if wait.finished:
                 return
             wait.check_deadline(time.time())
