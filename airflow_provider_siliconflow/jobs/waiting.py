@@ -367,6 +367,12 @@ def judge_batch(
         )
         error.retryable = False
         raise error
+    if not counts.total and batch.error_file_id and not batch.output_file_id and not allow_all_failed:
+        raise BatchFailedError(
+            f"{story}. The service gives no counts and names a file with errors, but none with results; a retry "
+            "looks at the same batch again.",
+            batch_id=batch.id,
+        )
     if lost == 0 and batch.status != BatchStatus.EXPIRED:
         return None
     if fail_on_partial_error:
