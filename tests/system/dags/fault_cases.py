@@ -23,12 +23,14 @@ class Account:
     :param extra: of the connection.
     :param settings: of the emulator.
     :param foreign: batches of other people in the account.
+    :param foreign_age: how many seconds ago they were made.
     """
 
     faults: tuple[dict[str, Any], ...]
     extra: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     foreign: int = 0
+    foreign_age: float = 0.0
 
 
 _RESET = _fault("POST /batches", "reset-after")
@@ -44,8 +46,8 @@ LOST_ANSWERS = {
     "slower-than-timeout": Account((_fault("POST /batches", "slow", seconds=6),), extra={"timeout": 2}),
     "late-list": Account((_RESET,), settings={"list_lag_seconds": 7}),
     "cursor-ignored": Account((_RESET,), settings={"ignore_cursor": True}, foreign=250),
-    "crowded": Account((_RESET,), foreign=10_000),
-    "crowded-and-lagging": Account((_RESET,), settings={"list_lag_seconds": 4}, foreign=10_000),
+    "crowded": Account((_RESET,), foreign=10_000, foreign_age=2 * 86400),
+    "crowded-today": Account((_RESET,), settings={"list_lag_seconds": 4}, foreign=10_000, foreign_age=60),
     "upload-reset": Account((_fault("POST /files", "reset-after"),)),
     "upload-502": Account((_fault("POST /files", "status-after", status=502),)),
 }

@@ -1,0 +1,197 @@
+"""A person ends or clears a task: what becomes of its batch. And batches that look alike stay apart."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from live import OpenAccount, batches, eventually
+
+if TYPE_CHECKING:
+    from airflow_provider_siliconflow.emulator.server import Emulator
+    from scripts.live_airflow import LiveAirflow
+
+DEFERRED = ("deferred-failed", "deferred-cleared", "deferred-restarted", "deferred-keep", "sensor")
+RUNNING = ("running-failed", "running-cleared", "running-keep")
+
+
+class Kills:
+    """One run of the DAG `kills`, with every task where it is to be ended: its batch runs for hours."""
+
+    def __init__(self, airflow: LiveAirflow, account: Emulator, run_id: str, foreign: str) -> None:
+        self.airflow, self.account, self.run_id, self.foreign = airflow, account, run_id, foreign
+
+    def batches(self, task_id: str, account: Emulator | None = None) -> list[dict[str, Any]]:
+        """Batches of a task, oldest first."""
+        label = f"kills/{task_id}/{self.run_id}"
+        found = batches(account or self.account)
+        return [batch for batch in found if (batch["metadata"] or {}).get("airflow_task") == label]
+
+    def statuses(self, task_id: str) -> list[str]:
+        return [batch["status"] for batch in self.batches(task_id)]
+
+    def state(self, task_id: str) -> str | None:
+        return self.airflow.task_state("kills", self.run_id, task_id)
+
+    def cancelled(self, task_id: str) -> bool:
+        return self.statuses(task_id)[0] in ("cancelling", "cancelled")
+
+
+@pytest.fixture(scope="module")
+def posting(open_account: OpenAccount) -> Emulator:
+    """Holds the request for a batch after it has been carried out."""
+    account = open_account("posting-failed")
+    account.faults.add(match="POST /batches", kind="hold")
+    return account
+
+
+@pytest.fixture(scope="module")
+def uploading(open_account: OpenAccount) -> Emulator:
+    """Holds the answer to an upload."""
+    account = open_account("uploading-failed")
+    account.faults.add(match="POST /files", kind="hold-after")
+    return account
+
+
+@pytest.fixture(scope="module")
+def kills(
+    live_airflow: LiveAirflow, open_account: OpenAccount, posting: Emulator, uploading: Emulator, rows: Path
+) -> Iterator[Kills]:
+    # Half an hour in the queue: these batches end only when they are cancelled.
+    account = open_account("kills", speed=1.0, queue_seconds=1800.0, cancelling_seconds=2.0)
+    service = account.service
+    added = service.add_file("foreign.jsonl", "batch", [rows.read_bytes()])
+    request = {"input_file_id": added.get("data", added)["id"], "endpoint": "/v1/chat/completions"}
+    foreign = service.create_batch(request | {"completion_window": "24h"})["id"]
+    run_id = live_airflow.trigger("kills", conf={"rows": str(rows), "batch_id": foreign})
+    kills = Kills(live_airflow, account, run_id, foreign)
+    for task_id in DEFERRED:
+        live_airflow.wait_for_task("kills", run_id, task_id, "deferred", timeout=120)
+    # The first poll shows that the trigger, or the task, is really waiting.
+    eventually(lambda: all(kills.batches(task_id) for task_id in RUNNING), 60)
+    eventually(lambda: uploading.held and posting.held, 60)
+    polled = [kills.batches(task_id)[0]["id"] for task_id in (*DEFERRED[:-1], *RUNNING)] + [foreign]
+
+    def all_polled() -> bool:
+        paths = {request.path for request in account.requests if request.method == "GET"}
+        return all(f"/v1/batches/{batch_id}" in paths for batch_id in polled)
+
+    eventually(all_polled, 60)
+    yield kills
+
+
+def test_marking_a_deferred_task_failed_cancels_its_batch(kills: Kills) -> None:
+    kills.airflow.mark_failed("kills", kills.run_id, "deferred-failed")
+    eventually(lambda: kills.cancelled("deferred-failed"))
+    assert kills.state("deferred-failed") == "failed"
+    assert len(kills.batches("deferred-failed")) == 1
+
+
+def test_clearing_a_deferred_task_cancels_and_starts_afresh(kills: Kills) -> None:
+    kills.airflow.clear("kills", kills.run_id, "deferred-cleared")
+    eventually(lambda: kills.cancelled("deferred-cleared"))
+    eventually(lambda: len(kills.batches("deferred-cleared")) == 2, 60)
+    eventually(lambda: kills.statuses("deferred-cleared") == ["cancelled", "in_queue"])
+    old, new = kills.batches("deferred-cleared")
+    assert old["metadata"]["airflow_work"] != new["metadata"]["airflow_work"]
+
+
+def test_cancel_on_kill_can_be_off(kills: Kills) -> None:
+    kills.airflow.mark_failed("kills", kills.run_id, "deferred-keep")
+    kills.airflow.mark_failed("kills", kills.run_id, "running-keep")
+    kills.airflow.wait_for_task("kills", kills.run_id, "deferred-keep", "failed")
+    eventually(lambda: "is left alone" in kills.airflow.task_log("kills", kills.run_id, "running-keep"))
+    # Cancelling takes two seconds where it is done.
+    time.sleep(6)
+    assert kills.statuses("deferred-keep") == ["in_queue"]
+    assert kills.statuses("running-keep") == ["in_queue"]
+
+
+def test_ending_a_sensor_never_cancels(kills: Kills) -> None:
+    kills.airflow.mark_failed("kills", kills.run_id, "sensor")
+    kills.airflow.wait_for_task("kills", kills.run_id, "sensor", "failed")
+    time.sleep(6)
+    assert kills.account.service.get_batch(kills.foreign)["status"] == "in_queue"
+
+
+def test_marking_a_running_task_failed_cancels_its_batch(kills: Kills) -> None:
+    kills.airflow.mark_failed("kills", kills.run_id, "running-failed")
+    eventually(lambda: kills.cancelled("running-failed"))
+    assert kills.state("running-failed") == "failed"
+
+
+def test_clearing_a_running_task_cancels_and_starts_afresh(kills: Kills) -> None:
+    kills.airflow.clear("kills", kills.run_id, "running-cleared")
+    eventually(lambda: kills.cancelled("running-cleared"))
+    eventually(lambda: kills.statuses("running-cleared") == ["cancelled", "in_queue"], 90)
+
+
+def test_a_task_killed_while_its_batch_is_asked_for_leaves_none_running(
+    kills: Kills, posting: Emulator
+) -> None:
+    (held,) = posting.held
+    assert held == "POST /v1/batches"
+    kills.airflow.mark_failed("kills", kills.run_id, "posting-failed")
+    # By now the task knows that it is to end, and has found no batch.
+    eventually(lambda: posting.request_counts.get("GET /batches", 0) > 0)
+    assert batches(posting) == []
+    posting.release()
+    eventually(lambda: batches(posting))
+    eventually(lambda: batches(posting)[0]["status"] in ("cancelling", "cancelled"))
+
+
+def test_a_task_killed_while_it_uploads_asks_for_no_batch(kills: Kills, uploading: Emulator) -> None:
+    pid = kills.airflow.task_pids("kills", kills.run_id, "uploading-failed").task
+    kills.airflow.mark_failed("kills", kills.run_id, "uploading-failed")
+    eventually(lambda: "nothing was created" in kills.airflow.task_log("kills", kills.run_id, "uploading-failed"))
+    uploading.release()
+    eventually(lambda: not Path(f"/proc/{pid}").exists())
+    assert batches(uploading) == []
+
+
+def test_a_triggerer_restart_cancels_nothing(kills: Kills) -> None:
+    airflow = kills.airflow
+    before = airflow.trigger_rows()
+    asked = kills.account.request_counts.get("POST /batches/*/cancel", 0)
+    airflow.kill("triggerer", 15)
+    airflow.start("triggerer")
+    since = time.time()
+    (waiting,) = kills.batches("deferred-restarted")
+    eventually(
+        lambda: [r for r in kills.account.requests if r.at > since and r.path.endswith(waiting["id"])], 60
+    )
+    assert kills.account.request_counts.get("POST /batches/*/cancel", 0) == asked
+    assert [(row["id"], row["kwargs"]) for row in airflow.trigger_rows()] == [
+        (row["id"], row["kwargs"]) for row in before
+    ]
+    assert kills.state("deferred-restarted") == "deferred"
+
+
+def test_mapped_tasks_over_one_file_have_batches_of_their_own(kills: Kills) -> None:
+    found = [kills.batches(f"mapped[{index}]") for index in (0, 1)]
+    assert [len(of_one) for of_one in found] == [1, 1]
+    assert found[0][0]["id"] != found[1][0]["id"]
+    kills.airflow.mark_failed("kills", kills.run_id, "mapped", 0)
+    eventually(lambda: kills.cancelled("mapped[0]"))
+    time.sleep(2)
+    # The neighbour goes on.
+    assert kills.statuses("mapped[1]") == ["in_queue"]
+
+
+def test_two_dags_and_two_runs_over_one_file_have_batches_of_their_own(kills: Kills, rows: Path) -> None:
+    airflow = kills.airflow
+    runs = [
+        (dag_id, airflow.trigger(dag_id, conf={"rows": str(rows)}))
+        for dag_id in ("twin-1", "twin-2", "twin-1")
+    ]
+    for dag_id, run_id in runs:
+        assert airflow.wait_for_run(dag_id, run_id) == "success"
+    ids = [airflow.xcom(dag_id, run_id, "create") for dag_id, run_id in runs]
+    assert len(set(ids)) == 3
+    # A person's clear starts afresh even after a success.
+    dag_id, run_id = runs[0]
+    airflow.clear(dag_id, run_id, "create")
+    eventually(lambda: airflow.xcom(dag_id, run_id, "create") not in (None, ids[0]), 60)
