@@ -46,7 +46,7 @@ $(VERSIONS:%=matrix-%): matrix-%:
 
 bench:
 	@$(call environment,$(NEWEST),lint$(comma)test)
-	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(newest) "$$file" || exit 1; done
+	@for file in benchmarks/*.py; do echo "== $$file"; $(newest) "$$file" || exit 1; done
 
 clean:
 	rm -rf .test .demo .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -104,13 +104,13 @@ class BatchSensor(BaseSensorOperator):
         """Defer, or poke."""
         if not self.deferrable:
             return super().execute(context)
-        with task_errors(fail_fast=self.fail_fast, soft_fail=self.soft_fail):
-            batch_ids = self._batch_ids()
-            # A setting that is wrong fails here, before the task is deferred.
-            _ = self.hook.settings
+        # One look first: what has ended needs no trigger, and a setting that is wrong fails here.
+        looked = self.poke(context)
+        if isinstance(looked, PokeReturnValue):
+            return looked.xcom_value
         self.defer(
             trigger=BatchTrigger(
-                batch_ids=batch_ids,
+                batch_ids=self._batch_ids(),
                 conn_id=self.conn_id,
                 poll_interval=self.poke_interval,
                 deadline=time.time() + self.timeout if self._has_timeout else None,

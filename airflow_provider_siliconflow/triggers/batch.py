@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 #: Cancellations under way; the event loop itself keeps only weak references to its tasks.
 _CANCELLATIONS: set[asyncio.Task[None]] = set()
 
+#: Seconds before the first poll. An event within about a second of the deferral can reach Airflow's scheduler
+#: before the end of the worker that deferred, and is then taken for a failure (seen on 3.3.2 under load).
+_FIRST_PAUSE = 3.0
+
 #: How often a connection that cannot be read is tried again, and how many seconds apart.
 _CONNECTION_TRIES, _CONNECTION_PAUSE = 5, 15.0
 
@@ -88,6 +92,7 @@ class BatchTrigger(BaseTrigger):
         try:
             batch_ids = check_identifiers("batch_id", rendered_list(self.batch_id))
             self._settings = await self._read_connection()
+            await asyncio.sleep(_FIRST_PAUSE)
             self._wait = BatchWait(batch_ids, time.time(), self.poll_interval, self.deadline, self.wake_after)
             async with shared_client(self._settings) as client:
                 await self._until_ended(self._wait, client)
