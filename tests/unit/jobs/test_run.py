@@ -1,0 +1,299 @@
+"""Whole jobs against the emulator: every row accounted for, and a crash anywhere changes nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airflow_provider_siliconflow.api.client import SiliconFlowClient
+from airflow_provider_siliconflow.api.exceptions import (
+    BatchFailedError,
+    BatchPartialFailureError,
+    InsufficientBalanceError,
+    InvalidInputError,
+    InvalidRequestFileError,
+)
+from airflow_provider_siliconflow.api.protocol import ClientSettings
+from airflow_provider_siliconflow.emulator.server import Emulator
+from airflow_provider_siliconflow.jobs.identity import Submitter
+from airflow_provider_siliconflow.jobs.run import (
+    BatchRun,
+    FolderLedger,
+    check_options,
+    estimate,
+    judge_run,
+)
+from airflow_provider_siliconflow.jobs.submission import Submission
+
+MODELS = ["Qwen/Qwen3-32B", "THUDM/GLM-4-9B-0414"]
+
+pytestmark = pytest.mark.emulator(speed=100_000.0)
+
+
+class Crash(BaseException):
+    """The process dies here."""
+
+
+class Clock:
+    """Real time, and pauses that take none."""
+
+    def __init__(self) -> None:
+        self.passed = 0.0
+
+    def time(self) -> float:
+        return time.time() + self.passed
+
+    def sleep(self, seconds: float) -> None:
+        self.passed += seconds
+
+
+def rows(count: int, mark: Callable[[int], str] = lambda _: "") -> list[dict[str, Any]]:
+    return [
+        {"custom_id": f"q{i}", "messages": [{"role": "user", "content": f"Say {i} {mark(i)}"}]}
+        for i in range(count)
+    ]
+
+
+def options(**changes: Any) -> Any:
+    arguments = {
+        "model": None,
+        "models": MODELS,
+        "completion_window": "24h",
+        "metadata": None,
+        "max_rows_per_batch": 5,
+        "max_bytes_per_batch": 10**6,
+        "max_in_flight": None,
+        "max_row_attempts": 1,
+        "max_error_rate": None,
+        "prices": None,
+        "request_params": None,
+    }
+    return check_options(**(arguments | changes))
+
+
+class Job:
+    """One task instance: its tries share a folder and nothing else."""
+
+    def __init__(self, emulator: Emulator, folder: Path, requests: Any, **changes: Any) -> None:
+        self.emulator, self.folder, self.requests = emulator, folder, requests
+        self.options = options(**changes)
+        self.tries = 0
+        self.before: Callable[[str], None] = lambda _: None
+        self.after: Callable[[str], None] = lambda _: None
+
+    def _client(self) -> SiliconFlowClient:
+        job = self
+
+        class Client(SiliconFlowClient):
+            def _send(self, call: Any, body: Any) -> Any:
+                job.before(call.name)
+                answer = super()._send(call, body)
+                job.after(call.name)
+                return answer
+
+            def _open_file(self, *arguments: Any) -> Any:
+                job.before("download")
+                return super()._open_file(*arguments)
+
+        return Client(ClientSettings("sk-test", self.emulator.base_url, backoff=0.01))
+
+    def attempt(self) -> dict[str, Any]:
+        self.tries += 1
+        client = self._client()
+
+        def open_submission(ledger: FolderLedger) -> Submission:
+            write = ledger.update
+
+            def update(entries: Any) -> None:
+                job.before("ledger")
+                write(entries)
+                job.after("ledger")
+
+            job = self
+            ledger.update = update  # type: ignore[method-assign]
+            tries = "none" if self.tries == 1 else "patiently"
+            return Submission(client, ledger=ledger, earlier_tries=tries, since=0.0, clock=Clock())
+
+        run = BatchRun(
+            self.options,
+            submitter=Submitter("dag", "run", "task", -1, 5),
+            client=client,
+            conn_id="c",
+            output_dir=self.folder,
+            open_submission=open_submission,
+            earlier_tries=self.tries > 1,
+        )
+        if (done := run.finished_before()) is not None:
+            return done
+        run.prepare(lambda: self.requests, "requests")
+        run.revive()
+        while True:
+            while batches := run.submit_due():
+                enough = run.wake_after(len(batches)) or len(batches)
+                ended: list[Any] = []
+                while len(ended) < enough:
+                    seen = [client.get_batch(batch_id) for batch_id in batches]
+                    ended = [batch for batch in seen if batch.is_terminal]
+                run.note(ended)
+            if not run.merge():
+                return run.finish()
+
+    def files(self) -> dict[str, bytes]:
+        found = (path for path in self.folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(self.folder)): path.read_bytes() for path in found}
+
+
+def results(folder: Path, model: str = MODELS[0]) -> list[dict[str, Any]]:
+    path = folder / model.replace("/", "--") / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def posts(emulator: Emulator) -> tuple[int, int]:
+    counts = emulator.request_counts
+    return counts.get("POST /files", 0), counts.get("POST /batches", 0)
+
+
+def test_one_upload_serves_every_model_and_rows_keep_their_order(emulator: Emulator, tmp_path: Path) -> None:
+    manifest = Job(emulator, tmp_path, rows(23)).attempt()
+    assert posts(emulator) == (5, 10)
+    assert [row["custom_id"] for row in results(tmp_path, MODELS[1])] == [f"q{i}" for i in range(23)]
+    assert manifest["rows"] == {"total": 46, "ok": 46, "error": 0, "expired": 0, "missing": 0}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["manifest.json", *(model.replace("/", "--") for model in MODELS)]
+    )
+
+
+def test_only_rows_worth_it_are_sent_again(emulator: Emulator, tmp_path: Path) -> None:
+    marks = {3: "[[emulator:once=429]]", 11: "[[emulator:error=400]]", 12: "[[emulator:once=expire]]"}
+    job = Job(emulator, tmp_path, rows(13, lambda i: marks.get(i, "")), models=MODELS[:1], max_row_attempts=3)
+    manifest = job.attempt()
+    assert [each["rows"] for each in manifest["rounds"]] == [13, 2]
+    assert (manifest["rows"]["ok"], manifest["rows"]["error"]) == (12, 1)
+    found = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["custom_id"] for row in found] == [f"q{i}" for i in range(13)]
+    assert json.loads((tmp_path / "errors.jsonl").read_text())["custom_id"] == "q11"
+
+
+def marked(i: int) -> str:
+    return {2: "[[emulator:once=503]]", 7: "[[emulator:error=400]]", 9: "[[emulator:once=429]]"}.get(i, "")
+
+
+@pytest.mark.parametrize("in_flight", [None, 2])
+def test_a_crash_at_any_boundary_pays_nothing_twice_and_changes_no_byte(
+    make_emulator: Callable[..., Emulator], tmp_path: Path, in_flight: int | None
+) -> None:
+    def job(emulator: Emulator, folder: Path) -> Job:
+        return Job(emulator, folder, rows(12, marked), max_row_attempts=2, max_in_flight=in_flight)
+
+    undisturbed = make_emulator(speed=100_000.0)
+    events = 0
+
+    def count(_: str) -> None:
+        nonlocal events
+        events += 1
+
+    calm = job(undisturbed, tmp_path / "calm")
+    calm.before = calm.after = count
+    calm.attempt()
+    expected = {name: data for name, data in calm.files().items() if name != "manifest.json"}
+    sent = posts(undisturbed)
+    assert events > 60
+    for point in range(1, events + 1, 1 if in_flight is None else 5):
+        emulator = make_emulator(speed=100_000.0)
+        hurt = job(emulator, tmp_path / f"crash-{point}")
+        passed = 0
+
+        def crash(_: str, point: int = point) -> None:
+            nonlocal passed
+            passed += 1
+            if passed == point:
+                raise Crash
+
+        hurt.before = hurt.after = crash
+        with pytest.raises(Crash):
+            hurt.attempt()
+        hurt.attempt()
+        assert posts(emulator) == sent, f"after a crash at event {point}"
+        files = {name: data for name, data in hurt.files().items() if name != "manifest.json"}
+        assert files == expected, f"after a crash at event {point}"
+        emulator.close()
+
+
+def test_a_failed_batch_is_the_only_one_a_retry_submits(emulator: Emulator, tmp_path: Path) -> None:
+    job = Job(emulator, tmp_path, rows(10), models=MODELS[:1])
+    first: list[str] = []
+
+    def fail_first(name: str) -> None:
+        if name == "POST /batches" and not first:
+            first.append(emulator.service.state()["batches"][0]["id"])
+            emulator.service.force_status(first[0], "failed")
+
+    job.after = fail_first
+    with pytest.raises(BatchFailedError, match="1 of 2 batches failed"):
+        job.attempt()
+    assert job.attempt()["rows"]["ok"] == 10
+    assert posts(emulator) == (2, 3)
+
+
+def test_an_empty_account_keeps_what_was_submitted_for_a_retry(emulator: Emulator, tmp_path: Path) -> None:
+    job = Job(emulator, tmp_path, rows(15), models=MODELS[:1])
+    emulator.faults.add("POST /batches:status=402,skip=2")
+    with pytest.raises(InsufficientBalanceError) as caught:
+        job.attempt()
+    assert caught.value.retryable
+    assert job.attempt()["rows"]["ok"] == 15
+    assert posts(emulator) == (3, 4)
+
+
+def test_bad_rows_are_refused_before_anything_is_sent(emulator: Emulator, tmp_path: Path) -> None:
+    bad = [*rows(3), {"custom_id": "q1", "messages": [{"role": "user", "content": "again"}]}]
+    with pytest.raises(InvalidRequestFileError, match=r"line 4 .*'q1'"):
+        Job(emulator, tmp_path, bad).attempt()
+    with pytest.raises(InvalidInputError, match="3 of 3 rows name no model"):
+        Job(emulator, tmp_path, rows(3), models=None).attempt()
+    assert not emulator.requests
+
+
+def test_verdicts_come_after_the_results(emulator: Emulator, tmp_path: Path) -> None:
+    requests = rows(10, lambda i: "[[emulator:error=400]]" if i < 3 else "")
+    job = Job(emulator, tmp_path, requests, max_error_rate=0.2)
+    manifest = job.attempt()
+    with pytest.raises(BatchPartialFailureError, match=r"30\.00% is more than max_error_rate"):
+        judge_run(manifest, job.options)
+    assert len(results(tmp_path)) == 10
+    assert "3 failed" in (judge_run(manifest, options(max_error_rate=0.3)) or "").replace(
+        "6 failed", "3 failed"
+    )
+
+
+def test_a_dry_run_sends_nothing_and_prices_the_prompts(tmp_path: Path) -> None:
+    found = estimate(
+        rows(12), name="requests", options=options(prices={MODELS[0]: {"prompt": 2.0, "completion": 8.0}})
+    )
+    assert (found["rows"], found["shards"], found["batches"]) == (12, 3, 6)
+    first = found["models"][0]
+    assert first["prompt_cost"] == pytest.approx(first["prompt_tokens"] * 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": "a", "models": ["b"]}, "model"),
+        ({"models": "Qwen/Qwen3-32B"}, "models"),
+        ({"models": ["a", "a"]}, "twice"),
+        ({"max_rows_per_batch": 5001}, "max_rows_per_batch"),
+        ({"max_in_flight": 0}, "max_in_flight"),
+        ({"max_row_attempts": True}, "max_row_attempts"),
+        ({"max_error_rate": 1.5}, "max_error_rate"),
+        ({"prices": {"a": 3}}, "prices"),
+        ({"metadata": {str(i): "" for i in range(16)}}, "metadata"),
+    ],
+)
+def test_wrong_arguments_are_named(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidInputError, match=named):
+        options(**changes)
