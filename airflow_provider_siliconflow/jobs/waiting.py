@@ -215,9 +215,9 @@ class BatchWait:
 
     def say_summary(self, now: float) -> None:
         """Say how far many batches are together, when that changed; of a few each is told by itself."""
-        if len(self.batch_ids) <= _FEW:
-            return
         seen = [state.seen for state in self._pending.values() if state.seen]
+        if len(self.batch_ids) <= _FEW or len(seen) < len(self._pending):
+            return
         counts = [batch.request_counts for batch in (*seen, *self.ended.values())]
         total = sum(count.total for count in counts)
         failed = sum(count.failed for count in counts)
