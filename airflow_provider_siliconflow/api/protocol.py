@@ -347,7 +347,7 @@ class BatchPaging:
 
     def take(self, page: Page[Batch]) -> list[Batch]:
         """Take an answered page and return what it has that no page before had."""
-        new = [batch for batch in page.items if batch.id not in self._seen]
+        new = [batch for id_, batch in {b.id: b for b in page.items}.items() if id_ not in self._seen]
         self._seen.update(batch.id for batch in new)
         if new:
             self._cursor = page.items[-1].id
