@@ -127,6 +127,7 @@ class Submission:
         self._clock: Clock = clock or SystemClock()
         self._since = max(since - CLOCK_SKEW, self._clock.time() - MAX_AGE)
         self._started = self._clock.time()
+        self._stopped = False
         self._listing_read_at = float("-inf")
         self._announced: set[str] = set()
         self._found: dict[str, list[Batch]] = {}
@@ -135,6 +136,25 @@ class Submission:
     def announce(self, keys: Iterable[str]) -> None:
         """Say of keys that the intents recorded for them are this try's own, and nothing was sent yet."""
         self._announced.update(keys)
+
+    def stop(self) -> None:
+        """
+        Send nothing from now on: the task was ended from outside.
+
+        Airflow 3 lets the process go on for five seconds after ``on_kill``, time enough to pay for a batch that
+        nobody waits for.
+        """
+        self._stopped = True
+
+    def check_not_stopped(self, what: str) -> None:
+        """
+        Refuse to send after :meth:`stop`.
+
+        :param what: what would have been sent.
+        :raises SiliconFlowError: the task was ended.
+        """
+        if self._stopped:
+            raise SiliconFlowError(f"{what} is not sent any more: the task was ended from outside")
 
     # Batches ----------------------------------------------------------------------------------------------
 
@@ -314,6 +334,9 @@ class Submission:
         give_up_at = self._clock.time() + REFUSAL_PATIENCE
         refusals = open_sends = 0
         while True:
+            if self._stopped and not open_sends:
+                forget()
+            self.check_not_stopped(what)
             try:
                 return send()
             except SiliconFlowError as exc:

@@ -183,13 +183,18 @@ class CreateBatchOperator(SiliconFlowOperator):
         self.allow_all_failed = allow_all_failed
         self.durable = durable
         self.batch_id: str | None = None
-        self._underway: tuple[BatchWork, Submission] | None = None
+        self._submission: Submission | None = None
+        self._work: BatchWork | None = None
+        self._is_ended = False
 
     def execute(self, context: Context) -> str:
         """Create the batch or adopt it, and wait if told to."""
         with task_errors(fail_fast=self.fail_fast):
             batch = self._submit(context)
             self.batch_id = batch.id
+            if self._is_ended:
+                # Ended while the request was on its way, when there was no batch to be found yet.
+                self.cancel_quietly([batch.id])
             context["ti"].xcom_push(key="batch_id", value=batch.id)
             if not self.wait_for_completion:
                 return batch.id
@@ -240,7 +245,7 @@ class CreateBatchOperator(SiliconFlowOperator):
         replace = protocol.check_replace(self.replace)
         client = self.hook.get_conn()
         submitter = submitter_of(context)
-        submission = open_submission(context, client)
+        submission = self._submission = open_submission(context, client)
         if self.input_path is not None:
             needs_model = not (replace or {}).get("model")
             if self.durable:
@@ -252,6 +257,7 @@ class CreateBatchOperator(SiliconFlowOperator):
         else:
             file_id = content = protocol.check_identifier("input_file_id", self.input_file_id)
         if not self.durable:
+            submission.check_not_stopped("POST /batches")
             batch = self.hook.create_batch(
                 file_id, endpoint=endpoint, completion_window=window, metadata=metadata, replace=replace
             )
@@ -274,7 +280,7 @@ class CreateBatchOperator(SiliconFlowOperator):
             metadata=metadata,
             replace=replace,
         )
-        self._underway = (work, submission)
+        self._work = work
         batch = submission.submit(work)
         self.log.info(
             "Batch %s (%s) over file %s, window %s%s; it is billed as its rows are done",
@@ -323,19 +329,21 @@ class CreateBatchOperator(SiliconFlowOperator):
             self.cancel_quietly([self.batch_id])
 
     def on_kill(self) -> None:
-        """Cancel the batch when the running task is ended from outside."""
+        """Cancel the batch when the running task is ended from outside; in any case create none any more."""
+        if self._submission is not None:
+            self._submission.stop()
         if not self.kill_cancels():
             if self.batch_id:
                 self.log.warning("Batch %s is left alone; it goes on and is billed", self.batch_id)
             return
+        self._is_ended = True
         batch_id = self.batch_id
-        if batch_id is None and self._underway is not None:
+        if batch_id is None and self._submission is not None and self._work is not None:
             # Killed between sending and the answer: the batch may exist though its id is not known here.
             from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
 
-            work, submission = self._underway
             try:
-                found = submission.find(work)
+                found = self._submission.find(self._work)
             except SiliconFlowError as exc:
                 self.log.warning("Killed while the batch was created; it cannot be looked up: %s", exc)
                 return

@@ -159,29 +159,36 @@ class BatchTrigger(BaseTrigger):
 
         Airflow cancels this call itself a second after it starts, and calls it also when a trigger merely
         moves to another triggerer. So the work is done by a task of its own, which looks first whether the
-        task instance is really not deferred any more.
+        task instance is really not waiting for these batches any more.
         """
-        if not self.cancel_on_kill or self._settings is None or self._wait is None:
+        if not self.cancel_on_kill:
             return
-        task = asyncio.get_running_loop().create_task(self._cancel_if_killed(self._settings, self._wait))
+        task = asyncio.get_running_loop().create_task(self._cancel_if_killed())
         _CANCELLATIONS.add(task)
         task.add_done_callback(_CANCELLATIONS.discard)
         await asyncio.shield(task)
 
-    async def _cancel_if_killed(self, settings: ClientSettings, wait: BatchWait) -> None:
+    async def _cancel_if_killed(self) -> None:
         from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+        from airflow_provider_siliconflow.api.protocol import check_identifiers
+        from airflow_provider_siliconflow.task_context import rendered_list
 
-        open_ids = [batch_id for batch_id in wait.batch_ids if batch_id not in wait.ended]
+        batch_ids = check_identifiers("batch_id", rendered_list(self.batch_id))
+        open_ids = [one for one in batch_ids if self._wait is None or one not in self._wait.ended]
         try:
             state = await self._task_state()
+            # After a clear the next try may be deferred already, over other batches than these.
+            current = await self._batches_of_task() if state == "deferred" else set()
+            # Ended in its first seconds, the wait may not have got as far as reading its connection.
+            settings = self._settings or await self._read_connection()
         except Exception as exc:  # noqa: BLE001
             # Without the state nobody knows if this was a kill, and a cancelled batch cannot be brought back.
             self.log.warning("The task's state cannot be read (%s); leaving batches %s alone", exc, open_ids)
             return
-        if state == "deferred":
-            self.log.info("The task is still deferred: its trigger moves, and batches %s go on", open_ids)
-            return
+        if kept := [one for one in open_ids if current is None or one in current]:
+            self.log.info("The task still waits for batches %s: its trigger moves, and they go on", kept)
+        open_ids = [one for one in open_ids if one not in kept]
         from dataclasses import replace
 
         async with AsyncSiliconFlowClient(replace(settings, max_retries=3)) as client:
@@ -197,6 +204,20 @@ class BatchTrigger(BaseTrigger):
                         batch_id,
                         batch.status,
                     )
+
+    async def _batches_of_task(self) -> set[str] | None:
+        """Return the batches that the task has submitted in its current try; ``None`` when it does not say."""
+        from airflow.sdk.bases.xcom import BaseXCom
+        from asgiref.sync import sync_to_async
+
+        ti = self.task_instance
+        pushed: set[str] = set()
+        for key in ("batch_id", "batch_ids"):
+            value = await sync_to_async(BaseXCom.get_one)(
+                key=key, dag_id=ti.dag_id, task_id=ti.task_id, run_id=ti.run_id, map_index=ti.map_index
+            )
+            pushed.update([value] if isinstance(value, str) else value or ())
+        return pushed or None
 
     async def _task_state(self) -> str | None:
         from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from live import KEY, OpenAccount, connect, write_rows
+
+from tests.system.live import KEY, OpenAccount, connect, write_rows
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator.server import Emulator
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 DAGS = Path(__file__).parent / "dags"
 # The cases that a DAG and its test share.
 sys.path.insert(0, str(DAGS))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # What was written by all the others is searched for secrets at the end.
@@ -85,5 +87,3 @@ def open_account(live_airflow: LiveAirflow, accounts: list[Emulator]) -> Iterato
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of rows that all succeed."""
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
-
-

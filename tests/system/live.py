@@ -36,7 +36,12 @@ def write_rows(path: Path, *first: str) -> Path:
     with path.open("w") as file:
         for number, prompt in enumerate(prompts):
             body = {"model": "Qwen/Qwen3-8B", "messages": [{"role": "user", "content": prompt}]}
-            line = {"custom_id": f"row-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+            line = {
+                "custom_id": f"row-{number}",
+                "method": "POST",
+                "url": "/v1/chat/completions",
+                "body": body,
+            }
             file.write(json.dumps(line) + "\n")
     return path
 

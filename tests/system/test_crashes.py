@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from crash_cases import CRASH_CASES, DOWNLOAD_POINTS, HELD, CrashCase
-from live import EXHAUSTIVE, KEY, ROWS, OpenAccount, batches, files
 
 from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.protocol import ClientSettings
 from airflow_provider_siliconflow.jobs.downloads import download_results
 from scripts.live_airflow import LiveAirflow, LiveAirflowError
-
+from tests.system.live import EXHAUSTIVE, KEY, ROWS, OpenAccount, batches, files
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator.server import Emulator
@@ -56,7 +54,7 @@ class Crashes:
 @pytest.fixture(scope="module")
 def crashes(
     live_airflow: LiveAirflow, open_account: OpenAccount, rows: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Crashes]:
+) -> Crashes:
     output = tmp_path_factory.mktemp("downloads")
     accounts = {case.name: open_account(case.name) for case in CRASH_CASES}
     accounts |= {point: open_account(point, speed=1000.0) for point in DOWNLOAD_POINTS}
@@ -86,7 +84,7 @@ def crashes(
         live_airflow.wait_for_run("crashes", run_id, timeout=1500 if EXHAUSTIVE else 300)
     finally:
         crashes.finish()
-    yield crashes
+    return crashes
 
 
 @pytest.mark.parametrize("case", CRASH_CASES, ids=lambda case: case.name)

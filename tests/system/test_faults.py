@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from fault_cases import LOST_ANSWERS, REFUSALS, WAITS, Account
-from live import OpenAccount, batches, cancellations, connect, eventually, files
 
 from airflow_provider_siliconflow.emulator.server import Emulator, running_emulator
 from airflow_provider_siliconflow.emulator.service import EmulatedService
 from scripts.live_airflow import _free_port
+from tests.system.live import OpenAccount, batches, cancellations, connect, eventually, files
 
 if TYPE_CHECKING:
     from scripts.live_airflow import LiveAirflow

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
-from live import OpenAccount, batches, eventually
+
+from tests.system.live import OpenAccount, batches, eventually
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator.server import Emulator
@@ -59,7 +60,7 @@ def uploading(open_account: OpenAccount) -> Emulator:
 @pytest.fixture(scope="module")
 def kills(
     live_airflow: LiveAirflow, open_account: OpenAccount, posting: Emulator, uploading: Emulator, rows: Path
-) -> Iterator[Kills]:
+) -> Kills:
     # Half an hour in the queue: these batches end only when they are cancelled.
     account = open_account("kills", speed=1.0, queue_seconds=1800.0, cancelling_seconds=2.0)
     service = account.service
@@ -80,7 +81,35 @@ def kills(
         return all(f"/v1/batches/{batch_id}" in paths for batch_id in polled)
 
     eventually(all_polled, 60)
-    yield kills
+    return kills
+
+
+TERMINATING = "Terminating process"
+
+
+def test_a_task_killed_while_its_batch_is_asked_for_leaves_none_running(
+    kills: Kills, posting: Emulator
+) -> None:
+    (held,) = posting.held
+    assert held == "POST /v1/batches"
+    kills.airflow.mark_failed("kills", kills.run_id, "posting-failed")
+    # The task, told to end, looks for its batch: there is none yet.
+    eventually(lambda: posting.request_counts.get("GET /batches", 0) > 0)
+    assert batches(posting) == []
+    posting.release()
+    eventually(lambda: batches(posting) and batches(posting)[0]["status"] in ("cancelling", "cancelled"))
+    assert len(batches(posting)) == 1
+
+
+def test_a_task_killed_while_it_uploads_asks_for_no_batch(kills: Kills, uploading: Emulator) -> None:
+    pid = kills.airflow.task_pids("kills", kills.run_id, "uploading-failed").task
+    kills.airflow.mark_failed("kills", kills.run_id, "uploading-failed")
+    # Airflow leaves it five seconds from here.
+    eventually(lambda: TERMINATING in kills.airflow.task_log("kills", kills.run_id, "uploading-failed"))
+    uploading.release()
+    eventually(lambda: not psutil.pid_exists(pid))
+    assert uploading.request_counts["POST /files"] == 1
+    assert "POST /batches" not in uploading.request_counts
 
 
 def test_marking_a_deferred_task_failed_cancels_its_batch(kills: Kills) -> None:
@@ -127,29 +156,6 @@ def test_clearing_a_running_task_cancels_and_starts_afresh(kills: Kills) -> None
     kills.airflow.clear("kills", kills.run_id, "running-cleared")
     eventually(lambda: kills.cancelled("running-cleared"))
     eventually(lambda: kills.statuses("running-cleared") == ["cancelled", "in_queue"], 90)
-
-
-def test_a_task_killed_while_its_batch_is_asked_for_leaves_none_running(
-    kills: Kills, posting: Emulator
-) -> None:
-    (held,) = posting.held
-    assert held == "POST /v1/batches"
-    kills.airflow.mark_failed("kills", kills.run_id, "posting-failed")
-    # By now the task knows that it is to end, and has found no batch.
-    eventually(lambda: posting.request_counts.get("GET /batches", 0) > 0)
-    assert batches(posting) == []
-    posting.release()
-    eventually(lambda: batches(posting))
-    eventually(lambda: batches(posting)[0]["status"] in ("cancelling", "cancelled"))
-
-
-def test_a_task_killed_while_it_uploads_asks_for_no_batch(kills: Kills, uploading: Emulator) -> None:
-    pid = kills.airflow.task_pids("kills", kills.run_id, "uploading-failed").task
-    kills.airflow.mark_failed("kills", kills.run_id, "uploading-failed")
-    eventually(lambda: "nothing was created" in kills.airflow.task_log("kills", kills.run_id, "uploading-failed"))
-    uploading.release()
-    eventually(lambda: not Path(f"/proc/{pid}").exists())
-    assert batches(uploading) == []
 
 
 def test_a_triggerer_restart_cancels_nothing(kills: Kills) -> None:

@@ -54,15 +54,28 @@ ALL_CASES = [
 ]
 
 #: Every point once at least, every combination of input, wait and store once at least.
-_ESSENTIAL = """
-    path.deferrable.store.before-upload    path.none.nostore.after-upload      path.sync.store.upload-recorded
-    path.deferrable.nostore.upload-held    path.none.store.upload-answer-held
-    id.deferrable.store.before-post        id.none.nostore.before-post         path.sync.store.after-post
-    path.deferrable.nostore.after-post     id.none.store.recorded              path.deferrable.store.recorded
-    id.sync.nostore.xcom-pushed            path.sync.nostore.post-held         id.deferrable.store.post-held
-    id.deferrable.nostore.post-answer-held path.deferrable.store.before-defer  path.deferrable.store.resumed
-    id.deferrable.nostore.resumed          id.sync.store.poll-held             path.sync.nostore.machine-dies
-""".split()
+_ESSENTIAL = [
+    "path.deferrable.store.before-upload",
+    "path.none.nostore.after-upload",
+    "path.sync.store.upload-recorded",
+    "path.deferrable.nostore.upload-held",
+    "path.none.store.upload-answer-held",
+    "id.deferrable.store.before-post",
+    "id.none.nostore.before-post",
+    "path.sync.store.after-post",
+    "path.deferrable.nostore.after-post",
+    "id.none.store.recorded",
+    "path.deferrable.store.recorded",
+    "id.sync.nostore.xcom-pushed",
+    "path.sync.nostore.post-held",
+    "id.deferrable.store.post-held",
+    "id.deferrable.nostore.post-answer-held",
+    "path.deferrable.store.before-defer",
+    "path.deferrable.store.resumed",
+    "id.deferrable.nostore.resumed",
+    "id.sync.store.poll-held",
+    "path.sync.nostore.machine-dies",
+]
 
 CRASH_CASES = [case for case in ALL_CASES if os.environ.get("EXHAUSTIVE") or case.name in _ESSENTIAL]
 

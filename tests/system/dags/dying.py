@@ -18,7 +18,9 @@ def _die(*_: Any, **__: Any) -> NoReturn:
     raise AssertionError("unreachable")
 
 
-def _then_die(function: Callable[..., Any], when: Callable[..., bool] = lambda *_, **__: True) -> Callable[..., Any]:
+def _then_die(
+    function: Callable[..., Any], when: Callable[..., bool] = lambda *_, **__: True
+) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
         if when(*args, **kwargs):
