@@ -51,8 +51,8 @@ def write_json(target: Any, value: Any) -> None:
 
 def local_path(target: Any) -> Path | None:
     """Return the local path behind ``target``, or ``None`` where it is not local."""
-    if isinstance(target, Path):
-        return target
-    if getattr(target, "protocol", None) in ("file", "local", ""):
-        return Path(target.path)
-    return None
+    # The protocol first: on Airflow 2.11 a path into a remote store is a pathlib.Path as well.
+    protocol = getattr(target, "protocol", None)
+    if protocol is not None:
+        return Path(target.path) if protocol in ("file", "local", "") else None
+    return target if isinstance(target, Path) else None

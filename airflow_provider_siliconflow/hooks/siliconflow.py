@@ -421,9 +421,7 @@ def open_source(source: str | Path | ObjectStoragePath | bytes) -> Any:
     if isinstance(source, str):
         if not source.strip():
             raise InvalidInputError("the path of the input is empty; give a path or URI of a JSONL file")
-        from airflow.providers.common.compat.sdk import ObjectStoragePath
-
-        return ObjectStoragePath(source)
+        return _path(source)
     return source
 
 
@@ -439,10 +437,17 @@ def open_folder(name: str, folder: Any) -> Any:
     if isinstance(folder, str):
         if not folder.strip():
             raise InvalidInputError(f"{name} is empty; give the path or URI of a folder for the results")
-        from airflow.providers.common.compat.sdk import ObjectStoragePath
-
-        return ObjectStoragePath(folder)
+        return _path(folder)
     return folder
+
+
+def _path(path: str) -> Path | ObjectStoragePath:
+    # Airflow 2.11 takes a relative path for one below the root.
+    if "://" not in path:
+        return Path(path)
+    from airflow.providers.common.compat.sdk import ObjectStoragePath
+
+    return ObjectStoragePath(path)
 
 
 def describe_source(source: Any) -> str:

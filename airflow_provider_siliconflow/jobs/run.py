@@ -37,7 +37,7 @@ from airflow_provider_siliconflow.batch_files.manifest import (
 from airflow_provider_siliconflow.batch_files.results import BatchFiles, merge_shard
 from airflow_provider_siliconflow.batch_files.shards import Shard, Split, select_rows, split_requests
 from airflow_provider_siliconflow.batch_files.tally import ModelTally
-from airflow_provider_siliconflow.batch_files.whole_file import write_json, write_whole
+from airflow_provider_siliconflow.batch_files.whole_file import local_path, write_json, write_whole
 from airflow_provider_siliconflow.jobs.downloads import downloaded
 from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, check_user_metadata, upload_name
 from airflow_provider_siliconflow.jobs.submission import Submission
@@ -708,17 +708,16 @@ def read_json(path: Any) -> dict[str, Any] | None:
 
 def remove_tree(folder: Any) -> None:
     """Remove a job's folder, and the folder of all jobs when it was the last."""
-    if isinstance(folder, Path):
+    local = local_path(folder)
+    if local is not None:
         import shutil
 
-        shutil.rmtree(folder)
+        shutil.rmtree(local)
         with contextlib.suppress(OSError):
-            folder.parent.rmdir()
+            local.parent.rmdir()
         return
     try:
         folder.fs.rm(folder.path, recursive=True)
-        if folder.protocol in ("file", "local", ""):
-            Path(folder.parent.path).rmdir()
     except OSError as exc:
         log.info("The job's folder %s is left behind: %s", folder, exc)
 

@@ -1,0 +1,235 @@
+"""Results from a batch to a folder: late, aged, cut, short, in whichever store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from airflow_provider_siliconflow.api.client import SiliconFlowClient
+from airflow_provider_siliconflow.api.exceptions import (
+    BatchError,
+    IncompleteResultsError,
+    NoAnswerError,
+    ServiceUnavailableError,
+)
+from airflow_provider_siliconflow.api.models import Batch
+from airflow_provider_siliconflow.api.protocol import ClientSettings
+from airflow_provider_siliconflow.jobs.downloads import ResultFiles, commonest_error, download_results
+
+if TYPE_CHECKING:
+    from airflow_provider_siliconflow.emulator import Emulator
+
+REQUEST = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
+FILES = ("results.jsonl", "errors.jsonl", "manifest.json")
+
+
+class EmulatorClock:
+    """Lets time pass at the emulator instead of waiting."""
+
+    def __init__(self, emulator: Emulator) -> None:
+        self.emulator = emulator
+        self.slept: list[float] = []
+
+    def time(self) -> float:
+        return self.emulator.service.now()
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.emulator.service.advance(seconds)
+
+
+@pytest.fixture
+def clock(emulator: Emulator) -> EmulatorClock:
+    return EmulatorClock(emulator)
+
+
+@pytest.fixture
+def client(emulator: Emulator) -> Iterator[SiliconFlowClient]:
+    with SiliconFlowClient(ClientSettings("sk-1", emulator.base_url, backoff=0.01)) as client:
+        yield client
+
+
+@pytest.fixture
+def make_batch(emulator: Emulator) -> Callable[..., str]:
+    """Runs a batch over one row per text to its end; its id."""
+
+    def make(*texts: str, seconds: float = 1000) -> str:
+        lines = [
+            {
+                "custom_id": f"r{n}",
+                "body": {"model": "Qwen/Qwen3-32B", "messages": [{"role": "user", "content": text}]},
+            }
+            for n, text in enumerate(texts)
+        ]
+        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        file = emulator.service.add_file("rows.jsonl", "batch", [content])["data"]
+        batch = emulator.service.create_batch({**REQUEST, "input_file_id": file["id"]})
+        emulator.service.advance(seconds)
+        return str(batch["id"])
+
+    return make
+
+
+def ids(path: Any) -> list[str]:
+    return sorted(json.loads(line)["custom_id"] for line in path.read_text().splitlines())
+
+
+def memory_folder(path: str) -> Any:
+    """A folder in a store that is not local, as Airflow hands it to an operator."""
+    from airflow.providers.common.compat.sdk import ObjectStoragePath
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    try:
+        from airflow.sdk.io import attach
+    except ImportError:
+        from airflow.io.store import attach
+    attach("memory", fs=MemoryFileSystem())
+    return ObjectStoragePath(f"memory://bucket{path}")
+
+
+FAIL = "[[emulator:error=400]]"
+
+
+def test_every_row_is_told_and_the_servers_lines_are_untouched(
+    client: SiliconFlowClient,
+    clock: EmulatorClock,
+    emulator: Emulator,
+    make_batch: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    batch_id = make_batch("Hi", FAIL, "Hi", "[[emulator:missing]]", "[[emulator:expire]]")
+    manifest = download_results(client, batch_id, tmp_path, clock)
+    assert manifest["rows"] == {"total": 5, "ok": 2, "error": 1, "expired": 1, "missing": 1}
+    assert ids(tmp_path / "results.jsonl") == ["r0", "r1", "r2", "r4"]
+    assert ids(tmp_path / "errors.jsonl") == ["r1", "r4"]
+    sent = emulator.service.open_results(batch_id, "output").read_bytes().splitlines()
+    assert set(sent) < set((tmp_path / "results.jsonl").read_bytes().splitlines())
+    assert json.loads((tmp_path / "manifest.json").read_text()) == manifest
+
+
+@pytest.mark.emulator(late_output_seconds=5.0)
+def test_a_url_that_comes_later_is_waited_for(
+    client: SiliconFlowClient, clock: EmulatorClock, make_batch: Callable[..., str], tmp_path: Path
+) -> None:
+    batch_id = make_batch("Hi", seconds=0)
+    while not client.get_batch(batch_id).is_terminal:
+        clock.sleep(0.01)
+    assert client.get_batch(batch_id).output_file_id is None
+    assert download_results(client, batch_id, tmp_path, clock)["rows"]["ok"] == 1
+
+
+class Altered:
+    """A client whose batches are told differently."""
+
+    def __init__(self, client: SiliconFlowClient, *versions: dict[str, Any]) -> None:
+        self._client, self._versions = client, list(versions)
+
+    def get_batch(self, batch_id: str) -> Batch:
+        fields = self._versions.pop(0) if len(self._versions) > 1 else self._versions[0]
+        return Batch.model_validate(self._client.get_batch(batch_id).model_dump() | fields)
+
+    def iter_file(self, reference: str, refresh: Any) -> Iterator[bytes]:
+        return self._client.iter_file(reference, refresh)
+
+
+@pytest.mark.parametrize("counts", [None, {}, {"total": 0, "completed": 0, "failed": 0}])
+def test_without_counts_an_output_url_behind_an_error_url_is_waited_for(
+    client: SiliconFlowClient,
+    clock: EmulatorClock,
+    make_batch: Callable[..., str],
+    tmp_path: Path,
+    counts: Any,
+) -> None:
+    """Both files are there, but the service names the file with errors first: the rows that are ok are paid for."""
+    batch_id = make_batch("Hi", FAIL)
+    api = Altered(client, {"request_counts": counts, "output_file_id": None}, {"request_counts": counts})
+    rows = download_results(api, batch_id, tmp_path, clock)["rows"]
+    assert (rows["ok"], rows["error"]) == (1, 1)
+
+
+def test_successful_rows_without_a_file_are_an_error_that_a_retry_may_mend(
+    client: SiliconFlowClient, clock: EmulatorClock, make_batch: Callable[..., str], tmp_path: Path
+) -> None:
+    batch_id = make_batch("Hi", FAIL)
+    with pytest.raises(IncompleteResultsError, match="1 successful rows") as caught:
+        download_results(Altered(client, {"output_file_id": None}), batch_id, tmp_path, clock)
+    assert caught.value.retryable
+    assert 50 <= sum(clock.slept) <= 120
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_without_any_success_needs_no_output_file(
+    client: SiliconFlowClient, clock: EmulatorClock, make_batch: Callable[..., str], tmp_path: Path
+) -> None:
+    manifest = download_results(client, make_batch(FAIL, FAIL), tmp_path, clock)
+    assert manifest["rows"] == {"total": 2, "ok": 0, "error": 2, "expired": 0, "missing": 0}
+    assert clock.slept == []
+
+
+def test_fewer_lines_than_counted(
+    client: SiliconFlowClient, clock: EmulatorClock, make_batch: Callable[..., str], tmp_path: Path
+) -> None:
+    """Read line by line it is an error; to a folder goes, after some patience, what there is."""
+    batch_id = make_batch("Hi", "Hi")
+    api = Altered(client, {"request_counts": {"total": 3, "completed": 3, "failed": 0}})
+    with pytest.raises(IncompleteResultsError, match="hold 2 successful rows, but the batch counts 3"):
+        list(ResultFiles(api, batch_id).lines("output"))
+    rows = download_results(api, batch_id, tmp_path, clock)["rows"]
+    assert (rows["total"], rows["ok"], rows["missing"]) == (3, 2, 1)
+    assert sum(clock.slept) >= 30
+
+
+def test_a_batch_under_way_has_no_results(
+    client: SiliconFlowClient, make_batch: Callable[..., str], tmp_path: Path, emulator: Emulator
+) -> None:
+    batch_id = make_batch("Hi")
+    emulator.service.force_status(batch_id, "finalising_soon")
+    with pytest.raises(BatchError, match="is finalising_soon"):
+        download_results(client, batch_id, tmp_path)
+
+
+@pytest.mark.parametrize("store", ["local", "memory"])
+@pytest.mark.parametrize("fault", ["cut=100", "status=503"])
+def test_files_appear_only_when_they_are_whole(
+    emulator: Emulator, make_batch: Callable[..., str], tmp_path: Path, store: str, fault: str
+) -> None:
+    folder: Any = tmp_path / "out" if store == "local" else memory_folder(str(tmp_path))
+    batch_id = make_batch("Hi", "Hi", FAIL)
+    # The first file arrives, the second one does not.
+    emulator.faults.add(f"GET storage:{fault},skip=1,times=-1")
+    hasty = ClientSettings("sk-1", emulator.base_url, backoff=0.01, max_retries=0)
+    with SiliconFlowClient(hasty) as client, pytest.raises((NoAnswerError, ServiceUnavailableError)):
+        download_results(client, batch_id, folder)
+    assert not folder.exists() or list(folder.iterdir()) == []
+    emulator.faults.clear()
+    with SiliconFlowClient(hasty) as client:
+        manifest = download_results(client, batch_id, folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert ids(folder / "results.jsonl") == ["r0", "r1", "r2"]
+    assert (folder / "errors.jsonl").read_bytes() == emulator.service.open_results(
+        batch_id, "error"
+    ).read_bytes()
+    assert manifest["paths"]["output_dir"] == str(folder)
+
+
+def test_a_second_download_replaces_the_first(
+    client: SiliconFlowClient, make_batch: Callable[..., str], tmp_path: Path
+) -> None:
+    download_results(client, make_batch("Hi", FAIL, "Hi"), tmp_path)
+    download_results(client, make_batch("Hi"), tmp_path)
+    assert ids(tmp_path / "results.jsonl") == ["r0"]
+    assert ids(tmp_path / "errors.jsonl") == []
+
+
+def test_the_commonest_error(
+    client: SiliconFlowClient, make_batch: Callable[..., str], emulator: Emulator
+) -> None:
+    batch = client.get_batch(make_batch("Hi", FAIL, "[[emulator:error=503]]", FAIL))
+    assert commonest_error(client, batch) == "The request has invalid parameters. (20015) (2 rows)"
+    # It only makes a message better, so it never makes a judgement fail.
+    emulator.faults.add("GET storage:status=403,times=-1")
+    assert commonest_error(client, batch) is None
