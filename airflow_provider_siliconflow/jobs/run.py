@@ -246,6 +246,7 @@ class BatchRun:
         self._earlier_tries = earlier_tries
         self._tallies: dict[int, ModelTally] = {}
         self._rounds: list[list[Piece]] = []
+        self._cancels_late = False
 
     # Planning ---------------------------------------------------------------------------------------------
 
@@ -298,11 +299,6 @@ class BatchRun:
         while (planned := read_json(self.folder / f"round-{len(self._rounds)}.json")) is not None:
             shards = {int(i): tuple(map(Shard.from_dict, items)) for i, items in planned["shards"].items()}
             self._rounds.append(self._pieces(len(self._rounds), shards))
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the job was planned and opened, so that it may have batches."""
-        return bool(self._rounds)
 
     @property
     def deadline(self) -> float | None:
@@ -419,6 +415,9 @@ class BatchRun:
                     exc.retryable = True
                 raise
             self.note([batch])
+            if self._cancels_late:
+                # Ended while the request was on its way, when there was no batch to be found yet.
+                self._client.cancel_batch(batch.id)
             log.info(
                 "Batch %s: shard %d of round %d%s",
                 batch.id,
@@ -598,16 +597,20 @@ class BatchRun:
             counts=ended.get("counts", {}),
         )
 
-    def find_unrecorded(self) -> list[str]:
-        """Search once for batches that were being created when the process was told to stop."""
-        found = []
-        for piece in self._current:
-            entry = self.ledger.get(piece.work_key)
-            if entry and "intent" in entry:
-                batch = self._submission.find(self._work(piece, ""))
-                if batch is not None:
-                    found.append(batch.id)
-        return found
+    def stop(self, *, cancels: bool) -> list[str]:
+        """
+        Send nothing from now on, and return the ids of the batches that are open, whether recorded or not.
+
+        :param cancels: whether to cancel a batch that is being created right now, once its answer comes.
+        :raises SiliconFlowError: the account cannot be searched; nothing is sent all the same.
+        """
+        if not self._rounds:
+            return []
+        self._submission.stop()
+        self._cancels_late = cancels
+        unrecorded = [piece for piece in self._current if "intent" in (self.ledger.get(piece.work_key) or {})]
+        found = self._submission.find(self._work(piece, "") for piece in unrecorded) if unrecorded else []
+        return [*self.open_batches, *(batch.id for batch in found)]
 
 
 def plan(requests: Any, folder: Any, *, name: str, options: RunOptions) -> Split:

@@ -204,15 +204,17 @@ class Submission:
             return None
         return self._started + (LIST_LAG if self._earlier_tries == "patiently" else 0.0)
 
-    def find(self, work: BatchWork) -> Batch | None:
-        """Search the account once for a live batch of this work."""
-        return self._search(work, self._clock.time())
+    def find(self, works: Iterable[BatchWork]) -> list[Batch]:
+        """Search the account once for live batches of these works."""
+        now = self._clock.time()
+        found = (self._search(work, now, watch=False) for work in works)
+        return [batch for batch in found if batch is not None]
 
-    def _read(self, batch_id: str) -> Batch | None:
+    def _read(self, batch_id: str, *, watch: bool = True) -> Batch | None:
         """Read a batch; one that is being cancelled is watched until it is clear how that ended."""
         try:
             batch = self._api.get_batch(batch_id)
-            give_up_at = self._clock.time() + CANCEL_PATIENCE
+            give_up_at = self._clock.time() + (CANCEL_PATIENCE if watch else 0.0)
             while batch.status == BatchStatus.CANCELLING and self._clock.time() < give_up_at:
                 log.info("Batch %s of an earlier try is being cancelled; waiting for the end of it", batch_id)
                 self._clock.sleep(10.0)
@@ -234,11 +236,12 @@ class Submission:
         )
         return True
 
-    def _search(self, work: BatchWork, listed_at: float) -> Batch | None:
+    def _search(self, work: BatchWork, listed_at: float, *, watch: bool = True) -> Batch | None:
         """
         Search the account for the work, again and again until it must be listed if it exists.
 
         :param listed_at: epoch seconds from which on the listing can be trusted.
+        :param watch: wait for the end of a batch that is being cancelled.
         """
         pauses = iter(_LIST_PAUSES)
         while True:
@@ -247,7 +250,7 @@ class Submission:
             live = [batch for batch in self._found.get(work.key, ()) if not batch.is_dead]
             # The listing may be behind: only the batch itself says whether it is still alive.
             for listed in sorted(live, key=lambda batch: batch.created_at or 0):
-                batch = self._read(listed.id)
+                batch = self._read(listed.id, watch=watch)
                 if batch is not None and self._may_adopt(batch):
                     if len(live) > 1:
                         log.warning(

@@ -296,7 +296,7 @@ def read_event(event: Any) -> list[Batch]:
     :raises BatchError: the wait failed, or the event is none of ours.
     """
     status = event.get("status") if isinstance(event, dict) else None
-    if status == "ended":
+    if status == "ended" and isinstance(event.get("batches"), list):
         return [Batch.model_validate(batch) for batch in event["batches"]]
     if status in ("timeout", "error"):
         batch_ids = event.get("batch_ids") or [None]

@@ -343,11 +343,11 @@ class CreateBatchOperator(SiliconFlowOperator):
             from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
 
             try:
-                found = self._submission.find(self._work)
+                found = self._submission.find([self._work])
             except SiliconFlowError as exc:
                 self.log.warning("Killed while the batch was created; it cannot be looked up: %s", exc)
                 return
-            batch_id = found.id if found else None
+            batch_id = found[0].id if found else None
         if batch_id is not None:
             self.cancel_quietly([batch_id])
 

@@ -278,18 +278,18 @@ class RunBatchOperator(SiliconFlowOperator):
             self.cancel_quietly(run.open_batches)
 
     def on_kill(self) -> None:
-        """Cancel the open batches when the running task is ended from outside."""
-        run = self._run
-        if run is None or not run.is_open:
-            return
-        if not self.kill_cancels():
-            self.log.warning("Batches %s are left alone; they go on and are billed", run.open_batches)
-            return
+        """Cancel the open batches when the running task is ended from outside; in any case create none any more."""
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
 
-        unrecorded: list[str] = []
+        if self._run is None:
+            return
+        cancels = self.kill_cancels()
         try:
-            unrecorded = run.find_unrecorded()
+            open_batches = self._run.stop(cancels=cancels)
         except SiliconFlowError as exc:
-            self.log.warning("A batch that was being created cannot be looked up: %s", exc)
-        self.cancel_quietly([*run.open_batches, *unrecorded])
+            self.log.warning("Batches that were being created cannot be looked up: %s", exc)
+            open_batches = self._run.open_batches
+        if cancels:
+            self.cancel_quietly(open_batches)
+        elif open_batches:
+            self.log.warning("Batches %s are left alone; they go on and are billed", open_batches)
