@@ -121,7 +121,12 @@ def is_url(value: str) -> bool:
 class _Model(BaseModel):
     # What was wrong may lie beside a signed URL, and the text of a validation error ends up in logs.
     model_config = ConfigDict(
-        extra="allow", populate_by_name=True, frozen=True, protected_namespaces=(), hide_input_in_errors=True
+        extra="allow",
+        populate_by_name=True,
+        frozen=True,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
+        allow_inf_nan=False,
     )
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:

@@ -101,6 +101,7 @@ def test_status(status: str, terminal: bool, dead: bool) -> None:
     [
         {"completed_at": "", "expires_at": "2025-03-11T09:30:13Z"},
         {"object": None, "endpoint": 7},
+        {"in_progress_at": float("-inf"), "expires_at": float("nan")},
         {"metadata": [], "request_counts": []},
         {"output_file_id": {"url": "?"}},
     ],

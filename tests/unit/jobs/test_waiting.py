@@ -1,0 +1,369 @@
+"""One rule for every wait, driven with a clock that is told what time it is."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from airflow_provider_siliconflow.api.exceptions import (
+    AuthenticationError,
+    BatchCancelledError,
+    BatchError,
+    BatchExpiredError,
+    BatchFailedError,
+    BatchPartialFailureError,
+    BatchTimeoutError,
+    BatchWaitError,
+    InsufficientBalanceError,
+    InvalidInputError,
+    InvalidRequestError,
+    NoAnswerError,
+    NotFoundError,
+    NotSentError,
+    PermissionDeniedError,
+    RateLimitedError,
+    ServiceUnavailableError,
+    SiliconFlowError,
+    UnexpectedAnswerError,
+)
+from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES, Batch
+from airflow_provider_siliconflow.jobs import waiting
+from airflow_provider_siliconflow.jobs.waiting import BatchWait, judge_batch
+
+START = 1_800_000_000.0
+PENDING = (
+    "validating",
+    "in_queue",
+    "in_progress",
+    "finalizing",
+    "cancelling",
+    "never seen before",
+    "COMPLETED",
+)
+TRANSIENT: list[Callable[[], SiliconFlowError]] = [
+    lambda: NotSentError("no connection"),
+    lambda: NoAnswerError("reset"),
+    lambda: UnexpectedAnswerError("HTML, or cut JSON"),
+    lambda: RateLimitedError("slow down", status_code=429),
+    lambda: RateLimitedError("slow down", status_code=429, retry_after=900.0),
+    *(lambda s=s: ServiceUnavailableError("busy", status_code=s) for s in (408, 425, 500, 502, 503, 504)),
+    lambda: InvalidRequestError("odd", status_code=400),
+    lambda: InsufficientBalanceError("no money", status_code=402),
+]
+
+
+def batch(status: str = "in_progress", batch_id: str = "batch_1", **fields: Any) -> Batch:
+    return Batch(id=batch_id, status=status, **fields)
+
+
+class Driver:
+    """Polls as the hook and the trigger do; ``answer`` says what each poll finds."""
+
+    def __init__(self, wait: BatchWait, answer: Callable[[str, float], Batch | SiliconFlowError]) -> None:
+        self.wait, self.answer, self.now = wait, answer, START
+        self.polls: list[tuple[float, str]] = []
+
+    def run(self, until: float = math.inf) -> float:
+        """Return when the wait ended, or ``until``."""
+        while self.now < until:
+            for batch_id in self.wait.due(self.now):
+                self.polls.append((self.now, batch_id))
+                found = self.answer(batch_id, self.now)
+                if isinstance(found, Batch):
+                    self.wait.observe(batch_id, found, self.now)
+                else:
+                    self.wait.fault(batch_id, found, self.now)
+            if self.wait.finished:
+                return self.now
+            self.wait.check_deadline(self.now)
+            self.now += self.wait.pause(self.now)
+            assert len(self.polls) < 20_000, "the wait spins"
+        return until
+
+
+def script(*answers: Batch | SiliconFlowError) -> Callable[[str, float], Batch | SiliconFlowError]:
+    """Answer in order; the last one for ever."""
+    left = list(answers)
+    return lambda batch_id, now: left.pop(0) if len(left) > 1 else left[0]
+
+
+counts = st.fixed_dictionaries(
+    {}, optional={n: st.integers(0, 10**9) for n in ("total", "completed", "failed")}
+)
+times = st.none() | st.integers(-(2**40), 2**60) | st.floats(allow_nan=False, allow_infinity=False)
+pending = st.builds(
+    batch, st.sampled_from(PENDING), request_counts=counts, in_progress_at=times, created_at=times
+)
+faults = st.sampled_from(TRANSIENT).map(lambda make: make())
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    answers=st.lists(pending | faults, max_size=40),
+    final=st.sampled_from(sorted(TERMINAL_STATUSES)),
+    interval=st.sampled_from([0.5, 60.0, 3600.0]),
+    ids=st.integers(1, 12),
+)
+def test_a_wait_ends_when_every_batch_has_ended_and_not_before(
+    answers: list[Batch | SiliconFlowError], final: str, interval: float, ids: int
+) -> None:
+    names = [f"batch_{n}" for n in range(ids)]
+    left = {name: list(answers) for name in names}
+    ended: set[str] = set()
+
+    def answer(name: str, now: float) -> Batch | SiliconFlowError:
+        assert name not in ended, "a batch that has ended is not read again"
+        if left[name]:
+            return left[name].pop(0)
+        ended.add(name)
+        return batch(final, name)
+
+    driver = Driver(BatchWait(names, START, interval, deadline=START + 10**9), answer)
+    driver.run()
+    assert [found.id for found in driver.wait.batches] == names
+    assert all(found.status == final for found in driver.wait.batches)
+    for name in names:
+        mine = [at for at, polled in driver.polls if polled == name]
+        assert all(later - at >= min(0.8 * interval, 1.0) for at, later in pairwise(mine))
+
+
+@pytest.mark.parametrize("error", [make() for make in TRANSIENT], ids=str)
+def test_half_an_hour_of_faults_ends_no_wait(error: SiliconFlowError) -> None:
+    driver = Driver(BatchWait(["batch_1"], START, 60.0), script(batch(), error))
+    assert driver.run(until=START + 1800) == START + 1800
+    assert 2 <= len(driver.polls) <= 30
+    driver.answer = script(batch("completed"))
+    assert driver.run() <= START + 1800 + waiting.FAULT_PAUSE_LIMIT * 1.2 + 900
+
+
+def test_after_a_fault_the_service_gets_the_time_it_asks_for() -> None:
+    error = RateLimitedError("slow down", status_code=429, retry_after=700.0)
+    driver = Driver(BatchWait(["batch_1"], START, 10.0), script(error, batch("completed")))
+    assert driver.run() >= START + 700
+
+
+def test_once_the_service_is_back_polls_are_regular_again() -> None:
+    fault = ServiceUnavailableError("busy", status_code=502)
+    driver = Driver(BatchWait(["batch_1"], START, 10.0), script(*[fault] * 8, batch()))
+    driver.run(until=START + 4 * 3600)
+    gaps = [later - at for (at, _), (later, _) in pairwise(driver.polls)]
+    assert max(gaps[:8]) > 300
+    assert all(7.9 < gap < 12.1 for gap in gaps[8:])
+    assert max(gaps[9:]) - min(gaps[9:]) > 1, "polls are jittered, so that many waits do not beat in time"
+
+
+@pytest.mark.parametrize(
+    "error", [AuthenticationError("bad key", status_code=401), PermissionDeniedError("no", status_code=403)]
+)
+def test_a_key_that_is_refused_ends_the_wait_and_says_that_the_batch_goes_on(error: SiliconFlowError) -> None:
+    driver = Driver(BatchWait(["batch_1"], START, 60.0), script(batch(), error))
+    with pytest.raises(BatchWaitError, match=r"batch_1.*untouched") as caught:
+        driver.run()
+    assert (caught.value.batch_id, caught.value.retryable) == ("batch_1", False)
+
+
+def test_an_unknown_batch_ends_the_wait_only_after_a_grace() -> None:
+    driver = Driver(BatchWait(["batch_1"], START, 5.0), script(NotFoundError("no", status_code=404)))
+    with pytest.raises(BatchWaitError, match="batch_1"):
+        driver.run()
+    assert waiting.NOT_FOUND_GRACE <= driver.now - START <= 2.5 * waiting.NOT_FOUND_GRACE
+
+
+def test_the_grace_begins_anew_when_the_batch_was_seen() -> None:
+    missing = NotFoundError("no", status_code=404)
+
+    def answer(batch_id: str, now: float) -> Batch | SiliconFlowError:
+        return batch() if int(now - START) // 400 % 2 else missing
+
+    driver = Driver(BatchWait(["batch_1"], START, 5.0), answer)
+    assert driver.run(until=START + 4000) == START + 4000
+
+
+def test_an_error_of_our_own_is_not_waited_out() -> None:
+    driver = Driver(BatchWait(["batch_1"], START, 5.0), script(InvalidInputError("a bad CA bundle")))
+    with pytest.raises(InvalidInputError):
+        driver.run()
+
+
+@settings(deadline=None)
+@given(answers=st.lists(pending | faults, min_size=1, max_size=10), seconds=st.floats(0, 10**6))
+def test_a_deadline_is_a_point_in_time_that_nothing_moves(
+    answers: list[Batch | SiliconFlowError], seconds: float
+) -> None:
+    deadline = START + seconds
+    driver = Driver(BatchWait(["batch_1"], START, 600.0, deadline), script(*answers))
+    with pytest.raises(BatchTimeoutError, match="batch_1"):
+        driver.run()
+    assert deadline <= driver.now <= deadline + 1e-3
+
+
+def test_a_wait_that_begins_anew_keeps_its_deadline() -> None:
+    again = Driver(BatchWait(["batch_1"], START + 5000, 60.0, START + 6000), script(batch()))
+    again.now = START + 5000
+    with pytest.raises(BatchTimeoutError):
+        again.run()
+    assert again.now == START + 6000
+
+
+def test_a_batch_that_ends_at_the_deadline_has_ended() -> None:
+    driver = Driver(BatchWait(["batch_1"], START, 60.0, START), script(batch("completed")))
+    assert driver.run() == START
+
+
+def test_without_a_deadline_the_wait_ends_an_hour_after_the_batches_expire() -> None:
+    def answer(batch_id: str, now: float) -> Batch:
+        return batch(batch_id=batch_id, expires_at=START + (7200 if batch_id == "batch_1" else 0))
+
+    driver = Driver(BatchWait(["batch_1", "batch_2"], START, 60.0), answer)
+    with pytest.raises(BatchTimeoutError, match=r"2 of 2 .*batch_1 \(in_progress\)"):
+        driver.run()
+    assert START + 7200 + 3600 <= driver.now <= START + 7200 + 3600 + 80
+
+
+def test_a_batch_that_was_never_read_is_not_given_up() -> None:
+    fault = ServiceUnavailableError("busy", status_code=502)
+    driver = Driver(BatchWait(["batch_1"], START, 3600.0), script(fault))
+    assert driver.run(until=START + 20 * 86400) == START + 20 * 86400
+
+
+def test_enough_ended_batches_end_the_wait() -> None:
+    def answer(batch_id: str, now: float) -> Batch:
+        return batch("completed" if batch_id in ("batch_2", "batch_4") else "in_progress", batch_id)
+
+    wait = BatchWait([f"batch_{n}" for n in range(6)], START, 60.0, START + 600, enough=2)
+    Driver(wait, answer).run()
+    assert [found.id for found in wait.batches] == ["batch_2", "batch_4"]
+
+
+def test_many_batches_are_read_a_few_at_a_time_and_none_starves() -> None:
+    names = [f"batch_{n}" for n in range(400)]
+    driver = Driver(BatchWait(names, START, 60.0), lambda name, now: batch(batch_id=name))
+    assert len(driver.wait.due(START + 60)) == waiting.MAX_CONCURRENT_POLLS
+    driver.run(until=START + 180)
+    polled = [name for _, name in driver.polls]
+    assert all(2 <= polled.count(name) <= 5 for name in names)
+
+
+def test_an_unknown_status_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    driver = Driver(BatchWait(["batch_1"], START, 60.0), script(batch("paused")))
+    driver.run(until=START + 3600)
+    assert sum("paused" in r.message and r.levelno == logging.WARNING for r in caplog.records) == 1
+
+
+def test_progress_is_told_when_it_changes(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    def answer(batch_id: str, now: float) -> Batch:
+        done = min(int(now - START) // 600 * 100, 1000)
+        return batch(request_counts={"total": 1000, "completed": done}, in_progress_at=START)
+
+    Driver(BatchWait(["batch_1"], START, 60.0), answer).run(until=START + 7200)
+    lines = [r.message for r in caplog.records]
+    assert 11 <= len(lines) <= 12
+    assert "300/1000 rows done, 0 failed" in lines[3]
+    assert "expected end 2027-01-15" in lines[3]
+
+
+# Events -----------------------------------------------------------------------------------------------------
+
+
+def test_ended_batches_travel_as_json_without_a_signature() -> None:
+    found = batch("completed", output_file_id="https://h/o.jsonl?sig=SECRET", request_counts={"total": 2})
+    event = json.loads(json.dumps(waiting.ended_event([found])))
+    assert "SECRET" not in json.dumps(event)
+    (read,) = waiting.read_event(event)
+    assert (read.id, read.status, read.request_counts.total) == ("batch_1", "completed", 2)
+    assert read.output_file_id == "https://h/o.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "retryable"),
+    [
+        (BatchTimeoutError("too late"), BatchTimeoutError, True),
+        (BatchWaitError("bad key"), BatchWaitError, False),
+        (InvalidInputError("no connection of that name"), BatchWaitError, False),
+        (NoAnswerError("lost"), BatchWaitError, True),
+    ],
+)
+def test_errors_travel_as_json(error: SiliconFlowError, kind: type[BatchError], retryable: bool) -> None:
+    event = json.loads(json.dumps(waiting.error_event(error, ["batch_7"])))
+    with pytest.raises(kind, match=str(error)) as caught:
+        waiting.read_event(event)
+    assert type(caught.value) is kind
+    assert (caught.value.batch_id, caught.value.retryable) == ("batch_7", retryable)
+
+
+@pytest.mark.parametrize("event", [None, "success", {}, {"status": "ended?"}, ["ended"], {"status": "ended"}])
+def test_an_event_that_is_none_of_ours_is_no_success(event: Any) -> None:
+    with pytest.raises(BatchError, match="event"):
+        waiting.read_event(event)
+
+
+# Outcome ----------------------------------------------------------------------------------------------------
+
+URL = {"output_file_id": "https://h/o"}
+ERRORS = {"error_file_id": "https://h/e"}
+
+
+def numbers(total: int, completed: int, failed: int) -> dict[str, Any]:
+    return {"request_counts": {"total": total, "completed": completed, "failed": failed}}
+
+
+def judged(found: Batch, **options: Any) -> str | None:
+    return judge_batch(found, **({"fail_on_partial_error": False} | options))
+
+
+def test_flawless() -> None:
+    assert judged(batch("completed", **numbers(3, 3, 0), **URL), fail_on_partial_error=True) is None
+
+
+@pytest.mark.parametrize("counts", [None, {}, {"total": 0, "completed": 0, "failed": 0}])
+def test_a_completed_batch_without_counts(counts: Any) -> None:
+    assert judged(batch("completed", request_counts=counts, **URL)) is None
+    with pytest.raises(BatchFailedError, match="a file with errors, but none with results"):
+        judged(batch("completed", request_counts=counts, **ERRORS))
+
+
+@pytest.mark.parametrize(
+    ("found", "kind", "retryable", "words"),
+    [
+        (batch("failed", errors=["line 3: no messages"]), BatchFailedError, True, "line 3: no messages"),
+        (batch("cancelled", **numbers(9, 4, 0)), BatchCancelledError, True, "4 of 9 rows"),
+        (batch("expired", **numbers(9, 0, 9)), BatchExpiredError, False, "0 of 9 rows"),
+        (batch("expired"), BatchExpiredError, False, "longer completion_window"),
+        (batch("completed", **numbers(9, 0, 9), **ERRORS), BatchFailedError, False, "0 of 9 rows"),
+    ],
+)
+def test_failures_say_why_and_whether_a_retry_helps(
+    found: Batch, kind: type[BatchError], retryable: bool, words: str
+) -> None:
+    with pytest.raises(kind, match=words) as caught:
+        judged(found, reason="TPM limit reached (9 rows)")
+    assert (caught.value.batch_id, caught.value.retryable) == ("batch_1", retryable)
+    assert "TPM limit reached (9 rows)" in str(caught.value)
+
+
+@pytest.mark.parametrize("status", ["completed", "expired"])
+def test_a_partial_failure_is_a_warning_unless_the_author_says_otherwise(status: str) -> None:
+    found = batch(status, **numbers(9, 7, 2), **URL)
+    assert "7 of 9 rows succeeded, 2 did not; most often: TPM" in (judged(found, reason="TPM") or "")
+    with pytest.raises(BatchPartialFailureError, match="7 of 9 rows") as caught:
+        judged(found, fail_on_partial_error=True)
+    assert not caught.value.retryable
+
+
+@pytest.mark.parametrize("status", ["completed", "expired"])
+def test_all_rows_may_fail_where_the_author_allows_it(status: str) -> None:
+    assert "0 of 9 rows" in (judged(batch(status, **numbers(9, 0, 9)), allow_all_failed=True) or "")
+
+
+def test_rows_that_nobody_counted_as_failed_did_not_succeed_either() -> None:
+    assert "7 of 9 rows succeeded, 2 did not" in (judged(batch("completed", **numbers(9, 7, 0), **URL)) or "")
