@@ -80,3 +80,10 @@ def worker_starts(airflow: LiveAirflow, dag_id: str, run_id: str, task_id: str, 
         (dag_id, run_id, task_id, map_index),
     )
     return int(found[0][0])
+
+
+def add_batch(emulator: Emulator, rows: Path) -> str:
+    """Upload a file and create a batch on the account itself, past every client; the batch's id."""
+    added = emulator.service.add_file("rows.jsonl", "batch", [rows.read_bytes()])
+    request = {"input_file_id": added.get("data", added)["id"], "endpoint": "/v1/chat/completions"}
+    return str(emulator.service.create_batch(request | {"completion_window": "24h"})["id"])

@@ -16,7 +16,7 @@ from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.protocol import ClientSettings
 from airflow_provider_siliconflow.jobs.downloads import download_results
 from scripts.live_airflow import LiveAirflow, LiveAirflowError
-from tests.system.live import EXHAUSTIVE, KEY, ROWS, OpenAccount, batches, files
+from tests.system.live import EXHAUSTIVE, KEY, ROWS, OpenAccount, add_batch, batches, files
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator.server import Emulator
@@ -66,13 +66,11 @@ def crashes(
     accounts["download-held"].faults.add(match="GET storage", kind="hold")
     conf = {"rows": str(rows), "files": {}, "batches": {}, "output_dir": str(output)}
     for name, account in accounts.items():
-        if name in DOWNLOAD_POINTS or name.startswith("id."):
+        if name.startswith("id."):
             added = account.service.add_file("rows.jsonl", "batch", [rows.read_bytes()])
             conf["files"][name] = added.get("data", added)["id"]
     for point in DOWNLOAD_POINTS:
-        request = {"input_file_id": conf["files"][point], "endpoint": "/v1/chat/completions"}
-        batch = accounts[point].service.create_batch(request | {"completion_window": "24h"})
-        conf["batches"][point] = batch["id"]
+        conf["batches"][point] = add_batch(accounts[point], rows)
     run_id = crashes.run_id = live_airflow.trigger("crashes", conf=conf)
     killers = [
         threading.Thread(target=crashes.kill_when_held, args=pair, daemon=True)

@@ -13,9 +13,8 @@ import pytest
 from fault_cases import LOST_ANSWERS, REFUSALS, WAITS, Account
 
 from airflow_provider_siliconflow.emulator.server import Emulator, running_emulator
-from airflow_provider_siliconflow.emulator.service import EmulatedService
 from scripts.live_airflow import _free_port
-from tests.system.live import OpenAccount, batches, cancellations, connect, eventually, files
+from tests.system.live import OpenAccount, add_batch, batches, cancellations, connect, eventually, files
 
 if TYPE_CHECKING:
     from scripts.live_airflow import LiveAirflow
@@ -52,7 +51,7 @@ def faults(
         if account.foreign:
             emulator.service.seed_foreign_batches(account.foreign, age_seconds=account.foreign_age)
         if name in WAITS:
-            waited_for[name] = _some_batch(emulator.service, rows)
+            waited_for[name] = add_batch(emulator, rows)
         for fault in copy.deepcopy(account.faults):
             emulator.faults.add(fault)
     # From here on its seconds run.
@@ -66,12 +65,6 @@ def faults(
         accounts.append(emulator)
         live_airflow.wait_for_run("faults", run_id, timeout=240)
         yield Faults(live_airflow, opened, run_id)
-
-
-def _some_batch(service: EmulatedService, rows: Path) -> str:
-    added = service.add_file("rows.jsonl", "batch", [rows.read_bytes()])
-    request = {"input_file_id": added.get("data", added)["id"], "endpoint": "/v1/chat/completions"}
-    return str(service.create_batch(request | {"completion_window": "24h"})["id"])
 
 
 def _own(emulator: Emulator, account: Account) -> list[dict[str, Any]]:

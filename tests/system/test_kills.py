@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from tests.system.live import OpenAccount, batches, eventually
+from tests.system.live import OpenAccount, add_batch, batches, eventually
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator.server import Emulator
@@ -63,10 +63,7 @@ def kills(
 ) -> Kills:
     # Half an hour in the queue: these batches end only when they are cancelled.
     account = open_account("kills", speed=1.0, queue_seconds=1800.0, cancelling_seconds=2.0)
-    service = account.service
-    added = service.add_file("foreign.jsonl", "batch", [rows.read_bytes()])
-    request = {"input_file_id": added.get("data", added)["id"], "endpoint": "/v1/chat/completions"}
-    foreign = service.create_batch(request | {"completion_window": "24h"})["id"]
+    foreign = add_batch(account, rows)
     run_id = live_airflow.trigger("kills", conf={"rows": str(rows), "batch_id": foreign})
     kills = Kills(live_airflow, account, run_id, foreign)
     for task_id in DEFERRED:
