@@ -246,17 +246,20 @@ class SiliconFlowHook(BaseHook):
         :returns: the ended batches.
         """
         from airflow_provider_siliconflow.api.protocol import check_identifiers
+        from airflow_provider_siliconflow.jobs.progress import ProgressBar
         from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
         wait = BatchWait(
             check_identifiers("batch_ids", list(batch_ids)), time.time(), poll_interval, deadline, enough
         )
-        while True:
-            self.poll_once(wait)
-            if wait.finished:
-                return wait.batches
-            wait.check_deadline(time.time())
-            time.sleep(wait.pause(time.time()))
+        with ProgressBar(wait) as bar:
+            while True:
+                self.poll_once(wait)
+                bar.show()
+                if wait.finished:
+                    return wait.batches
+                wait.check_deadline(time.time())
+                time.sleep(wait.pause(time.time()))
 
     def poll_once(self, wait: BatchWait) -> None:
         """

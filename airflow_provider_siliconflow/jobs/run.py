@@ -263,6 +263,8 @@ class BatchRun:
         :param name: what messages call them.
         :raises InvalidRequestFileError: rows are wrong; nothing was uploaded.
         """
+        if read_json(self.output_dir / "manifest.json") is not None:
+            log.warning("%s holds the results of another job; they will be replaced", self.output_dir)
         if read_json(self.folder / "plan.json") is None:
             split = plan(requests(), self.folder / "round-0", name=name, options=self.options)
             write_json(self.folder / "plan.json", {"split": split.to_dict()})
@@ -467,6 +469,11 @@ class BatchRun:
                 if (batch_id := self._batch_id(piece)) in by_id and batch_id and not self._ended(piece)
             }
         )
+        if by_id:
+            ended = sum(self._ended(piece) is not None for piece in self._current)
+            log.info(
+                "Round %d: %d of %d batches have ended", len(self._rounds) - 1, ended, len(self._current)
+            )
 
     # Results ----------------------------------------------------------------------------------------------
 

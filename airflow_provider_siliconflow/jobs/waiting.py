@@ -30,7 +30,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     PermissionDeniedError,
     SiliconFlowError,
 )
-from airflow_provider_siliconflow.api.models import Batch, BatchStatus
+from airflow_provider_siliconflow.api.models import Batch, BatchStatus, RequestCounts
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,17 @@ class BatchWait:
     def batches(self) -> list[Batch]:
         """The terminal batches, in the order of ``batch_ids``."""
         return [self.ended[batch_id] for batch_id in self.batch_ids if batch_id in self.ended]
+
+    @property
+    def rows(self) -> RequestCounts:
+        """Rows of all batches together, as far as they were read."""
+        seen = [state.seen for state in self._pending.values() if state.seen]
+        counts = [batch.request_counts for batch in (*seen, *self.ended.values())]
+        return RequestCounts(
+            total=sum(count.total for count in counts),
+            completed=sum(count.completed for count in counts),
+            failed=sum(count.failed for count in counts),
+        )
 
     def due(self, now: float) -> list[str]:
         """Return ids whose poll is due, longest overdue first, at most as many as may run at once."""
@@ -215,13 +226,10 @@ class BatchWait:
 
     def say_summary(self, now: float) -> None:
         """Say how far many batches are together, when that changed; of a few each is told by itself."""
-        seen = [state.seen for state in self._pending.values() if state.seen]
-        if len(self.batch_ids) <= _FEW or len(seen) < len(self._pending):
+        if len(self.batch_ids) <= _FEW or any(state.seen is None for state in self._pending.values()):
             return
-        counts = [batch.request_counts for batch in (*seen, *self.ended.values())]
-        total = sum(count.total for count in counts)
-        failed = sum(count.failed for count in counts)
-        done = sum(count.completed for count in counts) + failed
+        rows = self.rows
+        total, failed, done = rows.total, rows.failed, rows.completed + rows.failed
         said = self._said
         step = max(total * _PROGRESS_STEP, 1)
         if (
