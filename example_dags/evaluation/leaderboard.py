@@ -1,0 +1,154 @@
+"""What is kept of each night, in a JSONL file that grows by a line a night, and the page made from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .scoring import ModelScore
+
+HISTORY_FILE = "history.jsonl"
+PAGE_FILE = "leaderboard.html"
+
+
+@dataclass
+class Standing:
+    """
+    One model in one night: its score, and what the batches' manifest tells of it.
+
+    :param failed: questions without any answer after all attempts.
+    :param resent: rows that were sent again.
+    :param cost: CNY; ``None`` without a price.
+    """
+
+    score: ModelScore
+    truncated: int = 0
+    failed: int = 0
+    resent: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    reasoning_tokens: int = 0
+    cost: float | None = None
+
+    @property
+    def model(self) -> str:
+        return self.score.model
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.answer_tokens + self.reasoning_tokens
+
+    @classmethod
+    def from_manifest(cls, score: ModelScore, manifest: Mapping[str, Any]) -> Standing:
+        """
+        Join a score with the figures of its model.
+
+        :raises ValueError: the manifest does not know the model.
+        """
+        found = [each for each in manifest["models"] if each["model"] == score.model]
+        if not found:
+            raise ValueError(f"the manifest has no model {score.model!r}")
+        figures = found[0]
+        rows, usage, cost = figures["rows"], figures["billed_usage"], figures["cost"]
+        return cls(
+            score,
+            truncated=figures["truncated"],
+            failed=rows["total"] - rows["ok"],
+            resent=sum(each["rows"] for each in figures["rounds"] if each["round"] > 0),
+            prompt_tokens=usage["prompt_tokens"],
+            # The service counts what a model thinks as a part of what it answers.
+            answer_tokens=usage["completion_tokens"] - usage["reasoning_tokens"],
+            reasoning_tokens=usage["reasoning_tokens"],
+            cost=None if cost is None else cost["total"],
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Standing:
+        return cls(**{**data, "score": ModelScore.from_dict(data["score"])})
+
+
+@dataclass
+class Night:
+    """One run of the evaluation, a line of the history."""
+
+    date: str
+    run_id: str
+    standings: list[Standing] = field(default_factory=list)
+
+    @property
+    def ranked(self) -> list[Standing]:
+        """The models, best first; of equals the cheaper."""
+        return sorted(
+            self.standings, key=lambda each: (-each.score.accuracy, each.cost or 0.0, each.score.model)
+        )
+
+    def standing(self, model: str) -> Standing | None:
+        return next((each for each in self.standings if each.model == model), None)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Night:
+        return cls(data["date"], data["run_id"], [Standing.from_dict(each) for each in data["standings"]])
+
+
+@dataclass
+class Missed:
+    """A question that models got wrong, with what each answered (``None``: it was right)."""
+
+    id: str
+    question: str
+    expected: str
+    answers: dict[str, str | None]
+
+    @property
+    def count(self) -> int:
+        return sum(answer is not None for answer in self.answers.values())
+
+
+def read_history(folder: Any) -> list[Night]:
+    """Return the nights kept in a folder, earliest first."""
+    file = folder / HISTORY_FILE
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [Night.from_dict(json.loads(line)) for line in lines if line.strip()]
+
+
+def add_night(folder: Any, night: Night) -> list[Night]:
+    """
+    Keep a night and return all, earliest first. The same run takes its own earlier place.
+
+    The file is written anew, as object stores do not append: one night at a time.
+    """
+    nights = [each for each in read_history(folder) if each.run_id != night.run_id]
+    nights = sorted([*nights, night], key=lambda each: (each.date, each.run_id))
+    text = "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in nights)
+    (folder / HISTORY_FILE).write_text(text, encoding="utf-8")
+    return nights
+
+
+def most_missed(
+    questions: Sequence[Any], scored: Mapping[str, Mapping[str, Mapping[str, Any]]], limit: int = 12
+) -> list[Missed]:
+    """
+    Return the questions that most models got wrong.
+
+    :param scored: by model and question id: ``right`` and ``answer``.
+    """
+    missed = [
+        Missed(
+            question.id,
+            question.question,
+            question.answer,
+            {
+                model: None
+                if (row := rows.get(question.id)) and row["right"]
+                else (row or {}).get("answer", "")
+                for model, rows in scored.items()
+            },
+        )
+        for question in questions
+    ]
+    worst = sorted((each for each in missed if each.count > 1), key=lambda each: -each.count)
+    return worst[:limit]

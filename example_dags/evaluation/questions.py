@@ -1,0 +1,81 @@
+"""The question set: what is asked, what is right, and the request rows that ask it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+_SYSTEM = "You answer quiz questions. Today is {date}."
+_USER = (
+    "{question}\n\nThink it through, then write the short answer alone on the last line, as 'Answer: ...'."
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """
+    A question with its known answer.
+
+    :param answer: the right answer.
+    :param accept: other answers that are right as well.
+    """
+
+    id: str
+    subject: str
+    question: str
+    answer: str
+    accept: tuple[str, ...] = ()
+
+
+def read_questions(path: Any) -> list[Question]:
+    """
+    Read a JSONL file of ``id``, ``subject``, ``question``, ``answer`` and, optionally, ``accept``.
+
+    :param path: a ``pathlib.Path`` or Airflow's ``ObjectStoragePath``.
+    :raises ValueError: a line that is no question, or an id that comes twice, with the line's number.
+    """
+    questions: dict[str, Question] = {}
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                question = Question(
+                    id=str(row["id"]),
+                    subject=str(row.get("subject") or "all"),
+                    question=str(row["question"]),
+                    answer=str(row["answer"]),
+                    accept=tuple(map(str, row.get("accept") or ())),
+                )
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}, line {number}: not a question: {error!r}") from None
+            if question.id in questions:
+                raise ValueError(f"{path}, line {number}: the id {question.id!r} comes twice")
+            questions[question.id] = question
+    if not questions:
+        raise ValueError(f"{path} holds no question")
+    return list(questions.values())
+
+
+def request_rows(questions: Iterable[Question], *, date: str, max_tokens: int) -> Iterator[dict[str, Any]]:
+    """
+    Return one request per question, for any model.
+
+    :param date: of the night, told to the model as chat applications do.
+    :param max_tokens: longest answer; what is longer is cut and counted as truncated.
+    """
+    for question in questions:
+        yield {
+            "custom_id": question.id,
+            "body": {
+                "messages": [
+                    {"role": "system", "content": _SYSTEM.format(date=date)},
+                    {"role": "user", "content": _USER.format(question=question.question)},
+                ],
+                "temperature": 0,
+                "max_tokens": max_tokens,
+            },
+        }

@@ -1,0 +1,189 @@
+"""From a model's text to right or wrong, and from many of these to an accuracy with its uncertainty."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Protocol
+
+from .questions import Question
+
+_THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+# "Answer: 42", "**Answer:** 42", "The final answer is: 42"; the last one counts.
+_MARKED = re.compile(r"\banswer(?:\s+is)?\W{0,3}[:：][ \t*_]*(.*)", re.IGNORECASE)
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}")
+_ARTICLE = re.compile(r"^(?:the|an?)\s+")
+_THOUSANDS = re.compile(r"(?<=\d)[,\u202f\u00a0 '](?=\d{3}(?!\d))")
+_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+(?:\.\d+)?(?:\s*/\s*\d+)?|\.\d+)")
+_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty"
+).split()
+
+
+class Answered(Protocol):
+    """What scoring needs of a result row; ``BatchResult`` has it."""
+
+    @property
+    def custom_id(self) -> str: ...
+    @property
+    def ok(self) -> bool: ...
+    @property
+    def text(self) -> str | None: ...
+    @property
+    def error_message(self) -> str | None: ...
+
+
+def extract_answer(text: str) -> str:
+    """
+    Return the answer that a text ends in, as written.
+
+    What follows the last ``Answer:``, on its line or else the next one; without that the last ``\\boxed{}``,
+    and without that the last line.
+    """
+    text = _THINKING.sub("", text).strip()
+    marked = list(_MARKED.finditer(text))
+    if marked:
+        answer = marked[-1].group(1).strip(" \t*_")
+        return _unboxed(answer or _first_line(text[marked[-1].end() :]))
+    if boxed := _BOXED.findall(text):
+        return str(boxed[-1]).strip()
+    lines = text.splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def normalise(answer: str) -> str:
+    """Return an answer without what makes no difference: case, accents, markup, articles, a final full stop."""
+    answer = _LATEX_TEXT.sub(r"\1", _FRACTION.sub(r"\1/\2", answer))
+    decomposed = unicodedata.normalize("NFKD", answer)
+    plain = "".join(c for c in decomposed if not unicodedata.combining(c)).casefold()
+    plain = plain.replace("\N{FRACTION SLASH}", "/").replace("\N{MINUS SIGN}", "-").replace("’", "'")
+    plain = re.sub(r"[*_`$\"“”„«»]", "", plain)
+    plain = " ".join(plain.split()).lstrip(" ',;:!?").rstrip(" '.,;:!?")
+    return _ARTICLE.sub("", plain)
+
+
+def as_number(answer: str) -> Fraction | None:
+    """
+    Return the number that an answer consists of, or ``None``.
+
+    Thousands separators, a unit and a currency may stand around it: ``1,024``, ``90 km/h``, ``€0.05``. Of an
+    equation the last side counts. Two numbers are no number.
+    """
+    plain = normalise(answer).rpartition("=")[2].strip()
+    if plain in _WORDS:
+        return Fraction(_WORDS.index(plain))
+    found = _NUMBER.findall(_THOUSANDS.sub("", plain))
+    if len(found) != 1:
+        return None
+    try:
+        return Fraction(re.sub(r"\s", "", found[0]))
+    except ZeroDivisionError:
+        return None
+
+
+def is_right(answer: str, question: Question) -> bool:
+    """Whether an extracted answer is the right one; numbers are compared as numbers, the rest as text."""
+    given = normalise(answer)
+    accepted = (question.answer, *question.accept)
+    if any(given == normalise(each) for each in accepted):
+        return True
+    if _NUMBER.fullmatch(normalise(question.answer)):
+        number = as_number(answer)
+        return number is not None and any(number == as_number(each) for each in accepted)
+    return False
+
+
+def wilson_interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
+    """
+    Return the Wilson score interval of a share: honest for few questions and near 0 and 1.
+
+    :param z: 1.96 for 95 %.
+    """
+    if not asked:
+        return 0.0, 1.0
+    share = right / asked
+    scale = 1 + z * z / asked
+    middle = (share + z * z / (2 * asked)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@dataclass
+class ScoredRow:
+    """One answer, judged. ``answer`` is as extracted, or what went wrong for a row without any."""
+
+    id: str
+    right: bool
+    answer: str
+
+
+@dataclass
+class ModelScore:
+    """
+    How one model did.
+
+    :param asked: all questions. One without an answer counts as wrong, as it would in use.
+    :param subjects: right and asked by subject.
+    """
+
+    model: str
+    asked: int = 0
+    right: int = 0
+    subjects: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.asked if self.asked else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % interval of the accuracy."""
+        return wilson_interval(self.right, self.asked)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelScore:
+        return cls(data["model"], data["asked"], data["right"], dict(data["subjects"]))
+
+
+def score_model(
+    model: str, questions: Iterable[Question], results: Iterable[Answered]
+) -> tuple[ModelScore, list[ScoredRow]]:
+    """
+    Judge a model's results.
+
+    :param results: of these questions, in any order; a question without a result counts as wrong.
+    """
+    by_id = {result.custom_id: result for result in results}
+    score = ModelScore(model)
+    rows = []
+    for question in questions:
+        result = by_id.get(question.id)
+        if result is not None and result.ok:
+            answer = extract_answer(result.text or "")
+            right = is_right(answer, question)
+        else:
+            answer = f"({result.error_message or 'no answer'})" if result is not None else "(no result)"
+            right = False
+        rows.append(ScoredRow(question.id, right, answer))
+        tally = score.subjects.setdefault(question.subject, [0, 0])
+        tally[0] += right
+        tally[1] += 1
+        score.right += right
+        score.asked += 1
+    return score, rows
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip(" \t*_") for line in text.splitlines() if line.strip(" \t*_")), "")
+
+
+def _unboxed(answer: str) -> str:
+    boxed = _BOXED.findall(answer)
+    return str(boxed[-1]).strip() if boxed else answer

@@ -1,0 +1,166 @@
+"""
+### Nightly evaluation
+
+Asks several models the same questions over one upload, scores the answers, and renews a leaderboard page.
+
+The folder is the parameter `output_dir` or else the Airflow variable `siliconflow_evaluation_dir`: a path or URI
+that all workers reach. In it, `leaderboard.html` shows the newest night and `history.jsonl` keeps a line a night;
+requests, results and scored answers of each night are in a folder of their own.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from airflow.providers.common.compat.sdk import DAG, Param, task
+
+from airflow_provider_siliconflow.operators.batch import RunBatchOperator
+
+QUESTIONS = Path(__file__).parent / "data" / "questions.jsonl"
+
+MODELS = [
+    "deepseek-ai/DeepSeek-R1",
+    "deepseek-ai/DeepSeek-V3",
+    "Qwen/Qwen3-32B",
+    "Qwen/Qwen3-8B",
+]
+
+# CNY per million tokens; examples: put in what your account pays for batches.
+PRICES = {
+    "deepseek-ai/DeepSeek-R1": {"prompt": 2.0, "completion": 8.0},
+    "deepseek-ai/DeepSeek-V3": {"prompt": 1.0, "completion": 4.0},
+    "Qwen/Qwen3-32B": {"prompt": 0.5, "completion": 2.0},
+    "Qwen/Qwen3-8B": {"prompt": 0.1, "completion": 0.4},
+}
+
+# A batch takes hours, and a look at it costs nothing but the look. A local emulator is quicker.
+POLL_SECONDS = float(os.environ.get("SILICONFLOW_POLL_SECONDS", "60"))
+
+with DAG(
+    dag_id="siliconflow_nightly_evaluation",
+    doc_md=__doc__,
+    start_date=datetime(2026, 1, 1),
+    schedule="@daily",
+    catchup=False,
+    # The history is one file: one night at a time.
+    max_active_runs=1,
+    default_args={"retries": 2, "retry_delay": timedelta(minutes=5)},
+    tags=["siliconflow", "example"],
+    params={
+        "questions": Param(str(QUESTIONS), type="string", description="Path or URI of the questions, JSONL"),
+        "models": Param(MODELS, type="array", items={"type": "string"}, minItems=1),
+        "output_dir": Param("", type="string", description="Path or URI of the leaderboard's folder"),
+        "prices": Param(PRICES, type="object", description="CNY per million tokens, by model"),
+        "max_tokens": Param(2048, type="integer", minimum=1, description="Longest answer"),
+    },
+) as dag:
+
+    @task(multiple_outputs=True)
+    def prepare(params: Any = None, var: Any = None, dag_run: Any = None) -> dict[str, Any]:
+        """Write the requests of this night."""
+        import json
+
+        from airflow.providers.common.compat.sdk import ObjectStoragePath
+        from evaluation.questions import read_questions, request_rows
+
+        folder = params["output_dir"] or var["value"].get("siliconflow_evaluation_dir", "")
+        if not folder:
+            raise ValueError("give output_dir, or set the Airflow variable siliconflow_evaluation_dir")
+        # A run that a person starts may have no logical date on Airflow 3.
+        date = dag_run.logical_date or dag_run.run_after
+        questions = read_questions(ObjectStoragePath(params["questions"]))
+        night = ObjectStoragePath(folder) / f"{date:%Y-%m-%dT%H%M%S}"
+        night.mkdir(parents=True, exist_ok=True)
+        rows = request_rows(questions, date=f"{date:%Y-%m-%d}", max_tokens=params["max_tokens"])
+        requests = night / "requests.jsonl"
+        requests.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
+        return {
+            "date": date.isoformat(),
+            "folder": folder,
+            "night": str(night),
+            "requests": str(requests),
+            "prices": params["prices"],
+        }
+
+    @task
+    def models(params: Any = None) -> list[str]:
+        """Return the models to ask; those of the run's parameters."""
+        return list(dict.fromkeys(params["models"]))
+
+    @task
+    def score(model: str, manifest: dict[str, Any], params: Any = None) -> dict[str, Any]:
+        """Judge the answers of one model; each judged answer is kept beside its results."""
+        import json
+        from dataclasses import asdict
+
+        from airflow.providers.common.compat.sdk import ObjectStoragePath
+        from evaluation.questions import read_questions
+        from evaluation.scoring import score_model
+
+        from airflow_provider_siliconflow.results import read_results
+
+        questions = read_questions(ObjectStoragePath(params["questions"]))
+        result, rows = score_model(model, questions, read_results(manifest, model=model))
+        (paths,) = (each["paths"] for each in manifest["models"] if each["model"] == model)
+        scored = ObjectStoragePath(paths["results"]).parent / "scored.jsonl"
+        scored.write_text(
+            "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
+        low, high = result.interval
+        print(
+            f"{model}: {result.accuracy:.1%} right ({low:.1%} to {high:.1%}), {result.right} of {result.asked}"
+        )
+        return {"score": asdict(result), "scored": str(scored)}
+
+    @task
+    def leaderboard(
+        night: dict[str, Any],
+        manifest: dict[str, Any],
+        scores: Any,
+        params: Any = None,
+        dag_run: Any = None,
+    ) -> str:
+        """Add the night to the history and write the page; return where it is."""
+        import json
+
+        from airflow.providers.common.compat.sdk import ObjectStoragePath
+        from evaluation.leaderboard import PAGE_FILE, Night, Standing, add_night, most_missed
+        from evaluation.page import render_page
+        from evaluation.questions import read_questions
+        from evaluation.scoring import ModelScore
+
+        standings, scored = [], {}
+        for each in scores:
+            standing = Standing.from_manifest(ModelScore.from_dict(each["score"]), manifest)
+            standings.append(standing)
+            lines = ObjectStoragePath(each["scored"]).read_text(encoding="utf-8").splitlines()
+            scored[standing.model] = {row["id"]: row for row in map(json.loads, lines)}
+        folder = ObjectStoragePath(night["folder"])
+        nights = add_night(folder, Night(night["date"], dag_run.run_id, standings))
+        questions = read_questions(ObjectStoragePath(params["questions"]))
+        # An older night that is run again belongs in the history, but the page is of the newest.
+        missed = most_missed(questions, scored) if nights[-1].run_id == dag_run.run_id else []
+        page = folder / PAGE_FILE
+        page.write_text(render_page(nights, missed), encoding="utf-8")
+        print(f"The leaderboard is in {page}")
+        return str(page)
+
+    night = prepare()
+    chosen = models()
+    ask = RunBatchOperator(
+        task_id="ask",
+        requests=night["requests"],
+        output_dir=night["night"],
+        models=chosen,
+        prices=night["prices"],
+        max_row_attempts=3,
+        deferrable=True,
+        poll_interval=POLL_SECONDS,
+    )
+    scores = score.partial(manifest=ask.output).expand(model=chosen)
+    leaderboard(night, ask.output, scores)
