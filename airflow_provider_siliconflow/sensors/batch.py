@@ -46,8 +46,10 @@ class BatchSensor(BaseSensorOperator):
         default_deferrable``. Otherwise ``mode`` is ``"poke"`` or ``"reschedule"``, as of any sensor.
     :param fail_on_partial_error: fail when any row failed or expired; by default that is a warning.
     :param allow_all_failed: let a batch pass of which not one row succeeded.
-    :param start_from_trigger: begin in the triggerer without a worker (Airflow 3.3+; elsewhere a worker
-        starts the wait as usual).
+    :param start_from_trigger: begin in the triggerer without a worker, on Airflow 3.3+ and where the triggerer
+        can render ``batch_id`` and ``conn_id``: given as they are, as another task's ``.output``, or as
+        templates, in which ``xcom_pull`` must name ``map_indexes``. Elsewhere a worker starts the wait, which is
+        deferred all the same.
     :param timeout: seconds until ``AirflowSensorTimeout``; by default an hour after the batches expire.
     :param poke_interval: seconds between two looks at a batch.
     :param fail_fast: fail at once, without the task's retries, where a retry cannot help.
@@ -75,21 +77,26 @@ class BatchSensor(BaseSensorOperator):
         super().__init__(timeout=_LONGEST_WAIT if timeout is None else timeout, **kwargs)
         self.batch_id = batch_id
         self.conn_id = conn_id
-        self.deferrable = deferrable
+        self.deferrable = deferrable or start_from_trigger
         self.fail_on_partial_error = fail_on_partial_error
         self.allow_all_failed = allow_all_failed
         self.fail_fast = fail_fast
         self._has_timeout = timeout is not None
         self._wait: BatchWait | None = None
         # Airflow 2.11 and 3.0 would start the trigger with templates not rendered, 3.1 and 3.2 not at all.
-        self.start_from_trigger = start_from_trigger and airflow_version() >= (3, 3)
+        rendered_late = _for_triggerer(batch_id), _for_triggerer(conn_id)
+        self.start_from_trigger = (
+            start_from_trigger
+            and airflow_version() >= (3, 3)
+            and (start_trigger_args is not None or None not in rendered_late)
+        )
         if self.start_from_trigger:
             self.start_trigger_args = start_trigger_args or StartTriggerArgs(
                 trigger_cls=f"{BatchTrigger.__module__}.{BatchTrigger.__qualname__}",
                 next_method="execute_complete",
                 trigger_kwargs={
-                    "batch_id": batch_id if isinstance(batch_id, list) else str(batch_id),
-                    "conn_id": conn_id,
+                    "batch_id": rendered_late[0],
+                    "conn_id": rendered_late[1],
                     "poll_interval": self.poke_interval,
                 },
                 timeout=timedelta(seconds=self.timeout) if self._has_timeout else None,
@@ -184,3 +191,22 @@ class BatchSensor(BaseSensorOperator):
             raise failures[0]
         found = [batch.to_json_dict() for batch in batches]
         return found if isinstance(rendered_list(self.batch_id), list | tuple) else found[0]
+
+
+def _for_triggerer(value: Any) -> Any:
+    """
+    Return an argument as a triggerer can render it, or ``None`` where it cannot.
+
+    The triggerer of Airflow 3.3 answers ``xcom_pull`` for one map index only. Asked without, as a task's
+    ``.output`` does it in a template, it never answers, and the wait would hang for good.
+    """
+    if isinstance(value, list | tuple):
+        items = [_for_triggerer(item) for item in value]
+        return None if None in items else items
+    if isinstance(value, str):
+        return None if "xcom_pull" in value and "map_indexes" not in value else value
+    operator, key = getattr(value, "operator", None), getattr(value, "key", None)
+    if operator is None or key is None or operator.is_mapped or operator.get_closest_mapped_task_group():
+        return None
+    pulled = f"task_ids={operator.task_id!r}, dag_id={operator.dag_id!r}, key={key!r}, map_indexes=-1"
+    return f"{{{{ task_instance.xcom_pull({pulled}) }}}}"

@@ -160,3 +160,13 @@ def test_a_mapped_sensor_begins_without_a_worker(
     for index, batch_id in enumerate(wanted):
         assert worker_starts(live_airflow, "starts", run_id, "mapped", index) == 1
         assert live_airflow.xcom("starts", run_id, "mapped", map_index=index)["id"] == batch_id
+
+
+def test_a_sensor_whose_template_no_triggerer_can_render_begins_on_a_worker(
+    live_airflow: LiveAirflow, started: tuple[str, Path]
+) -> None:
+    run_id, _ = started
+    assert worker_starts(live_airflow, "starts", run_id, "unfit") >= 1
+    wanted = live_airflow.xcom("starts", run_id, "submit")
+    assert live_airflow.xcom("starts", run_id, "unfit")["id"] == wanted
+    assert live_airflow.xcom("starts", run_id, "sensor")["id"] == wanted

@@ -56,6 +56,14 @@ with DAG("starts", start_date=datetime(2026, 1, 1), schedule=None, default_args=
         task_id="sensor", batch_id=submit.output, deferrable=True, start_from_trigger=True, poke_interval=1
     )
 
+    # Its template makes the triggerer of 3.3.2 wait for ever; a worker has to begin.
+    BatchSensor(
+        task_id="unfit",
+        batch_id="{{ ti.xcom_pull(task_ids='submit') }}",
+        start_from_trigger=True,
+        poke_interval=1,
+    ).set_upstream(submit)
+
     @task
     def ids(dag_run=None):  # type: ignore[no-untyped-def]
         return dag_run.conf["batches"]
