@@ -143,8 +143,10 @@ class BatchWait:
 
         :raises BatchTimeoutError: it is; the batches are untouched.
         """
+        if self.finished:
+            return
         deadline = self.deadline if self.deadline is not None else self._default_deadline()
-        if self.finished or now < deadline:
+        if now < deadline:
             return
         states = ", ".join(
             f"{batch_id} ({state.seen.status if state.seen else 'never read'})"

@@ -11,85 +11,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from airflow_provider_siliconflow.api.exceptions import (
-    InsufficientBalanceError,
     NoAnswerError,
-    NotFoundError,
-    NotSentError,
     RateLimitedError,
-    ServiceUnavailableError,
     SiliconFlowError,
     SubmissionUnknownError,
 )
 from airflow_provider_siliconflow.api.models import Batch, UploadedFile
-from airflow_provider_siliconflow.emulator.config import EmulatorConfig
-from airflow_provider_siliconflow.emulator.service import EmulatedService, ServiceError
+from airflow_provider_siliconflow.emulator.service import EmulatedService
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork, Submitter
 from airflow_provider_siliconflow.jobs.submission import NoLedger, Submission
+from tests.unit.jobs.faulty import FAULTS, Crash, FakeClock, FaultyAPI, make_service
 
 ROW = {"custom_id": "a", "body": {"model": "Qwen/Qwen3-32B", "messages": [{"role": "user", "content": "hi"}]}}
-
-#: What may happen to one operation: a refusal, an answer lost before or after the work, or a crash.
-FAULTS = ("none", "refused", "unsent", "lost-before", "lost-after", "crash-before", "crash-after")
-
-
-class Crash(BaseException):
-    """The process dies here."""
-
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def time(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-class FaultyAPI:
-    """The emulator's rules behind the calls of a client, with a script of faults."""
-
-    def __init__(self, service: EmulatedService, script: Iterator[str], clock: FakeClock) -> None:
-        self.service, self.script, self.clock = service, script, clock
-        self.calls: list[str] = []
-
-    def _run(self, name: str, work: Any) -> Any:
-        self.calls.append(name)
-        self.clock.sleep(0.1)
-        fault = next(self.script, "none")
-        if fault == "crash-before":
-            raise Crash
-        if fault == "refused":
-            raise RateLimitedError("rate limit", status_code=429)
-        if fault == "unsent":
-            raise NotSentError("no connection")
-        if fault == "lost-before":
-            raise ServiceUnavailableError("bad gateway", status_code=502)
-        try:
-            answer = work()
-        except ServiceError as exc:
-            error = NotFoundError if exc.status == 404 else InsufficientBalanceError
-            raise error(str(exc.body), status_code=exc.status) from exc
-        if fault == "crash-after":
-            raise Crash
-        if fault == "lost-after":
-            raise NoAnswerError("reset")
-        return answer
-
-    def create_batch(self, **request: Any) -> Batch:
-        return Batch.model_validate(self._run("create", lambda: self.service.create_batch(request)))
-
-    def get_batch(self, batch_id: str) -> Batch:
-        return Batch.model_validate(self._run("get", lambda: self.service.get_batch(batch_id)))
-
-    def list_batches(self) -> Iterator[Batch]:
-        page = self._run("list", lambda: self.service.list_batches(limit=100))
-        yield from (Batch.model_validate(item) for item in page["data"])
-
-    def list_files(self) -> list[UploadedFile]:
-        page = self._run("list files", lambda: self.service.list_files(purpose="batch"))
-        return [UploadedFile.model_validate(item) for item in page["data"]["data"]]
 
 
 class FaultyLedger:
@@ -114,15 +47,6 @@ class FaultyLedger:
 
     def delete(self, key: str) -> None:
         self.entries.pop(key, None)
-
-
-@pytest.fixture
-def service(tmp_path: Any) -> EmulatedService:
-    return EmulatedService(EmulatorConfig(), tmp_path, clock=FakeClock().time)
-
-
-def make_service(folder: Any, clock: FakeClock, **config: Any) -> EmulatedService:
-    return EmulatedService(EmulatorConfig(**config), folder, clock=clock.time)
 
 
 def make_work(service: EmulatedService, task_id: str = "create") -> BatchWork:

@@ -1,0 +1,123 @@
+"""A job from its rows to its results, through any sequence of faults, crashes and retries."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError, SiliconFlowError
+from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES
+from airflow_provider_siliconflow.jobs import downloads
+from airflow_provider_siliconflow.jobs.identity import WORK_KEY, Submitter
+from airflow_provider_siliconflow.jobs.run import BatchRun, check_options
+from airflow_provider_siliconflow.jobs.submission import Submission
+from airflow_provider_siliconflow.jobs.waiting import BatchWait
+from tests.unit.jobs.faulty import FAULTS, Crash, FakeClock, FaultyAPI, make_service
+
+ROWS = 7
+MODELS = ["Qwen/Qwen3-32B", "THUDM/GLM-4-9B-0414"]
+
+
+class Life:
+    """The tries of one task instance; each knows nothing but the folder and the service."""
+
+    def __init__(self, folder: Any, script: list[str], lag: float) -> None:
+        self.clock = FakeClock()
+        self.service = make_service(folder / "service", self.clock, list_lag_seconds=lag)
+        self.api = FaultyAPI(self.service, iter(script), self.clock)
+        self.output = folder / "output"
+        self.start = self.clock.time()
+
+    def attempt(self, number: int) -> dict[str, Any]:
+        run = BatchRun(
+            check_options(
+                model=None,
+                models=MODELS,
+                completion_window="24h",
+                metadata=None,
+                max_rows_per_batch=4,
+                max_bytes_per_batch=10**6,
+                max_in_flight=3,
+                max_row_attempts=2,
+                max_error_rate=None,
+                prices=None,
+                request_params=None,
+            ),
+            submitter=Submitter("dag", "run", "task", -1, 3),
+            client=self.api,  # type: ignore[arg-type]
+            conn_id="c",
+            output_dir=self.output,
+            open_submission=lambda ledger: Submission(
+                self.api,
+                ledger=ledger,
+                earlier_tries="none" if number == 1 else "patiently",
+                since=self.start,
+                clock=self.clock,
+            ),
+            earlier_tries=number > 1,
+        )
+        if (done := run.finished_before()) is not None:
+            return done
+        prompts = [f"Say {i}" + (" [[emulator:once=503]]" if i == 5 else "") for i in range(ROWS)]
+        run.prepare(lambda: prompts, "requests")
+        run.revive()
+        while True:
+            while batch_ids := run.submit_due():
+                wait = BatchWait(batch_ids, self.clock.time(), 60.0, enough=run.wake_after(len(batch_ids)))
+                while not wait.finished:
+                    for batch_id in wait.due(self.clock.time()):
+                        try:
+                            batch = self.api.get_batch(batch_id)
+                        except SiliconFlowError as exc:
+                            wait.fault(batch_id, exc, self.clock.time())
+                        else:
+                            wait.observe(batch_id, batch, self.clock.time())
+                    wait.check_deadline(self.clock.time())
+                    self.clock.sleep(wait.pause(self.clock.time()))
+                run.note(wait.batches)
+            if not run.merge():
+                return run.finish()
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    script=st.lists(st.sampled_from(FAULTS), max_size=60),
+    lag=st.sampled_from([0.0, 40.0]),
+    retry_delay=st.sampled_from([0.0, 300.0]),
+)
+def test_every_row_once_whatever_happens(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    script: list[str],
+    lag: float,
+    retry_delay: float,
+) -> None:
+    life = Life(tmp_path_factory.mktemp("life"), script, lag)
+    monkeypatch.setattr(downloads, "SystemClock", lambda: life.clock)
+    for number in range(1, len(script) + 3):
+        try:
+            manifest = life.attempt(number)
+            break
+        except BatchTimeoutError:
+            raise
+        except (Crash, SiliconFlowError) as exc:
+            if isinstance(exc, SiliconFlowError) and not exc.retryable:
+                raise
+            life.clock.sleep(retry_delay)
+    else:
+        pytest.fail("it never came to an end")
+    # Two shards over two models, and one batch with the one row worth another attempt for each.
+    batches = life.service.state()["batches"]
+    keys = [batch["metadata"][WORK_KEY] for batch in batches]
+    assert len(keys) == len(set(keys)) == 6
+    assert all(batch["status"] in TERMINAL_STATUSES for batch in batches)
+    assert len(life.service.list_files(purpose="batch")["data"]["data"]) == 3
+    assert manifest["rows"] == {"total": 2 * ROWS, "ok": 2 * ROWS, "error": 0, "expired": 0, "missing": 0}
+    for model in MODELS:
+        text = (life.output / model.replace("/", "--") / "results.jsonl").read_text()
+        found = [json.loads(line)["custom_id"] for line in text.splitlines()]
+        assert found == [f"row-{i:07d}" for i in range(1, ROWS + 1)]
