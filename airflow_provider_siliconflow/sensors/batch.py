@@ -84,21 +84,16 @@ class BatchSensor(BaseSensorOperator):
         self._has_timeout = timeout is not None
         self._wait: BatchWait | None = None
         # Airflow 2.11 and 3.0 would start the trigger with templates not rendered, 3.1 and 3.2 not at all.
-        rendered_late = _for_triggerer(batch_id), _for_triggerer(conn_id)
-        self.start_from_trigger = (
-            start_from_trigger
-            and airflow_version() >= (3, 3)
-            and (start_trigger_args is not None or None not in rendered_late)
-        )
-        if self.start_from_trigger:
+        self.start_from_trigger = False
+        if not start_from_trigger or airflow_version() < (3, 3):
+            return
+        late = {"batch_id": _for_triggerer(batch_id), "conn_id": _for_triggerer(conn_id)}
+        if start_trigger_args is not None or None not in late.values():
+            self.start_from_trigger = True
             self.start_trigger_args = start_trigger_args or StartTriggerArgs(
                 trigger_cls=f"{BatchTrigger.__module__}.{BatchTrigger.__qualname__}",
                 next_method="execute_complete",
-                trigger_kwargs={
-                    "batch_id": rendered_late[0],
-                    "conn_id": rendered_late[1],
-                    "poll_interval": self.poke_interval,
-                },
+                trigger_kwargs={**late, "poll_interval": self.poke_interval},
                 timeout=timedelta(seconds=self.timeout) if self._has_timeout else None,
             )
 

@@ -38,5 +38,5 @@ def test_a_crash_and_a_retry(live_airflow: LiveAirflow, live_emulator: Emulator,
         made = [one for one in batches(live_emulator) if (one["metadata"] or {}).get("airflow_task") == label]
         assert len(made) == 1
         assert live_airflow.xcom("crash_and_retry", run_id, task_id) == made[0]["id"]
-    # One each: the three differ in their names' identity, not in their content.
+    # One each: they differ in their names' identity, not in their content.
     assert len({file["id"] for file in files(live_emulator)} - known) == len(tries)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.system.live import KEY, add_batch
 
 if TYPE_CHECKING:
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
 
     from airflow_provider_siliconflow.emulator.server import Emulator
     from scripts.live_airflow import LiveAirflow
+
+pytestmark = pytest.mark.every_airflow
 
 
 def test_no_secret_is_written_down(

@@ -17,7 +17,7 @@ with DAG(
     schedule=None,
     default_args={"retries": 2, "retry_delay": timedelta(seconds=1)},
 ):
-    for point in ("after-upload", "after-post", "before-defer"):
+    for point in ("after-post", "before-defer"):
         DyingCreate(
             task_id=point,
             dies_at=point,
