@@ -45,13 +45,27 @@ class FaultyAPI:
         self.service, self.script, self.clock = service, script, clock
         self.settings = ClientSettings("sk-test", "http://emulator.invalid/v1")
         self.calls: list[str] = []
+        self.possible: list[tuple[str, ...]] = []
+
+    def meet(self, possible: tuple[str, ...]) -> str:
+        """Return what the script has for the next boundary, if that is possible there; die of a crash at once."""
+        self.possible.append(possible)
+        fault = next(self.script, "none")
+        if fault not in possible:
+            return "none"
+        if fault == "crash-before" or possible == ("crash-after",) == (fault,):
+            raise Crash
+        return fault
+
+    @property
+    def met(self) -> int:
+        """Boundaries so far."""
+        return len(self.possible)
 
     def _run(self, name: str, work: Any) -> Any:
         self.calls.append(name)
         self.clock.sleep(0.1)
-        fault = next(self.script, "none")
-        if fault == "crash-before":
-            raise Crash
+        fault = self.meet(FAULTS)
         if fault == "refused":
             raise RateLimitedError("rate limit", status_code=429)
         if fault == "unsent":

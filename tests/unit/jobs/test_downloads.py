@@ -216,6 +216,16 @@ def test_files_appear_only_when_they_are_whole(
     assert manifest["paths"]["output_dir"] == str(folder)
 
 
+def test_a_file_that_cannot_be_read_leaves_nothing_behind(
+    client: SiliconFlowClient, make_batch: Callable[..., str], tmp_path: Path
+) -> None:
+    api = Altered(client, {})
+    api.iter_file = lambda reference, refresh: iter([b'{"custom_id": "r0", "resp'])  # type: ignore[method-assign]
+    with pytest.raises(IncompleteResultsError, match="line 1"):
+        download_results(api, make_batch("Hi"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_second_download_replaces_the_first(
     client: SiliconFlowClient, make_batch: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -152,7 +152,7 @@ def test_after_a_fault_the_service_gets_the_time_it_asks_for() -> None:
 
 def test_once_the_service_is_back_polls_are_regular_again() -> None:
     fault = ServiceUnavailableError("busy", status_code=502)
-    driver = Driver(BatchWait(["batch_1"], START, 10.0), script(*[fault] * 8, batch()))
+    driver = Driver(BatchWait(["batch_1"], START, 10.0), script(*[fault] * 8, batch(), fault, batch()))
     driver.run(until=START + 4 * 3600)
     gaps = [later - at for (at, _), (later, _) in pairwise(driver.polls)]
     assert max(gaps[:8]) > 300
@@ -250,6 +250,14 @@ def test_many_batches_are_read_a_few_at_a_time_and_none_starves() -> None:
     driver.run(until=START + 180)
     polled = [name for _, name in driver.polls]
     assert all(2 <= polled.count(name) <= 5 for name in names)
+
+
+def test_the_longest_overdue_goes_first() -> None:
+    names = [f"batch_{n}" for n in range(20)]
+    wait = BatchWait(names, START, 1.0)
+    for name in wait.due(START):
+        wait.observe(name, batch(batch_id=name), START)
+    assert set(wait.due(START + 100)) <= set(names[8:])
 
 
 def test_an_unknown_status_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

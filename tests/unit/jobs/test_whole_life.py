@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError, Silic
 from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES
 from airflow_provider_siliconflow.jobs import downloads
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY, Submitter
-from airflow_provider_siliconflow.jobs.run import BatchRun, check_options
+from airflow_provider_siliconflow.jobs.run import BatchRun, FolderLedger, check_options
 from airflow_provider_siliconflow.jobs.submission import Submission
 from airflow_provider_siliconflow.jobs.waiting import BatchWait
 from tests.unit.jobs.faulty import FAULTS, Crash, FakeClock, FaultyAPI, make_service
@@ -31,6 +32,30 @@ class Life:
         self.api = FaultyAPI(self.service, iter(script), self.clock)
         self.output = folder / "output"
         self.start = self.clock.time()
+
+    def _open_submission(self, ledger: FolderLedger, number: int) -> Submission:
+        write = ledger.update
+
+        def update(entries: Any) -> None:
+            self.api.meet(("crash-before",))
+            write(entries)
+            self.api.meet(("crash-after",))
+
+        ledger.update = update  # type: ignore[method-assign]
+        return Submission(
+            self.api,
+            ledger=ledger,
+            earlier_tries="none" if number == 1 else "patiently",
+            since=self.start,
+            clock=self.clock,
+        )
+
+    def results(self) -> dict[str, bytes]:
+        return {
+            f"{model}/{name}": (self.output / model.replace("/", "--") / f"{name}.jsonl").read_bytes()
+            for model in MODELS
+            for name in ("results", "errors")
+        }
 
     def attempt(self, number: int) -> dict[str, Any]:
         run = BatchRun(
@@ -51,13 +76,7 @@ class Life:
             client=self.api,  # type: ignore[arg-type]
             conn_id="c",
             output_dir=self.output,
-            open_submission=lambda ledger: Submission(
-                self.api,
-                ledger=ledger,
-                earlier_tries="none" if number == 1 else "patiently",
-                since=self.start,
-                clock=self.clock,
-            ),
+            open_submission=lambda ledger: self._open_submission(ledger, number),
             earlier_tries=number > 1,
         )
         if (done := run.finished_before()) is not None:
@@ -121,3 +140,26 @@ def test_every_row_once_whatever_happens(
         text = (life.output / model.replace("/", "--") / "results.jsonl").read_text()
         found = [json.loads(line)["custom_id"] for line in text.splitlines()]
         assert found == [f"row-{i:07d}" for i in range(1, ROWS + 1)]
+
+
+def test_a_crash_at_any_boundary_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def live(folder: Path, script: list[str]) -> Life:
+        life = Life(folder, script, lag=30.0)
+        monkeypatch.setattr(downloads, "SystemClock", lambda: life.clock)
+        if script:
+            with pytest.raises(Crash):
+                life.attempt(1)
+        life.attempt(2 if script else 1)
+        return life
+
+    calm = live(tmp_path / "calm", [])
+    assert calm.api.met > 50
+    for point in range(calm.api.met):
+        for crash in ("crash-before", "crash-after"):
+            if crash not in calm.api.possible[point]:
+                continue
+            hurt = live(tmp_path / f"{point}-{crash}", ["none"] * point + [crash])
+            assert len(hurt.service.state()["batches"]) == 6, f"{crash} at {point}"
+            assert len(hurt.service.list_files(purpose="batch")["data"]["data"]) == 3, f"{crash} at {point}"
+            assert hurt.results() == calm.results(), f"{crash} at {point}"
+            assert not list(hurt.output.glob(".siliconflow")), f"{crash} at {point}"
