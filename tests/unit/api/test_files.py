@@ -147,6 +147,21 @@ def test_another_range_than_asked_for_is_not_taken(make_settings: MakeSettings, 
         list(client.iter_file(f"{recorder.url}/out", no_refresh))
 
 
+def test_a_storage_that_answers_less_than_asked_for(make_settings: MakeSettings, recorder: Any) -> None:
+    make = type(recorder.answer(None))
+
+    def answer(seen: Any) -> Any:
+        start = int(seen.headers.get("range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        if not start:
+            return make(200, BIG[:1000], announce=len(BIG))
+        end = min(start + len(BIG) // 3, len(BIG))
+        return make(206, BIG[start:end], {"Content-Range": f"bytes {start}-{end - 1}/{len(BIG)}"})
+
+    recorder.answer = answer
+    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1", max_retries=1))
+    assert b"".join(client.iter_file(f"{recorder.url}/out", no_refresh)) == BIG
+
+
 def test_an_aged_signature_is_renewed(client: SiliconFlowClient, emulator: Emulator, batch_id: str) -> None:
     aged = output(client, batch_id)
     emulator.service.advance(31 * 86400)
