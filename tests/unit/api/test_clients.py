@@ -55,6 +55,7 @@ def count(emulator: Emulator, route: str) -> int:
     return emulator.request_counts.get(route, 0)
 
 
+@pytest.mark.emulator(speed=1.0)
 def test_a_batch_is_created_read_and_cancelled(
     ask: Ask, make_settings: MakeSettings, emulator: Emulator, rows: Any
 ) -> None:
