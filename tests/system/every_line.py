@@ -3,9 +3,9 @@ Runs a create task again and again, each time killed one line of code later than
 
     python -m tests.system.every_line FOLDER ROWS STRIDE store|nostore
 
-Writes one JSON object per crash to FOLDER/crashes.jsonl: where it died, and what the retry returned. The task's process is a fork with
-an operator, a context and, with `store`, a state store that outlives it; no Airflow runs, so that a crash takes
-a tenth of a second.
+Writes one JSON object per crash to FOLDER/crashes.jsonl: where it died, and what the retry returned. The task's
+process is a fork with an operator, a context and, with `store`, a state store that outlives it; no Airflow runs,
+so that a crash takes a tenth of a second.
 """
 
 from __future__ import annotations
