@@ -1,0 +1,113 @@
+"""
+What the imports of a DAG file cost: process CPU of ours and of Airflow's own LLM providers, over a bare DAG file.
+
+    python benchmarks/parse_time.py --runs 15
+
+Every run is a process of its own that imports what a DAG file with a deferrable task needs anyway, then one provider's
+operators, sensor and decorator. The sides take turns, and the median of each counts. Airflow parses a DAG file every
+30 seconds in a fresh process, so this is paid again and again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+
+BASELINE = "from airflow.sdk import DAG, BaseOperator, BaseSensorOperator, task\n" + (
+    "from airflow.triggers.base import BaseTrigger\n"
+)
+OURS = "airflow_provider_siliconflow"
+PACKAGES = {
+    "ours": [f"{OURS}.operators.batch", f"{OURS}.operators.run", f"{OURS}.sensors.batch", f"{OURS}.decorators.batch"],
+    "openai": ["airflow.providers.openai.operators.openai"],
+    "anthropic": ["airflow.providers.anthropic.operators.batch", "airflow.providers.anthropic.sensors.batch"],
+    "common-ai": ["airflow.providers.common.ai.operators.llm_batch", "airflow.providers.common.ai.decorators.llm_batch"],
+}
+#: What none of our modules may load when a DAG file is parsed.
+HEAVY = ("requests", "aiohttp", "tenacity", f"{OURS}.api", f"{OURS}.jobs", f"{OURS}.batch_files")
+
+
+def is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def environment(home: str) -> dict[str, str]:
+    return {
+        **os.environ,
+        "AIRFLOW_HOME": home,
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home}/airflow.db",
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def run(code: str, home: str) -> list[str]:
+    """Run code after the baseline, in a new process; return the lines it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", BASELINE + code],
+        check=True,
+        env=environment(home),
+        cwd=home,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.splitlines()
+
+
+def measure(imports: str, home: str) -> tuple[float, float]:
+    """Return the CPU seconds of a process up to the end of the baseline, and from there to the end of imports."""
+    code = f"import time\nbefore = time.process_time()\n{imports}print(before, time.process_time() - before)"
+    base, more = run(code, home)[-1].split()
+    return float(base), float(more)
+
+
+def loaded(imports: str, home: str) -> list[str]:
+    """Return the modules that imports load and a bare DAG file does not."""
+    code = f"import sys\nbefore = set(sys.modules)\n{imports}print(*sorted(set(sys.modules) - before), sep='\\n')"
+    return run(code, home)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--runs", type=int, default=9, help="processes per side")
+    parser.add_argument("--list", action="store_true", help="name the modules that ours loads besides")
+    options = parser.parse_args()
+    if not is_installed("airflow.sdk"):
+        raise SystemExit("skipped: needs Airflow 3 (airflow.sdk)")
+    sides = {}
+    for name, modules in PACKAGES.items():
+        if is_installed(modules[0]):
+            sides[name] = "".join(f"import {module}\n" for module in modules)
+        else:
+            print(f"{name}: skipped, not installed (apache-airflow-providers-{name})")
+    with tempfile.TemporaryDirectory() as home:
+        if options.list:
+            print(*loaded(sides["ours"], home), sep="\n")
+            return
+        for imports in sides.values():
+            measure(imports, home)  # the first run writes bytecode and Airflow's configuration
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        for _ in range(options.runs):
+            for name, imports in sides.items():
+                found[name].append(measure(imports, home))
+        heavy = [module for module in loaded(sides["ours"], home) if module.startswith(HEAVY)]
+    base = statistics.median(base for runs in found.values() for base, _ in runs)
+    print(f"a bare DAG file takes {base:.2f} CPU seconds; medians of {options.runs} processes each")
+    print(f"{'':12} {'more CPU':>10} {'ratio':>7}")
+    for name, runs in found.items():
+        more = statistics.median(more for _, more in runs)
+        print(f"{name:12} {more * 1000:7.0f} ms {1 + more / base:7.3f}")
+    print(f"heavy modules that ours loads: {', '.join(heavy) or 'none'}")
+    print("goal for ours: ratio 1.01 at most")
+
+
+if __name__ == "__main__":
+    main()
