@@ -570,10 +570,10 @@ class BatchRun:
         paths = {"output_dir": str(self.output_dir), "manifest": str(self.output_dir / "manifest.json")}
         manifest = build_manifest(runs, prices=self.options.prices, paths=paths)
         log.info("Results are in %s\n%s", self.output_dir, render_summary(manifest))
+        # The rows of a batch that failed in an earlier round went into the next one.
         dead = [
             (self._batch_id(piece), ended)
-            for pieces in self._rounds
-            for piece in pieces
+            for piece in self._current
             if (ended := self._ended(piece)) and ended["status"] in DEAD_STATUSES
         ]
         if dead:
@@ -581,7 +581,7 @@ class BatchRun:
             said = [message for _, ended in dead for message in ended["errors"]]
             named = ", ".join(f"{batch_id} ({ended['status']})" for batch_id, ended in dead[:5])
             raise BatchFailedError(
-                f"{len(dead)} of {sum(map(len, self._rounds))} batches failed or were cancelled: "
+                f"{len(dead)} of {len(self._current)} batches failed or were cancelled: "
                 f"{named}"
                 f"{f'; the service says: {said[0]}' if said else ''}. The rows of the others are written to "
                 f"{self.output_dir}. A retry submits the failed batches anew and pays for nothing else.",

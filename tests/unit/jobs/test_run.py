@@ -156,20 +156,33 @@ def test_only_rows_worth_it_are_sent_again(emulator: Emulator, tmp_path: Path) -
     assert json.loads((tmp_path / "errors.jsonl").read_text())["custom_id"] == "q11"
 
 
+def fail_first_of(emulator: Emulator) -> Callable[[str], None]:
+    """Let the first batch that is created fail as a whole."""
+    failed: list[str] = []
+
+    def fail(name: str) -> None:
+        if name == "POST /batches" and not failed:
+            failed.append(emulator.service.state()["batches"][0]["id"])
+            emulator.service.force_status(failed[0], "failed")
+
+    return fail
+
+
 def test_a_failed_batch_is_the_only_one_a_retry_submits(emulator: Emulator, tmp_path: Path) -> None:
     job = Job(emulator, tmp_path, rows(10), models=MODELS[:1])
-    first: list[str] = []
-
-    def fail_first(name: str) -> None:
-        if name == "POST /batches" and not first:
-            first.append(emulator.service.state()["batches"][0]["id"])
-            emulator.service.force_status(first[0], "failed")
-
-    job.after = fail_first
+    job.after = fail_first_of(emulator)
     with pytest.raises(BatchFailedError, match="1 of 2 batches failed"):
         job.attempt()
     assert job.attempt()["rows"]["ok"] == 10
     assert posts(emulator) == (2, 3)
+
+
+def test_rows_of_a_failed_batch_go_into_the_next_round(emulator: Emulator, tmp_path: Path) -> None:
+    job = Job(emulator, tmp_path, rows(10), models=MODELS[:1], max_row_attempts=2)
+    job.after = fail_first_of(emulator)
+    manifest = job.attempt()
+    assert manifest["rows"]["ok"] == 10
+    assert [each["rows"] for each in manifest["rounds"]] == [10, 5]
 
 
 def test_an_empty_account_keeps_what_was_submitted_for_a_retry(emulator: Emulator, tmp_path: Path) -> None:
