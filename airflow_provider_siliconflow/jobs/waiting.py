@@ -200,7 +200,8 @@ class BatchWait:
         elif isinstance(error, AuthenticationError | PermissionDeniedError):
             raise BatchWaitError(
                 f"Waiting for batch {batch_id} ended: {error} The batch is untouched: it goes on running, is "
-                "billed, and its results can be fetched once the connection is right; clear this task then.",
+                "billed, and its results can be fetched once the connection is right. Clearing a task that only "
+                "waits goes on waiting; clearing one that submits would pay for a new batch.",
                 batch_id=batch_id,
             ) from error
         elif not protocol.is_transient(error) and not isinstance(error, APIError):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -168,21 +169,16 @@ class RunBatchOperator(SiliconFlowOperator):
 
     def execute_complete(self, context: Context, event: Any = None) -> dict[str, Any]:
         """Resume after the trigger: note what ended, submit what is due, or finish."""
-        from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError
         from airflow_provider_siliconflow.jobs.waiting import read_event
 
         with task_errors(fail_fast=self.fail_fast):
             run = self._run = self._open_run(context, self._options())
             run.open()
-            try:
+            with self._failed_waits(run):
                 run.note(read_event(event))
-            except BatchTimeoutError:
-                self._after_timeout(run)
-                raise
             return self._advance(context, run)
 
     def _advance(self, context: Context, run: BatchRun) -> dict[str, Any]:
-        from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError
         from airflow_provider_siliconflow.jobs.run import judge_run
 
         while True:
@@ -191,13 +187,10 @@ class RunBatchOperator(SiliconFlowOperator):
                 enough = run.wake_after(len(open_batches))
                 if self.deferrable:
                     self._defer(run, open_batches, enough)
-                try:
+                with self._failed_waits(run):
                     ended = self.hook.wait_for_batches(
                         open_batches, poll_interval=self.poll_interval, deadline=run.deadline, enough=enough
                     )
-                except BatchTimeoutError:
-                    self._after_timeout(run)
-                    raise
                 run.note(ended)
             if not run.merge():
                 break
@@ -272,10 +265,21 @@ class RunBatchOperator(SiliconFlowOperator):
         requests = self.requests
         return requests if isinstance(requests, str) and not requests.startswith("[") else "requests"
 
-    def _after_timeout(self, run: BatchRun) -> None:
-        if self.cancel_on_timeout:
-            self.log.warning("The wait timed out and cancel_on_timeout is set")
-            self.cancel_quietly(run.open_batches)
+    @contextlib.contextmanager
+    def _failed_waits(self, run: BatchRun) -> Iterator[None]:
+        from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError, BatchWaitError
+
+        try:
+            yield
+        except BatchTimeoutError:
+            if self.cancel_on_timeout:
+                self.log.warning("The wait timed out and cancel_on_timeout is set")
+                self.cancel_quietly(run.open_batches)
+            raise
+        except BatchWaitError as exc:
+            # Failing for good would leave a person nothing but a clear, which pays for every batch again.
+            exc.retryable = True
+            raise
 
     def on_kill(self) -> None:
         """Cancel the open batches when the running task is ended from outside; in any case create none any more."""
