@@ -22,7 +22,7 @@ def test_a_kill_before_any_line_pays_once(
     account = make_emulator(speed=100_000.0, keys=(KEY,))
     # A prime, so that loops are not always met at the same place.
     command = [sys.executable, "-m", "tests.system.every_line", str(tmp_path), str(rows)]
-    command += ["1" if EXHAUSTIVE else "13", store]
+    command += ["1" if EXHAUSTIVE else "23", store]
     env = os.environ | {
         "AIRFLOW_CONN_SILICONFLOW_DEFAULT": account.airflow_connection,
         "PYTHONPATH": str(ROOT),
@@ -33,7 +33,7 @@ def test_a_kill_before_any_line_pays_once(
     assert done.returncode == 0, done.stderr[-3000:]
     *crashes, end = map(json.loads, (tmp_path / "crashes.jsonl").read_text().splitlines())
     assert end["lines"] > 150
-    assert len(crashes) >= (end["lines"] - 1 if EXHAUSTIVE else end["lines"] // 13)
+    assert len(crashes) >= (end["lines"] - 1 if EXHAUSTIVE else end["lines"] // 23)
     made = Counter(batch["metadata"]["airflow_task"] for batch in batches(account))
     stored = Counter(file["filename"] for file in files(account))
     by_id = {batch["id"]: batch for batch in batches(account)}

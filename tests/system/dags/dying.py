@@ -54,6 +54,9 @@ class DyingCreate(CreateBatchOperator):
     def _arm(self, context: Any) -> None:
         if not self.store:
             os.environ["AIRFLOW__SILICONFLOW__TASK_STATE_STORE"] = "False"
+        if not os.environ.get("EXHAUSTIVE"):
+            # The emulator lists a batch at once; a minute of patience per search is left to the long run.
+            submission.LIST_LAG = 15.0
         if context["ti"].try_number > 1:
             return
         client: Any = SiliconFlowClient

@@ -88,7 +88,7 @@ _REVOKED = (_fault("GET /batches/*", "status", status=401, times=-1, skip=1),)
 WAITS = {
     "wait-noisy-deferred": Account(_NOISE, settings={"speed": 1}),
     "wait-noisy-poke": Account(_NOISE, settings={"speed": 1}),
-    "wait-noisy-reschedule": Account(_NOISE[:4], settings={"speed": 1}),
+    "wait-noisy-reschedule": Account(_NOISE[:3], settings={"speed": 1}),
     "wait-401-deferred": Account(_REVOKED, settings={"speed": 1}),
     "wait-401-poke": Account(_REVOKED, settings={"speed": 1}),
 }
