@@ -47,7 +47,7 @@ with DAG(
     catchup=False,
     # The history is one file: one night at a time.
     max_active_runs=1,
-    default_args={"retries": 2, "retry_delay": timedelta(minutes=5)},
+    default_args={"retries": 2, "retry_delay": timedelta(minutes=1)},
     tags=["siliconflow", "example"],
     params={
         "questions": Param(str(QUESTIONS), type="string", description="Path or URI of the questions, JSONL"),
@@ -59,14 +59,13 @@ with DAG(
 ) as dag:
 
     @task(multiple_outputs=True)
-    def prepare(params: Any = None, var: Any = None, dag_run: Any = None) -> dict[str, Any]:
+    def prepare(folder: str, params: Any = None, dag_run: Any = None) -> dict[str, Any]:
         """Write the requests of this night."""
         import json
 
         from airflow.providers.common.compat.sdk import ObjectStoragePath
         from evaluation.questions import read_questions, request_rows
 
-        folder = params["output_dir"] or var["value"].get("siliconflow_evaluation_dir", "")
         if not folder:
             raise ValueError("give output_dir, or set the Airflow variable siliconflow_evaluation_dir")
         # A run that a person starts may have no logical date on Airflow 3.
@@ -95,12 +94,11 @@ with DAG(
     @task
     def score(model: str, manifest: dict[str, Any], params: Any = None) -> dict[str, Any]:
         """Judge the answers of one model; each judged answer is kept beside its results."""
-        import json
         from dataclasses import asdict
 
         from airflow.providers.common.compat.sdk import ObjectStoragePath
         from evaluation.questions import read_questions
-        from evaluation.scoring import score_model
+        from evaluation.scoring import score_model, write_scored
 
         from airflow_provider_siliconflow.results import read_results
 
@@ -108,9 +106,7 @@ with DAG(
         result, rows = score_model(model, questions, read_results(manifest, model=model))
         (paths,) = (each["paths"] for each in manifest["models"] if each["model"] == model)
         scored = ObjectStoragePath(paths["results"]).parent / "scored.jsonl"
-        scored.write_text(
-            "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-        )
+        write_scored(scored, rows)
         low, high = result.interval
         print(
             f"{model}: {result.accuracy:.1%} right ({low:.1%} to {high:.1%}), {result.right} of {result.asked}"
@@ -126,20 +122,17 @@ with DAG(
         dag_run: Any = None,
     ) -> str:
         """Add the night to the history and write the page; return where it is."""
-        import json
-
         from airflow.providers.common.compat.sdk import ObjectStoragePath
         from evaluation.leaderboard import PAGE_FILE, Night, Standing, add_night, most_missed
         from evaluation.page import render_page
         from evaluation.questions import read_questions
-        from evaluation.scoring import ModelScore
+        from evaluation.scoring import ModelScore, read_scored
 
         standings, scored = [], {}
         for each in scores:
             standing = Standing.from_manifest(ModelScore.from_dict(each["score"]), manifest)
             standings.append(standing)
-            lines = ObjectStoragePath(each["scored"]).read_text(encoding="utf-8").splitlines()
-            scored[standing.model] = {row["id"]: row for row in map(json.loads, lines)}
+            scored[standing.model] = read_scored(ObjectStoragePath(each["scored"]))
         folder = ObjectStoragePath(night["folder"])
         nights = add_night(folder, Night(night["date"], dag_run.run_id, standings))
         questions = read_questions(ObjectStoragePath(params["questions"]))
@@ -150,7 +143,7 @@ with DAG(
         print(f"The leaderboard is in {page}")
         return str(page)
 
-    night = prepare()
+    night = prepare("{{ params.output_dir or var.value.get('siliconflow_evaluation_dir', '') }}")
     chosen = models()
     ask = RunBatchOperator(
         task_id="ask",

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .scoring import ModelScore
+from .questions import Question
+from .scoring import ModelScore, ScoredRow
 
 HISTORY_FILE = "history.jsonl"
 PAGE_FILE = "leaderboard.html"
@@ -111,7 +112,7 @@ def read_history(folder: Any) -> list[Night]:
     file = folder / HISTORY_FILE
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_text(encoding="utf-8").split("\n")
     return [Night.from_dict(json.loads(line)) for line in lines if line.strip()]
 
 
@@ -129,26 +130,24 @@ def add_night(folder: Any, night: Night) -> list[Night]:
 
 
 def most_missed(
-    questions: Sequence[Any], scored: Mapping[str, Mapping[str, Mapping[str, Any]]], limit: int = 12
+    questions: Sequence[Question], scored: Mapping[str, Mapping[str, ScoredRow]], limit: int = 12
 ) -> list[Missed]:
     """
     Return the questions that most models got wrong.
 
-    :param scored: by model and question id: ``right`` and ``answer``.
+    :param scored: judged answers by model and question id.
     """
     missed = [
-        Missed(
-            question.id,
-            question.question,
-            question.answer,
-            {
-                model: None
-                if (row := rows.get(question.id)) and row["right"]
-                else (row or {}).get("answer", "")
-                for model, rows in scored.items()
-            },
-        )
+        Missed(question.id, question.question, question.answer, _wrong_answers(question.id, scored))
         for question in questions
     ]
     worst = sorted((each for each in missed if each.count > 1), key=lambda each: -each.count)
     return worst[:limit]
+
+
+def _wrong_answers(question: str, scored: Mapping[str, Mapping[str, ScoredRow]]) -> dict[str, str | None]:
+    answers: dict[str, str | None] = {}
+    for model, rows in scored.items():
+        row = rows.get(question)
+        answers[model] = "" if row is None else None if row.right else row.answer
+    return answers

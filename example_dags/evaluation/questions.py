@@ -37,24 +37,24 @@ def read_questions(path: Any) -> list[Question]:
     :raises ValueError: a line that is no question, or an id that comes twice, with the line's number.
     """
     questions: dict[str, Question] = {}
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                question = Question(
-                    id=str(row["id"]),
-                    subject=str(row.get("subject") or "all"),
-                    question=str(row["question"]),
-                    answer=str(row["answer"]),
-                    accept=tuple(map(str, row.get("accept") or ())),
-                )
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}, line {number}: not a question: {error!r}") from None
-            if question.id in questions:
-                raise ValueError(f"{path}, line {number}: the id {question.id!r} comes twice")
-            questions[question.id] = question
+    # Not by splitlines(), which also cuts at characters that JSON strings may hold.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            question = Question(
+                id=str(row["id"]),
+                subject=str(row.get("subject") or "all"),
+                question=str(row["question"]),
+                answer=str(row["answer"]),
+                accept=tuple(map(str, row.get("accept") or ())),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: not a question: {error!r}") from None
+        if question.id in questions:
+            raise ValueError(f"{path}, line {number}: the id {question.id!r} comes twice")
+        questions[question.id] = question
     if not questions:
         raise ValueError(f"{path} holds no question")
     return list(questions.values())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -21,10 +22,21 @@ _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}")
 _ARTICLE = re.compile(r"^(?:the|an?)\s+")
 _THOUSANDS = re.compile(r"(?<=\d)[,\u202f\u00a0 '](?=\d{3}(?!\d))")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+(?:\.\d+)?(?:\s*/\s*\d+)?|\.\d+)")
-_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty"
-).split()
+_WORDS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+]
 
 
 class Answered(Protocol):
@@ -178,6 +190,17 @@ def score_model(
         score.right += right
         score.asked += 1
     return score, rows
+
+
+def write_scored(path: Any, rows: Iterable[ScoredRow]) -> None:
+    """Write judged answers as JSONL."""
+    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_scored(path: Any) -> dict[str, ScoredRow]:
+    """Return the judged answers of :func:`write_scored`, by question."""
+    rows = (ScoredRow(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line)
+    return {row.id: row for row in rows}
 
 
 def _first_line(text: str) -> str:
