@@ -54,6 +54,7 @@ with DAG(
         "models": Param(MODELS, type="array", items={"type": "string"}, minItems=1),
         "output_dir": Param("", type="string", description="Path or URI of the leaderboard's folder"),
         "prices": Param(PRICES, type="object", description="CNY per million tokens, by model"),
+        "note": Param("", type="string", description="A sentence for the head of the page"),
         "max_tokens": Param(2048, type="integer", minimum=1, description="Longest answer"),
     },
 ) as dag:
@@ -139,7 +140,7 @@ with DAG(
         # An older night that is run again belongs in the history, but the page is of the newest.
         missed = most_missed(questions, scored) if nights[-1].run_id == dag_run.run_id else []
         page = folder / PAGE_FILE
-        page.write_text(render_page(nights, missed), encoding="utf-8")
+        page.write_text(render_page(nights, missed, note=params["note"]), encoding="utf-8")
         print(f"The leaderboard is in {page}")
         return str(page)
 

@@ -1,7 +1,8 @@
-"""`make demo`: the example DAG on a real Airflow, against a local SiliconFlow.
+"""`make demo`: a nightly evaluation on a real Airflow, against a local SiliconFlow.
 
-Makes an environment below .demo/, starts the emulator and Airflow, runs `siliconflow_batch_quickstart`, tells what
-happens while it runs, prints the results and stops everything. Ends with 0 only when the run was successful.
+Makes an environment below .demo/, starts the emulator and Airflow, runs `siliconflow_nightly_evaluation` for a few
+nights, tells what happens while it runs, prints the leaderboard and stops everything. Each further run adds nights
+to the same leaderboard. Ends with 0 only when every night was successful.
 """
 
 from __future__ import annotations
@@ -15,72 +16,43 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from example_dags.evaluation.leaderboard import Night
     from scripts.live_airflow import LiveAirflow, ProcessFamily
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".demo"
-DAG_ID = "siliconflow_batch_quickstart"
-MODEL = "Qwen/Qwen3-32B"
-RUN_TIMEOUT = 180.0
+EVALUATION = FOLDER / "evaluation"
+QUESTIONS = ROOT / "example_dags" / "data" / "questions.jsonl"
+DAG_ID = "siliconflow_nightly_evaluation"
+KEY = "sk-demo"
+NIGHTS = 3
+FIRST_NIGHT = datetime(2026, 1, 1, tzinfo=UTC)
+NIGHT_TIMEOUT = 120.0
+
+# What the models of the emulator know: the share of the questions that each answers rightly.
+SKILLS = {
+    "deepseek-ai/DeepSeek-R1": 0.93,
+    "deepseek-ai/DeepSeek-V3": 0.88,
+    "Qwen/Qwen3-32B": 0.85,
+    "Qwen/Qwen3-8B": 0.72,
+}
+NOTE = "Made by a local emulator: the models carry real names, but their answers are made up."
 
 # Set in the second process, which runs inside the demo's own environment.
 _INSIDE = "SILICONFLOW_DEMO_INSIDE"
 
-CAPITALS = {
-    "Argentina": "Buenos Aires",
-    "Australia": "Canberra",
-    "Bhutan": "Thimphu",
-    "Bolivia": "Sucre",
-    "Brazil": "Brasília",
-    "Burundi": "Gitega",
-    "Canada": "Ottawa",
-    "Chile": "Santiago",
-    "China": "Beijing",
-    "Ecuador": "Quito",
-    "Egypt": "Cairo",
-    "Ethiopia": "Addis Ababa",
-    "Fiji": "Suva",
-    "Georgia": "Tbilisi",
-    "Ghana": "Accra",
-    "Iceland": "Reykjavík",
-    "Indonesia": "Jakarta",
-    "Japan": "Tokyo",
-    "Jordan": "Amman",
-    "Kazakhstan": "Astana",
-    "Kenya": "Nairobi",
-    "Laos": "Vientiane",
-    "Madagascar": "Antananarivo",
-    "Malta": "Valletta",
-    "Mongolia": "Ulaanbaatar",
-    "Morocco": "Rabat",
-    "Namibia": "Windhoek",
-    "Nepal": "Kathmandu",
-    "Nigeria": "Abuja",
-    "Norway": "Oslo",
-    "Oman": "Muscat",
-    "Peru": "Lima",
-    "Senegal": "Dakar",
-    "Slovenia": "Ljubljana",
-    "Tanzania": "Dodoma",
-    "Thailand": "Bangkok",
-    "Turkey": "Ankara",
-    "Uruguay": "Montevideo",
-    "Vietnam": "Hanoi",
-    "Zambia": "Lusaka",
-}
-
 
 class DemoError(Exception):
     """The demo cannot go on; the text is for the person who started it."""
-
-
-def question(country: str) -> str:
-    return f"What is the capital of {country}? Answer with the name only."
 
 
 def prepare() -> None:
@@ -98,38 +70,18 @@ def prepare() -> None:
     os.execv(python, [python, "-m", "scripts.demo"])
 
 
-def write_input(folder: Path) -> tuple[Path, Path]:
-    """A request file as SiliconFlow takes it, and the answers that the emulated models know."""
-    requests, answers = folder / "questions.jsonl", folder / "answers.jsonl"
-    with requests.open("w") as file:
-        for country in CAPITALS:
-            line = {
-                "custom_id": country,
-                "method": "POST",
-                "url": "/v1/chat/completions",
-                "body": {
-                    "model": MODEL,
-                    "messages": [{"role": "user", "content": question(country)}],
-                    "max_tokens": 64,
-                },
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    with answers.open("w") as file:
-        for country, capital in CAPITALS.items():
-            file.write(
-                json.dumps({"question": question(country), "answer": capital}, ensure_ascii=False) + "\n"
-            )
-    return requests, answers
-
-
 @contextlib.contextmanager
-def emulator(folder: Path, answers: Path, family: ProcessFamily) -> Iterator[str]:
+def emulator(folder: Path, family: ProcessFamily) -> Iterator[str]:
     """The local SiliconFlow as a process of its own; its base URL."""
     port_file, log_file = folder / "emulator.url", folder / "emulator.log"
     command = [sys.executable, "-m", "airflow_provider_siliconflow.emulator"]
-    command += ["--port", "0", "--port-file", str(port_file), "--answers", str(answers)]
-    # About ten seconds for the forty rows: long enough to watch, short enough to wait for.
-    command += ["--queue-seconds", "2", "--rows-per-second", "6", "--finalizing-seconds", "1"]
+    command += ["--port", "0", "--port-file", str(port_file), "--answers", str(QUESTIONS)]
+    for model, skill in SKILLS.items():
+        command += ["--model", f"{model}={skill}"]
+    # A few seconds for a batch: long enough to watch, short enough to wait for.
+    command += ["--queue-seconds", "1", "--rows-per-second", "40", "--finalizing-seconds", "0.5"]
+    # Some rows fail at first, as they do: the DAG sends them again.
+    command += ["--row-error-rate", "0.05"]
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             command,
@@ -159,144 +111,233 @@ def tail(text: str, lines: int = 30) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
 
-def batch_line(base_url: str, key: str, batch_id: str) -> str | None:
-    """One line on how far the batch is, as the service tells it."""
-    request = urllib.request.Request(
-        f"{base_url}/batches/{batch_id}", headers={"Authorization": f"Bearer {key}"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            batch: Mapping[str, Any] = json.load(answer)
-    except OSError:
-        return None
-    counts = batch.get("request_counts") or {}
-    line = f"batch {batch_id}: {batch.get('status')}"
-    if counts.get("total"):
-        line += f", {counts.get('completed', 0)} of {counts['total']} rows done"
-    return line
+class Progress:
+    """Tells what a night does: a line for what changes, and on a terminal a bar over the rows of its batches."""
+
+    # Passing states would only make the list long.
+    _TOLD = frozenset({"deferred", "success", "failed", "upstream_failed", "up_for_retry"})
+
+    def __init__(self, console: Console, base_url: str) -> None:
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bars
+
+        self._console = console
+        self._base_url = base_url
+        self._started = time.monotonic()
+        self._shown: dict[str, str] = {}
+        self._told_done = 0
+        self._before: frozenset[str] | None = None
+        columns = [
+            TextColumn("           {task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f} of {task.total:.0f} rows"),
+        ]
+        self._bars = Bars(*columns, console=console, transient=True) if console.is_terminal else None
+        self._bar: Any = None
+
+    def __enter__(self) -> Progress:
+        self._before = frozenset(batch["id"] for batch in self._batches())
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(
+            f"  {time.monotonic() - self._started:5.1f} s  {text}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+    def tasks(self, states: dict[str, str | None]) -> None:
+        for task, state in states.items():
+            if state in self._TOLD and self._shown.get(task) != state:
+                self._shown[task] = state
+                self.say(f"task {task}: {state}{' (waits without a worker)' if state == 'deferred' else ''}")
+
+    def rows(self) -> None:
+        """Look at the batches of this night, as the service tells of them."""
+        batches = [batch for batch in self._batches() if batch["id"] not in (self._before or ())]
+        counts = [batch.get("request_counts") or {} for batch in batches]
+        total = sum(count.get("total", 0) for count in counts)
+        done = sum(count.get("completed", 0) + count.get("failed", 0) for count in counts)
+        if not total:
+            return
+        name = f"{len(batches)} batches"
+        if self._bars is None:
+            if done - self._told_done >= total / 4 or (done == total and done > self._told_done):
+                self._told_done = done
+                self.say(f"{name}: {done:,} of {total:,} rows done")
+        elif self._bar is None:
+            self._bar = self._bars.add_task(name, total=total, completed=done)
+        else:
+            self._bars.update(self._bar, description=name, total=total, completed=done)
+
+    def _batches(self) -> list[dict[str, Any]]:
+        request = urllib.request.Request(
+            f"{self._base_url}/batches?limit=100", headers={"Authorization": f"Bearer {KEY}"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                found: list[dict[str, Any]] = json.load(answer)["data"]
+        except OSError:
+            return []
+        return found
 
 
-def follow(airflow: LiveAirflow, run_id: str, base_url: str, key: str) -> str:
-    """Print what changes until the run has ended; its final state."""
+def next_nights() -> list[datetime]:
+    """The nights to evaluate: those after the last one on the leaderboard."""
+    from example_dags.evaluation.leaderboard import read_history
+
+    kept = read_history(EVALUATION)
+    first = datetime.fromisoformat(kept[-1].date) + timedelta(days=1) if kept else FIRST_NIGHT
+    return [first + timedelta(days=number) for number in range(NIGHTS)]
+
+
+def start_night(airflow: LiveAirflow, night: datetime) -> str:
+    """Start the DAG for a night; the run id."""
+    deadline = time.monotonic() + 60
+    while not airflow.query("select 1 from serialized_dag where dag_id = ?", (DAG_ID,)):
+        if time.monotonic() > deadline:
+            errors = airflow.query("select filename, stacktrace from import_error")
+            told = "; ".join(f"{name}: {tail(trace or '', 10)}" for name, trace in errors)
+            raise DemoError(f"Airflow has not found the DAG {DAG_ID}: {told or 'no import errors'}")
+        time.sleep(0.5)
+    # So few tokens that the longest answers are cut: the leaderboard shows these apart.
+    conf = {"max_tokens": 16, "models": list(SKILLS), "note": NOTE}
+    run_id = f"night-{night:%Y-%m-%d}"
+    body = {"dag_run_id": run_id, "logical_date": night.isoformat(), "conf": conf}
+    airflow.api("POST", f"/dags/{quote(DAG_ID)}/dagRuns", body)
+    return run_id
+
+
+def follow(airflow: LiveAirflow, run_id: str, progress: Progress) -> str:
+    """Tell what changes until the run has ended; its final state."""
     started = time.monotonic()
-    shown: dict[str, str | None] = {}
-
-    def say(text: str) -> None:
-        print(f"  {time.monotonic() - started:5.1f} s  {text}", flush=True)
-
     while True:
-        # Before the tasks, so that the last change of a task is still shown.
+        # Before the tasks, so that the last change of a task is still told.
         state = airflow.run_state(DAG_ID, run_id)
-        for task, task_state in airflow.task_states(DAG_ID, run_id).items():
-            if task_state and shown.get(task) != task_state:
-                shown[task] = task_state
-                waits = " (no worker in use)" if task_state == "deferred" else ""
-                say(f"task {task}: {task_state}{waits}")
-        batch_id = airflow.xcom(DAG_ID, run_id, "create")
-        if batch_id and shown.get("batch") != (line := batch_line(base_url, key, batch_id)) and line:
-            shown["batch"] = line
-            say(line)
+        tasks = airflow.task_states(DAG_ID, run_id)
+        progress.tasks(tasks)
+        progress.rows()
         if state in ("success", "failed"):
             return state
+        if "up_for_retry" in tasks.values():
+            # Here nothing passes by itself: a retry would only make the reason come later.
+            return "failed"
         if dead := [part for part in airflow.components.values() if part.died]:
             raise DemoError(f"{dead[0].name} died; the end of its log:\n{dead[0].tail()}")
-        if time.monotonic() - started > RUN_TIMEOUT:
-            raise DemoError(f"the run has not ended after {RUN_TIMEOUT:.0f} s: {shown}")
-        time.sleep(0.5)
+        if time.monotonic() - started > NIGHT_TIMEOUT:
+            raise DemoError(f"the run has not ended after {NIGHT_TIMEOUT:.0f} s: {tasks}")
+        time.sleep(0.4)
 
 
 def explain_failure(airflow: LiveAirflow, run_id: str) -> None:
     from scripts.live_airflow import readable_log
 
     for task in airflow.tasks(DAG_ID, run_id):
-        if task.state == "failed":
+        if task.state in ("failed", "up_for_retry"):
             log = readable_log(airflow.task_log(DAG_ID, run_id, task.task_id, task.map_index))
             print(f"\nTask {task.task_id} failed; the end of its log:\n{tail(log)}", file=sys.stderr)
 
 
-def show_results(results: Path) -> None:
-    """A table of the first rows and a line of totals."""
+def show_leaderboard(console: Console, night: Night) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    rows = [json.loads(line) for line in (results / "results.jsonl").read_text().splitlines()]
-    table = Table("row", "answer", "expected", "tokens", box=box.SIMPLE)
-    right = tokens = 0
-    for number, row in enumerate(rows):
-        body = ((row.get("response") or {}).get("body")) or {}
-        choices = body.get("choices") or [{}]
-        answer = str((choices[0].get("message") or {}).get("content") or row.get("error") or "")
-        used = int((body.get("usage") or {}).get("total_tokens") or 0)
-        expected = CAPITALS.get(str(row.get("custom_id")), "")
-        right += expected.lower() in answer.lower()
-        tokens += used
-        if number < 10:
-            # The models think aloud first; what they answer stands last.
-            shown = " ".join(answer.split())
-            shown = shown if len(shown) <= 36 else f"... {shown[-32:]}"
-            table.add_row(str(row.get("custom_id")), shown, expected, str(used))
-    # Without a terminal rich guesses 80 columns, which is enough for this table.
-    Console().print(table)
-    if len(rows) > 10:
-        print(f"  ... and {len(rows) - 10} more")
-    print(
-        f"{len(rows)} of {len(CAPITALS)} rows answered, {right} correctly (the model is made up), {tokens} tokens."
-    )
+    table = Table(box=box.SIMPLE, title=f"Leaderboard, night of {night.date[:10]}", title_justify="left")
+    table.add_column("")
+    table.add_column("model")
+    for name in ("accuracy", "95 % interval", "cost, CNY", "tokens", "truncated", "sent again", "failed"):
+        table.add_column(name, justify="right")
+    for rank, each in enumerate(night.ranked, 1):
+        low, high = each.score.interval
+        table.add_row(
+            str(rank),
+            each.model.rpartition("/")[2],
+            f"{each.score.accuracy:.1%}",
+            f"{low:.0%} to {high:.0%}",
+            "" if each.cost is None else f"{each.cost:.4f}",
+            f"{each.tokens:,}",
+            str(each.truncated),
+            str(each.resent),
+            str(each.failed),
+        )
+    # Without a terminal rich guesses 80 columns.
+    if not console.is_terminal:
+        console.width = 110
+    console.print(table)
 
 
 def run() -> int:
+    from rich.console import Console
+
+    from example_dags.evaluation.leaderboard import PAGE_FILE, read_history
     from scripts.live_airflow import LiveAirflow, LiveAirflowError, ProcessFamily
 
     started = time.monotonic()
-    work, results = FOLDER / "run", FOLDER / "results"
-    for folder in (work, results):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    requests, answers = write_input(work)
+    console = Console()
+    work = FOLDER / "run"
+    shutil.rmtree(work, ignore_errors=True)
+    for folder in (work, EVALUATION):
+        folder.mkdir(parents=True, exist_ok=True)
+    nights = next_nights()
     try:
         with contextlib.ExitStack() as stack:
             family = stack.enter_context(ProcessFamily())
-            base_url = stack.enter_context(emulator(work, answers, family))
+            base_url = stack.enter_context(emulator(work, family))
             print(f"Local SiliconFlow listens on {base_url}.", flush=True)
-            key = "sk-demo"
-            connection = {"conn_type": "siliconflow", "password": key, "host": base_url}
+            connection = {"conn_type": "siliconflow", "password": KEY, "host": base_url}
             print("Starting Airflow: api-server, scheduler, dag-processor, triggerer ...", flush=True)
             airflow = stack.enter_context(
                 LiveAirflow(
                     work / "airflow",
                     ROOT / "example_dags",
-                    env={"AIRFLOW_CONN_SILICONFLOW_DEFAULT": json.dumps(connection)},
+                    env={
+                        "AIRFLOW_CONN_SILICONFLOW_DEFAULT": json.dumps(connection),
+                        "AIRFLOW_VAR_SILICONFLOW_EVALUATION_DIR": str(EVALUATION),
+                        "SILICONFLOW_POLL_SECONDS": "1",
+                        # Only the nights that are started here, not the one that its schedule would start.
+                        "AIRFLOW__SCHEDULER__USE_JOB_SCHEDULE": "False",
+                    },
                 )
             )
             print(
                 f"Airflow {airflow.version} is up ({time.monotonic() - started:.0f} s): {airflow.url}",
                 flush=True,
             )
-            conf = {
-                "input_path": str(requests),
-                "output_dir": str(results),
-                "model": MODEL,
-                "poll_interval": 1,
-            }
-            run_id = airflow.trigger(DAG_ID, conf=conf)
-            print(f"Running {DAG_ID} on {len(CAPITALS)} questions with {MODEL}:", flush=True)
-            state = follow(airflow, run_id, base_url, key)
-            if state != "success":
-                explain_failure(airflow, run_id)
-                print(f"\nThe run ended as {state}. Everything is logged below {work}.", file=sys.stderr)
-                return 1
-            manifest = airflow.xcom(DAG_ID, run_id, "download")
+            questions = sum(1 for line in QUESTIONS.read_text().splitlines() if line.strip())
+            for night in nights:
+                print(
+                    f"Night of {night:%Y-%m-%d}: {questions} questions to {len(SKILLS)} models over one upload",
+                    flush=True,
+                )
+                with Progress(console, base_url) as progress:
+                    run_id = start_night(airflow, night)
+                    state = follow(airflow, run_id, progress)
+                if state != "success":
+                    explain_failure(airflow, run_id)
+                    print(f"\nThe run failed. Everything is logged below {work}.", file=sys.stderr)
+                    return 1
     except LiveAirflowError as error:
         raise DemoError(str(error)) from None
-    show_results(results)
-    print("\nEverything is stopped. What the DAG wrote:")
-    for path in sorted(results.rglob("*")):
-        if path.is_file():
-            print(f"  {path.relative_to(ROOT)}  ({path.stat().st_size:,} bytes)")
-    if manifest is None:
-        print("  (the download task returned no manifest)")
-    print(f"Logs: {work.relative_to(ROOT)}/airflow. Took {time.monotonic() - started:.0f} s.")
+    kept = read_history(EVALUATION)
+    print()
+    show_leaderboard(console, kept[-1])
+    print(NOTE)
+    print(f"\nOpen the leaderboard, {len(kept)} nights by now: {(EVALUATION / PAGE_FILE).as_uri()}")
+    print(f"Requests, results and manifests: {EVALUATION.relative_to(ROOT)}/<night>/")
+    for path in sorted((EVALUATION / f"{nights[-1]:%Y-%m-%dT%H%M%S}").rglob("*")):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(EVALUATION).parts):
+            print(f"  {path.relative_to(EVALUATION)}  ({path.stat().st_size:,} bytes)")
+    print(
+        f"Everything is stopped. Logs: {work.relative_to(ROOT)}/airflow. "
+        f"Took {time.monotonic() - started:.0f} s."
+    )
     return 0
 
 

@@ -37,7 +37,7 @@ def interval_mark(
     middle = height / 2
     ticks = "".join(
         f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="0" y2="{height}" class="grid"/>'
-        for tick in _ticks(start, 1.0, 4)
+        for tick in _ticks(start, 1.0, 3)
     )
     return (
         f'<svg class="mark" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
@@ -53,7 +53,7 @@ def interval_axis(start: float, *, width: int = 220) -> str:
     labels = "".join(
         f'<text x="{6 + (width - 12) * (tick - start) / (1 - start):.1f}" y="11" '
         f'text-anchor="{"end" if tick == 1 else "start" if tick == start else "middle"}">{tick * 100:.0f}\u202f%</text>'
-        for tick in _ticks(start, 1.0, 4)
+        for tick in _ticks(start, 1.0, 3)
     )
     return f'<svg class="mark axis" viewBox="0 0 {width} 14" width="{width}" height="14">{labels}</svg>'
 
@@ -128,13 +128,15 @@ def line_chart(
     )
 
 
-def bars(rows: Sequence[tuple[str, str, Sequence[tuple[float, str]]]]) -> str:
+def bars(rows: Sequence[tuple[str, str, Sequence[tuple[float, str]]]], *, least: float = 0.0) -> str:
     """
     Return horizontal bars, all on one scale.
 
     :param rows: name, the value as text, and the parts of the bar: amount and CSS colour.
+    :param least: what a full bar stands for at least, so that a small share does not look like all.
     """
-    most = max((sum(amount for amount, _ in parts) for _, _, parts in rows), default=0) or 1
+    most = max((sum(amount for amount, _ in parts) for _, _, parts in rows), default=0)
+    most = max(most, least) or 1.0
     lines = []
     for name, value, parts in rows:
         shares = "".join(

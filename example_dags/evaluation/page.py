@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
@@ -13,19 +14,21 @@ _COLOURS = 8
 
 
 def render_page(
-    nights: Sequence[Night], missed: Sequence[Missed] = (), title: str = "Nightly evaluation"
+    nights: Sequence[Night], missed: Sequence[Missed] = (), title: str = "Nightly evaluation", note: str = ""
 ) -> str:
     """
     Return the page for the newest of some nights.
 
     :param nights: earliest first, at least one.
     :param missed: questions that models got wrong in the newest night.
+    :param note: a sentence for the head of the page.
     """
     night = nights[-1]
     before = nights[-2] if len(nights) > 1 else None
     colour = _colours(nights)
     asked = max((each.score.asked for each in night.standings), default=0)
     subtitle = f"Night of {_date(night.date)} · {asked:,} questions · {len(night.standings)} models"
+    remark = f'<p class="remark">{escape(note)}</p>' if note else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -37,7 +40,7 @@ def render_page(
 </head>
 <body>
 <main>
-<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>
+<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p>{remark}</header>
 {_tiles(night)}
 <section class="card"><h2>Leaderboard</h2>{_table(night, before, colour)}
 <p class="note">Accuracy counts every question; one without an answer is wrong. The bar is the 95 % Wilson interval:
@@ -77,7 +80,7 @@ def _tiles(night: Night) -> str:
         ("Best model", best.model.rpartition("/")[2], f"{percent(best.score.accuracy)} right"),
         (
             "Cost",
-            _cny(sum(known)) if len(known) == len(costs) else "unknown",
+            _amounts([sum(known)])[0] if len(known) == len(costs) else "unknown",
             "this night, all models" if len(known) == len(costs) else "a model has no price",
         ),
         ("Tokens", _count(sum(each.tokens for each in night.standings)), "billed, prompts included"),
@@ -97,7 +100,9 @@ def _tiles(night: Night) -> str:
 def _table(night: Night, before: Night | None, colour: Colour) -> str:
     start = axis_start(min(each.score.interval[0] for each in night.standings))
     rows = []
-    for rank, each in enumerate(night.ranked, 1):
+    costs = _amounts([each.cost for each in night.ranked])
+    relative = _amounts([_per_thousand_right(each) for each in night.ranked])
+    for rank, (each, cost, per_right) in enumerate(zip(night.ranked, costs, relative, strict=True), 1):
         score = each.score
         hue = colour(each.model)
         earlier = before.standing(each.model) if before else None
@@ -107,14 +112,14 @@ def _table(night: Night, before: Night | None, colour: Colour) -> str:
             f'<td class="plot">{interval_mark(score.accuracy, *score.interval, hue, start=start)}</td>'
             f'<td class="number">{_change(each, earlier)}</td>'
             f'<td class="number">{score.right:,} of {score.asked:,}</td>'
-            f'<td class="number">{_cny(each.cost)}</td>'
-            f'<td class="number">{_per_thousand_right(each)}</td></tr>'
+            f'<td class="number">{cost}</td>'
+            f'<td class="number">{per_right}</td></tr>'
         )
     return (
         '<div class="scroll"><table><thead><tr><th class="number">#</th><th>Model</th>'
         f'<th class="number">Accuracy</th><th class="plot">{interval_axis(start)}</th>'
         '<th class="number">Since last night</th><th class="number">Right</th><th class="number">Cost</th>'
-        '<th class="number">Cost per 1,000 right</th></tr></thead>'
+        '<th class="number">Per 1,000 right</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -128,7 +133,7 @@ def _figures(night: Night, colour: Colour) -> str:
             asked = each.score.asked or 1
             text = f"{percent(count(each) / asked)} · {count(each):,}"
             rows.append((each.model, text, [(count(each) / asked, colour(each.model))]))
-        return bars(rows)
+        return bars(rows, least=0.05)
 
     def parts(each: Standing) -> list[tuple[float, str]]:
         hue = colour(each.model)
@@ -138,11 +143,16 @@ def _figures(night: Night, colour: Colour) -> str:
             (each.answer_tokens, hue),
         ]
 
+    costs = _amounts([each.cost for each in ranked])
+    cost_bars = [
+        (each.model, cost, [(each.cost or 0.0, colour(each.model))])
+        for each, cost in zip(ranked, costs, strict=True)
+    ]
     charts = [
-        ("Cost", "CNY", bars([(e.model, _cny(e.cost), [(e.cost or 0, colour(e.model))]) for e in ranked])),
+        ("Cost", "CNY", bars(cost_bars)),
         (
             "Tokens",
-            "pale to full: prompt, reasoning, answer",
+            "prompt, reasoning, answer",
             bars([(each.model, _count(each.tokens), parts(each)) for each in ranked]),
         ),
         ("Truncated", "answers cut at max_tokens", share(lambda each: each.truncated)),
@@ -231,25 +241,21 @@ def _change(now: Standing, earlier: Standing | None) -> str:
     return f'<span class="{sign[1]}">{sign[0]} {sign[2]}{abs(points):.1f} pt</span>'
 
 
-def _per_thousand_right(each: Standing) -> str:
-    return _cny(None if each.cost is None or not each.score.right else each.cost / each.score.right * 1000)
+def _per_thousand_right(each: Standing) -> float | None:
+    return None if each.cost is None or not each.score.right else each.cost / each.score.right * 1000
 
 
-def _cny(amount: float | None) -> str:
-    """Return an amount with three digits that count."""
-    if amount is None:
-        return "–"
-    if amount == 0 or amount >= 100:
-        return f"¥{amount:,.0f}"
-    digits = 2 if amount >= 1 else 3 if amount >= 0.1 else 4
-    return f"¥{amount:.{digits}f}"
+def _amounts(amounts: Sequence[float | None]) -> list[str]:
+    """Return amounts in CNY, all with the decimals that the smallest needs for two digits that count."""
+    smallest = min((amount for amount in amounts if amount), default=1.0)
+    digits = min(max(1 - math.floor(math.log10(smallest)), 2), 4)
+    return ["–" if amount is None else f"¥{amount:,.{digits}f}" for amount in amounts]
 
 
 def _count(number: int) -> str:
-    for size, unit in ((10**9, "G"), (10**6, "M"), (10**4, "k")):
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if number >= size:
-            scaled = number / (1000 if unit == "k" else size)
-            return f"{scaled:.1f}\u202f{unit}"
+            return f"{number / size:.1f}\u202f{unit}"
     return f"{number:,}"
 
 
@@ -271,6 +277,7 @@ main{max-width:1160px;margin:0 auto;padding:32px 24px 40px}
 header{margin-bottom:20px}
 h1{font-size:28px;line-height:1.2;margin:0 0 4px;letter-spacing:-.01em}
 header p,.unit,.note,footer{color:var(--soft);margin:0}
+header .remark{margin-top:10px;padding:8px 12px;border-left:3px solid var(--muted);background:var(--surface)}
 h2{font-size:17px;margin:0 0 12px}
 h3{font-size:14px;margin:0}
 .card{background:var(--surface);border:1px solid var(--line);border-radius:10px;padding:18px 20px;margin:0 0 16px}
@@ -307,6 +314,8 @@ svg .dot{stroke:var(--surface);stroke-width:2;paint-order:stroke}
 .bar .value{font-variant-numeric:tabular-nums;color:var(--soft);white-space:nowrap}
 .track{grid-column:1/-1;display:flex;height:8px;border-radius:4px;background:var(--line);overflow:hidden}
 .track i{height:100%}
+.heats{table-layout:fixed;min-width:760px}
+.heats th:first-child{width:200px}
 .heats{border-collapse:separate;border-spacing:3px}
 .heats td,.heats th{border:0}
 .heat{text-align:center!important;border-radius:5px;font-variant-numeric:tabular-nums}
