@@ -1,0 +1,152 @@
+"""What Airflow reads of the package: metadata, the connection form, and no more than that at parse time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airflow_provider_siliconflow.get_provider_info import get_provider_info
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_python(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *flags, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+#: What a DAG file has loaded before it comes to us.
+BASELINE = """
+import json, sys
+import airflow.decorators, airflow.triggers.base
+import airflow.providers.common.compat.sdk as sdk
+for name in ("BaseOperator", "BaseSensorOperator", "BaseHook", "BaseOperatorLink", "DAG", "task", "conf",
+             "AirflowFailException", "AirflowSensorTimeout", "PokeReturnValue"):
+    getattr(sdk, name)
+before = set(sys.modules)
+"""
+
+
+def test_parsing_a_dag_loads_nothing_but_the_thin_rooms() -> None:
+    rooms = ["operators.batch", "operators.run", "sensors.batch", "triggers.batch", "decorators.batch"]
+    imports = "".join(f"import airflow_provider_siliconflow.{room}\n" for room in rooms)
+    run = run_python(f"{BASELINE}{imports}print(json.dumps(sorted(set(sys.modules) - before)))")
+    assert run.returncode == 0, run.stderr
+    loaded = json.loads(run.stdout.splitlines()[-1])
+    assert "airflow_provider_siliconflow.sensors.batch" in loaded
+    ours = {name.split(".")[1] for name in loaded if name.startswith("airflow_provider_siliconflow.")}
+    assert ours <= {"operators", "sensors", "triggers", "decorators", "hooks", "links", "task_context"}
+    others = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names)
+    assert others <= {"airflow", "airflow_provider_siliconflow"}
+
+
+def test_reading_the_metadata_loads_nothing_at_all() -> None:
+    code = (
+        "import sys\nfrom airflow_provider_siliconflow.get_provider_info import get_provider_info\n"
+        "get_provider_info()\nprint({n.partition('.')[0] for n in sys.modules} - {*sys.stdlib_module_names, '__main__'})"
+    )
+    run = run_python(code, "-S")
+    assert run.stdout.strip() == "{'airflow_provider_siliconflow'}", run.stdout + run.stderr
+
+
+def test_the_metadata_is_what_airflow_asks_for() -> None:
+    import airflow
+    import jsonschema
+
+    schema = Path(airflow.__file__).with_name("provider_info.schema.json")
+    info = get_provider_info()
+    jsonschema.validate(info, json.loads(schema.read_text()))
+    # It is kept as JSON.
+    assert json.loads(json.dumps(info)) == info
+
+
+def _named(info: dict[str, Any]) -> list[str]:
+    classes = [connection["hook-class-name"] for connection in info["connection-types"]]
+    classes += info["extra-links"] + [decorator["class-name"] for decorator in info["task-decorators"]]
+    modules = [
+        module
+        for kind in ("hooks", "operators", "sensors", "triggers")
+        for entry in info[kind]
+        for module in entry["python-modules"]
+    ]
+    return [*classes, *(f"{module}.__doc__" for module in modules)]
+
+
+@pytest.mark.parametrize("path", _named(get_provider_info()))
+def test_what_the_metadata_names_is_there(path: str) -> None:
+    module, _, name = path.rpartition(".")
+    assert getattr(importlib.import_module(module), name)
+
+
+def test_every_module_with_operators_sensors_or_triggers_is_named() -> None:
+    info = get_provider_info()
+    for kind in ("operators", "sensors", "triggers"):
+        there = {path.stem for path in (ROOT / "airflow_provider_siliconflow" / kind).glob("[!_]*.py")} - {
+            "base"
+        }
+        named = {module.rpartition(".")[2] for entry in info[kind] for module in entry["python-modules"]}
+        assert named == there
+
+
+def test_airflow_finds_the_provider() -> None:
+    """As ``airflow providers`` does, over the installed entry point; a word of complaint fails it."""
+    code = """
+import json, logging
+from airflow.providers_manager import ProvidersManager
+manager = ProvidersManager()
+hook = manager.hooks["siliconflow"]
+links = [link for link in manager.extra_links_class_names if "siliconflow" in link]
+print(json.dumps([hook.hook_name, hook.hook_class_name, hook.connection_id_attribute_name, links,
+    "airflow-provider-siliconflow" in manager.providers]))
+"""
+    run = run_python(code)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout.splitlines()[-1]) == [
+        "SiliconFlow",
+        "airflow_provider_siliconflow.hooks.siliconflow.SiliconFlowHook",
+        "conn_id",
+        ["airflow_provider_siliconflow.links.batch.BatchConsoleLink"],
+        True,
+    ]
+    complaints = [line for line in (run.stdout + run.stderr).splitlines() if "siliconflow" in line.lower()]
+    assert not [line for line in complaints if "WARN" in line.upper() or "ERROR" in line.upper()]
+
+
+def test_the_old_forms_fields_are_the_new_ones() -> None:
+    pytest.importorskip("flask_appbuilder")
+    from wtforms import Form
+
+    from airflow_provider_siliconflow.hooks.connection_form import CONN_FIELDS
+    from airflow_provider_siliconflow.hooks.siliconflow import EXTRA_FIELDS, SiliconFlowHook
+
+    widgets = SiliconFlowHook.get_connection_form_widgets()
+    assert tuple(widgets) == tuple(CONN_FIELDS) == EXTRA_FIELDS
+    form = type("ConnectionForm", (Form,), widgets)()
+    assert form["headers"].type == "PasswordField"
+    assert "Default 60" in form["timeout"].description
+
+
+def test_a_field_of_the_form_cannot_hold_what_the_hook_refuses() -> None:
+    import jsonschema
+
+    from airflow_provider_siliconflow.hooks.connection_form import CONN_FIELDS
+
+    for field in CONN_FIELDS.values():
+        jsonschema.Draft202012Validator.check_schema(field["schema"])
+        jsonschema.validate(None, field["schema"])
+    for name, value in (("timeout", 0), ("connect_timeout", -1), ("max_retries", 1.5), ("verify", False)):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(value, CONN_FIELDS[name]["schema"])
