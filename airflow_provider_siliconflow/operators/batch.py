@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
     from airflow_provider_siliconflow.api.models import Batch
+    from airflow_provider_siliconflow.batch_files.requests import RequestFileSummary
+    from airflow_provider_siliconflow.batch_files.sources import Source
     from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter
     from airflow_provider_siliconflow.jobs.submission import Submission
 
@@ -82,17 +84,9 @@ def upload_once(
     :param needs_model: refuse lines that name no model.
     :returns: file id, and the sha256 of the content.
     """
-    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-    from airflow_provider_siliconflow.hooks.siliconflow import check_input, open_source
     from airflow_provider_siliconflow.jobs.identity import upload_name
 
-    source = open_source(input_path)
-    summary = check_input(source, str(input_path))
-    if needs_model and summary.rows_without_model:
-        raise InvalidInputError(
-            f"{input_path}: {summary.rows_without_model} of {summary.rows} lines name no model in body.model; "
-            "add it, or name one for all with replace={'model': ...}. Nothing was uploaded."
-        )
+    source, summary = _checked(input_path, needs_model=needs_model)
     client = hook.get_conn()
     key = submitter.key(upload=summary.sha256, conn_id=hook.conn_id, host=client.settings.base_url)
     name = upload_name(str(input_path), key)
@@ -101,6 +95,20 @@ def upload_once(
     )
     hook.log.info("%s (%d rows, %d bytes) is file %s", input_path, summary.rows, summary.bytes, file.id)
     return file.id, summary.sha256
+
+
+def _checked(input_path: Any, *, needs_model: bool) -> tuple[Source, RequestFileSummary]:
+    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+    from airflow_provider_siliconflow.hooks.siliconflow import check_input, open_source
+
+    source = open_source(input_path)
+    summary = check_input(source, str(input_path))
+    if needs_model and summary.rows_without_model:
+        raise InvalidInputError(
+            f"{input_path}: {summary.rows_without_model} of {summary.rows} lines name no model in body.model; "
+            "add it, or name one for all with replace={'model': ...}. Nothing was uploaded."
+        )
+    return source, summary
 
 
 class CreateBatchOperator(SiliconFlowOperator):
@@ -253,7 +261,8 @@ class CreateBatchOperator(SiliconFlowOperator):
                     self.hook, submission, submitter, self.input_path, needs_model=needs_model
                 )
             else:
-                file_id = self.hook.upload_file(self.input_path).id
+                source, _ = _checked(self.input_path, needs_model=needs_model)
+                file_id = self.hook.upload_file(source).id
         else:
             file_id = content = protocol.check_identifier("input_file_id", self.input_file_id)
         if not self.durable:

@@ -56,7 +56,8 @@ def test_parsing_a_dag_loads_nothing_but_the_thin_rooms() -> None:
 def test_reading_the_metadata_loads_nothing_at_all() -> None:
     code = (
         "import sys\nfrom airflow_provider_siliconflow.get_provider_info import get_provider_info\n"
-        "get_provider_info()\nprint({n.partition('.')[0] for n in sys.modules} - {*sys.stdlib_module_names, '__main__'})"
+        "get_provider_info()\n"
+        "print({n.partition('.')[0] for n in sys.modules} - {*sys.stdlib_module_names, '__main__'})"
     )
     run = run_python(code, "-S")
     assert run.stdout.strip() == "{'airflow_provider_siliconflow'}", run.stdout + run.stderr

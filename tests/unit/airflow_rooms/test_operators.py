@@ -1,0 +1,289 @@
+"""The operators: what they refuse and when, what is rendered, and that each does its one thing once."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from airflow.providers.common.compat.sdk import DAG, AirflowFailException, TaskDeferred, XComArg
+
+from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError, InvalidInputError
+from airflow_provider_siliconflow.operators.batch import (
+    CancelBatchOperator,
+    CreateBatchOperator,
+    DownloadBatchResultsOperator,
+    RunBatchOperator,
+    UploadBatchFileOperator,
+)
+from airflow_provider_siliconflow.sensors.batch import BatchSensor
+
+if TYPE_CHECKING:
+    from airflow_provider_siliconflow.emulator import Emulator
+
+MakeContext = Callable[..., dict[str, Any]]
+MakeInput = Callable[..., str]
+
+#: Each with as little as it needs.
+OPERATORS: dict[type, dict[str, Any]] = {
+    UploadBatchFileOperator: {"input_path": "x"},
+    CreateBatchOperator: {},
+    DownloadBatchResultsOperator: {"batch_id": "x", "output_dir": "x"},
+    CancelBatchOperator: {"batch_id": "x"},
+    RunBatchOperator: {"requests": "x", "output_dir": "x"},
+    BatchSensor: {"batch_id": "x"},
+}
+
+
+def batches(emulator: Emulator) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = emulator.service.state()["batches"]
+    return found
+
+
+# At parse ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operator", [CreateBatchOperator, RunBatchOperator])
+@pytest.mark.parametrize("argument", ["poll_interval", "timeout"])
+@pytest.mark.parametrize("value", [0, -1, "60", True, float("nan")])
+def test_waiting_arguments_that_cannot_work_fail_when_the_dag_is_parsed(
+    operator: type, argument: str, value: Any
+) -> None:
+    with pytest.raises(ValueError, match=argument):
+        operator(task_id="t", **OPERATORS[operator] | {argument: value})
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_argument_that_may_hold_a_text_is_templated(operator: type) -> None:
+    signature = {"conn_id": "str"}
+    for name, parameter in inspect.signature(operator.__init__).parameters.items():
+        signature[name] = str(parameter.annotation)
+    texts = {
+        name
+        for name, annotation in signature.items()
+        if any(part in annotation for part in ("str", "dict")) or (annotation == "Any" and name != "kwargs")
+    }
+    assert set(operator.template_fields) == texts
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_arguments_are_kept_as_they_came(operator: type) -> None:
+    """Airflow renders the attribute: one that was changed on the way there would lose an XComArg."""
+    with DAG("dag", start_date=datetime(2026, 1, 1), schedule=None):
+        upstream = UploadBatchFileOperator(task_id="upstream", input_path="x")
+        arguments = dict.fromkeys(operator.template_fields, upstream.output)
+        task = operator(task_id="t", **OPERATORS[operator] | arguments)
+    assert all(
+        getattr(task, name) is upstream.output or isinstance(getattr(task, name), XComArg)
+        for name in arguments
+    )
+    assert task.upstream_task_ids == {"upstream"}
+
+
+def test_fields_are_rendered(make_context: MakeContext) -> None:
+    task = CreateBatchOperator(
+        task_id="t",
+        input_path="s3://{{ bucket }}/rows.jsonl",
+        completion_window="{{ hours }}h",
+        metadata={"run": "{{ bucket }}"},
+        replace={"model": "{{ model }}"},
+        conn_id="conn_{{ bucket }}",
+    )
+    task.render_template_fields({"bucket": "b", "hours": 48, "model": "m"})
+    assert task.input_path == "s3://b/rows.jsonl", "the path, not the content of the file"
+    assert (task.completion_window, task.metadata, task.replace) == ("48h", {"run": "b"}, {"model": "m"})
+    assert task.conn_id == task.hook.conn_id == "conn_b"
+
+
+def test_operators_and_sensor_can_be_mapped() -> None:
+    with DAG("dag", start_date=datetime(2026, 1, 1), schedule=None):
+        create = CreateBatchOperator.partial(task_id="create", poll_interval=5).expand(input_path=["a", "b"])
+        wait = BatchSensor.partial(task_id="wait", poke_interval=5, deferrable=True).expand(
+            batch_id=create.output
+        )
+        DownloadBatchResultsOperator.partial(task_id="download", output_dir="x").expand(
+            batch_id=create.output
+        )
+    assert wait.upstream_task_ids == {"create"}
+
+
+# When the task starts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({}, "input_file_id or input_path"),
+        ({"input_file_id": "file-1", "input_path": "x"}, "input_file_id or input_path"),
+        ({"input_file_id": "None"}, "input_file_id"),
+        ({"input_path": ""}, "path"),
+        ({"input_path": "/nowhere/rows.jsonl"}, "does not exist"),
+        ({"input_file_id": "file-1", "completion_window": "12h"}, "completion_window"),
+        ({"input_file_id": "file-1", "completion_window": timedelta(days=15)}, "completion_window"),
+        ({"input_file_id": "file-1", "endpoint": "/v1/embeddings"}, "endpoint"),
+        ({"input_file_id": "file-1", "metadata": {str(n): "" for n in range(16)}}, "metadata"),
+        ({"input_file_id": "file-1", "replace": "Qwen/Qwen3-32B"}, "replace"),
+        ({"input_file_id": "file-1", "replace": {"model": ""}}, "replace"),
+    ],
+)
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_a_wrong_argument_fails_for_good_before_any_request(
+    make_context: MakeContext, emulator: Emulator, arguments: dict[str, Any], named: str
+) -> None:
+    task = CreateBatchOperator(task_id="t", **arguments)
+    with pytest.raises(AirflowFailException, match=named):
+        task.execute(make_context(task))
+    assert emulator.request_counts == {}
+
+
+@pytest.mark.parametrize("durable", [True, False])
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_rows_without_a_model_need_one_for_all(
+    make_context: MakeContext, make_input: MakeInput, emulator: Emulator, durable: bool
+) -> None:
+    path = make_input("Hi", model=None)
+    task = CreateBatchOperator(task_id="t", input_path=path, durable=durable)
+    with pytest.raises(AirflowFailException, match="1 of 1 lines name no model"):
+        task.execute(make_context(task))
+    assert emulator.request_counts == {}
+    task = CreateBatchOperator(
+        task_id="t", input_path=path, replace={"model": "Qwen/Qwen3-8B"}, durable=durable
+    )
+    task.execute(make_context(task))
+    assert batches(emulator)[0]["request"]["replace"] == {"model": "Qwen/Qwen3-8B"}
+
+
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_fail_fast_off_leaves_the_error_to_the_tasks_retries(make_context: MakeContext) -> None:
+    task = CreateBatchOperator(task_id="t", fail_fast=False)
+    with pytest.raises(InvalidInputError):
+        task.execute(make_context(task))
+
+
+# Work -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_upload_create_cancel(make_context: MakeContext, make_input: MakeInput, emulator: Emulator) -> None:
+    upload = UploadBatchFileOperator(task_id="upload", input_path=make_input("Hi"))
+    context = make_context(upload)
+    file_id = upload.execute(context)
+    assert context["ti"].pushed == {"file_id": file_id}
+    create = CreateBatchOperator(
+        task_id="create", input_file_id=file_id, completion_window=timedelta(days=2), metadata={"team": "nlp"}
+    )
+    context = make_context(create)
+    batch_id = create.execute(context)
+    assert context["ti"].pushed == {"batch_id": batch_id}
+    (made,) = batches(emulator)
+    assert (made["id"], made["input_file_id"], made["completion_window"]) == (batch_id, file_id, "48h")
+    assert made["metadata"]["team"] == "nlp"
+    cancel = CancelBatchOperator(task_id="cancel", batch_id=batch_id)
+    assert cancel.execute(make_context(cancel))["id"] == batch_id
+    assert emulator.request_counts["POST /files"] == emulator.request_counts["POST /batches"] == 1
+
+
+@pytest.mark.parametrize("deferrable", [False, True])
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_create_waits_and_download_fetches(
+    make_context: MakeContext,
+    make_input: MakeInput,
+    emulator: Emulator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    deferrable: bool,
+) -> None:
+    monkeypatch.setattr("airflow_provider_siliconflow.triggers.batch._FIRST_PAUSE", 0)
+    create = CreateBatchOperator(
+        task_id="create",
+        input_path=make_input("Hi", "[[emulator:error=400]]"),
+        wait_for_completion=True,
+        deferrable=deferrable,
+        poll_interval=0.05,
+    )
+    context = make_context(create)
+    if deferrable:
+        with pytest.raises(TaskDeferred) as deferred:
+            create.execute(context)
+        batch_id = context["ti"].pushed["batch_id"]
+        event = asyncio.run(anext(deferred.value.trigger.run()))
+        # It passes through Airflow's database, and another object takes it up.
+        payload = json.loads(json.dumps(event.payload))
+        again = CreateBatchOperator(task_id="create", input_path="gone", wait_for_completion=True)
+        assert getattr(again, deferred.value.method_name)(context, payload) == batch_id
+    else:
+        batch_id = create.execute(context)
+    download = DownloadBatchResultsOperator(
+        task_id="download", batch_id=batch_id, output_dir=str(tmp_path / "out"), fail_on_partial_error=True
+    )
+    with pytest.raises(AirflowFailException, match="1 of 2 rows succeeded"):
+        download.execute(make_context(download))
+    # The files are written all the same.
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 2
+    assert emulator.request_counts["POST /batches"] == 1
+
+
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_a_batch_of_which_nothing_succeeded_fails_with_counts_and_the_commonest_reason(
+    make_context: MakeContext, make_input: MakeInput
+) -> None:
+    rows = ["[[emulator:error=429]]", "[[emulator:error=400]]", "[[emulator:error=400]]"]
+    create = CreateBatchOperator(
+        task_id="t", input_path=make_input(*rows), wait_for_completion=True, poll_interval=0.05
+    )
+    words = r"0 of 3 rows succeeded.*The request has invalid parameters\. \(20015\) \(2 rows\)"
+    with pytest.raises(AirflowFailException, match=words):
+        create.execute(make_context(create))
+
+
+@pytest.mark.emulator(speed=0.001)
+@pytest.mark.parametrize("cancel", [True, False])
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_a_timeout_cancels_only_where_the_author_says_so(
+    make_context: MakeContext, make_input: MakeInput, emulator: Emulator, cancel: bool
+) -> None:
+    create = CreateBatchOperator(
+        task_id="t",
+        input_path=make_input("Hi"),
+        wait_for_completion=True,
+        poll_interval=0.05,
+        timeout=0.2,
+        cancel_on_timeout=cancel,
+    )
+    with pytest.raises(BatchTimeoutError):
+        create.execute(make_context(create))
+    assert emulator.request_counts.get("POST /batches/*/cancel", 0) == int(cancel)
+
+
+@pytest.mark.parametrize("cancel", [True, False])
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_a_kill_cancels_unless_the_author_says_otherwise(
+    make_context: MakeContext, make_input: MakeInput, emulator: Emulator, cancel: bool
+) -> None:
+    create = CreateBatchOperator(task_id="t", input_path=make_input("Hi"), cancel_on_kill=cancel)
+    create.execute(make_context(create))
+    create.on_kill()
+    assert emulator.request_counts.get("POST /batches/*/cancel", 0) == int(cancel)
+
+
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_a_retry_adopts_what_the_first_try_made_and_a_clear_does_not(
+    make_context: MakeContext, make_input: MakeInput, emulator: Emulator
+) -> None:
+    path = make_input("Hi")
+
+    def run(**ti: Any) -> str:
+        create = CreateBatchOperator(task_id="t", input_path=path, retries=2)
+        made: str = create.execute(make_context(create, **ti))
+        return made
+
+    first = run(try_number=1, max_tries=2)
+    assert run(try_number=2, max_tries=2) == first
+    assert run(try_number=1, max_tries=2, map_index=1) != first
+    assert run(try_number=3, max_tries=4) != first
+    assert len(batches(emulator)) == 3
