@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -156,10 +156,15 @@ def may_end_in_trigger(operator: BaseOperator) -> bool:
     """
     Whether a trigger may end this task without a worker: nothing of it would be lost by that.
 
-    Asset events of outlets, a ``post_execute`` and listeners (lineage) run on a worker only.
+    Asset events of outlets, a ``post_execute``, a subclass's own ending and listeners (lineage) run on a worker
+    only.
     """
     if operator.outlets or getattr(operator, "_post_execute_hook", None) is not None:
         return False
+    ours = ("airflow.", "airflow_provider_siliconflow.")
+    for name in ("execute_complete", "post_execute"):
+        if not getattr(operator, name).__module__.startswith(ours):
+            return False
     if airflow_version() < (3, 3):
         return False
     try:
@@ -170,7 +175,13 @@ def may_end_in_trigger(operator: BaseOperator) -> bool:
 
 
 def rendered_list(value: Any) -> Any:
-    """Return a list that a template rendered to text as a list again; anything else as it is."""
+    """
+    Return a list that a template rendered to text as a list again; anything else as it is.
+
+    What a mapped task returned comes as a sequence of Airflow's own, which reads its items one by one.
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return list(value)
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     import ast

@@ -6,16 +6,18 @@ from datetime import datetime, timedelta
 
 from airflow.providers.common.compat.sdk import DAG
 from crash_cases import CRASH_CASES, DOWNLOAD_POINTS
-from dying import DyingCreate, DyingDownload
+from dying import DyingCreate, DyingDownload, DyingWhenResumed
 
 with DAG(
     "crashes",
     start_date=datetime(2026, 1, 1),
     schedule=None,
-    default_args={"retries": 2, "retry_delay": timedelta(seconds=1)},
+    max_active_tasks=20,
+    default_args={"retries": 5, "retry_delay": timedelta(seconds=3)},
 ):
     for case in CRASH_CASES:
-        DyingCreate(
+        operator = DyingWhenResumed if case.point == "resumed" else DyingCreate
+        operator(
             task_id=case.name,
             conn_id=case.name,
             dies_at=case.point,
@@ -26,8 +28,6 @@ with DAG(
             wait_for_completion=case.wait != "none",
             deferrable=case.wait == "deferrable",
             poll_interval=1,
-            # With a hook for afterwards the task has to end on a worker, which then can die there.
-            post_execute=(lambda context, result=None: None) if case.point == "resumed" else None,
         )
     for point in DOWNLOAD_POINTS:
         DyingDownload(

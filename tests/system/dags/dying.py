@@ -45,12 +45,6 @@ class DyingCreate(CreateBatchOperator):
         self._arm(context)
         return super().execute(context)
 
-    def execute_complete(self, context: Any, event: Any = None) -> str:
-        self._arm(context)
-        if self.dies_at == "resumed" and context["ti"].try_number == 1:
-            _die()
-        return super().execute_complete(context, event)
-
     def _arm(self, context: Any) -> None:
         if not self.store:
             os.environ["AIRFLOW__SILICONFLOW__TASK_STATE_STORE"] = "False"
@@ -83,6 +77,15 @@ class DyingCreate(CreateBatchOperator):
     def _die_after_recording(name: str) -> None:
         for ledger in (task_context.TaskStateLedger, submission.NoLedger):
             ledger.set = _then_die(ledger.set, lambda _, __, entry: name in entry)  # type: ignore[attr-defined]
+
+
+class DyingWhenResumed(DyingCreate):
+    """Has an ending of its own, so that no trigger may end it."""
+
+    def execute_complete(self, context: Any, event: Any = None) -> str:
+        if context["ti"].try_number == 1:
+            _die()
+        return super().execute_complete(context, event)
 
 
 class DyingDownload(DownloadBatchResultsOperator):
