@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import UserList
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,8 @@ def test_one_batch_or_several(
         (ids, True),
         (json.dumps(ids), True),
         (str(ids), True),
+        # As what a mapped task returned arrives.
+        (UserList(ids), True),
     ):
         sensor = BatchSensor(task_id="t", batch_id=given, deferrable=deferrable, poke_interval=0.05)
         found = wait(sensor, make_context(sensor))

@@ -1,0 +1,152 @@
+"""The larger examples, each by ``airflow dags test`` against an emulator that knows the answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from airflow_provider_siliconflow.emulator.server import Emulator
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "example_dags"
+QUESTIONS = EXAMPLES / "data" / "questions.jsonl"
+QUICK = {"SILICONFLOW_POLL_SECONDS": "1"}
+
+DagTest = Callable[..., subprocess.CompletedProcess[str]]
+
+pytestmark = pytest.mark.every_airflow
+
+
+def run(dag_test: DagTest, dag_id: str, conf: Mapping[str, Any]) -> str:
+    done = dag_test(EXAMPLES / f"{dag_id}.py", dag_id, conf, QUICK)
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told[-3000:]
+    return told
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def rightly_answered(results: Path, key: Mapping[str, set[str]]) -> int:
+    """Count by another way than the example does: the emulator ends each answer in ``Answer: ...``."""
+    right = 0
+    for row in lines(results):
+        text = row["response"]["body"]["choices"][0]["message"]["content"]
+        right += text.rpartition("Answer: ")[2] in key[row["custom_id"]]
+    return right
+
+
+@pytest.mark.emulator(speed=1000.0, answers=QUESTIONS, row_error_rate=0.05)
+def test_nightly_evaluation_of_the_shipped_questions(
+    dag_test: DagTest, emulator: Emulator, tmp_path: Path
+) -> None:
+    run(dag_test, "siliconflow_nightly_evaluation", {"output_dir": str(tmp_path / "board")})
+    (night,) = lines(tmp_path / "board" / "history.jsonl")
+    (manifest_file,) = (tmp_path / "board").glob("*/manifest.json")
+    manifest = json.loads(manifest_file.read_text())
+
+    # One upload for four models; what failed passingly was sent again, and only that.
+    first, again = manifest["rounds"]
+    assert (first["batches"], first["rows"]) == (4, 480)
+    assert 0 < again["rows"] == 480 - first["ok"] < 60
+    assert manifest["rows"]["ok"] == 480
+    assert emulator.request_counts["POST /batches"] == first["batches"] + again["batches"]
+    inputs = [batch["request"]["input_file_id"] for batch in emulator.service.state()["batches"]]
+    assert len(set(inputs[:4])) == 1
+
+    key = {row["id"]: {row["answer"], *row.get("accept", ())} for row in lines(QUESTIONS)}
+    files = {each["model"]: Path(each["paths"]["results"]) for each in manifest["models"]}
+    scores = {each["score"]["model"]: each["score"] for each in night["standings"]}
+    assert {name: score["right"] for name, score in scores.items()} == {
+        model: rightly_answered(file, key) for model, file in files.items()
+    }
+    assert all(60 < score["right"] < score["asked"] == 120 for score in scores.values())
+
+    page = (tmp_path / "board" / "leaderboard.html").read_text(encoding="utf-8")
+    for score in scores.values():
+        assert f"{score['right'] / 120 * 100:.1f}\u202f%" in page
+        assert f"{score['right']} of 120" in page
+
+
+def test_nightly_evaluation_of_a_set_larger_than_a_batch(
+    dag_test: DagTest, make_emulator: Callable[..., Emulator], tmp_path: Path
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    rows = [
+        {"id": f"q{n}", "question": f"What is {n} times 7, for example?", "answer": str(n * 7)}
+        for n in range(5003)
+    ]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models = {"small": 0.5, "large": 0.9}
+    emulator = make_emulator(speed=1000.0, answers=questions, models=models)
+    done = dag_test(
+        EXAMPLES / "siliconflow_nightly_evaluation.py",
+        "siliconflow_nightly_evaluation",
+        {
+            "questions": str(questions),
+            "models": list(models),
+            "prices": {"small": {"prompt": 1, "completion": 2}},
+        },
+        QUICK
+        | {
+            "AIRFLOW_CONN_SILICONFLOW_DEFAULT": emulator.airflow_connection,
+            "AIRFLOW_VAR_SILICONFLOW_EVALUATION_DIR": str(tmp_path / "board"),
+        },
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    # Two shards: as many uploads, and a batch of each for each model.
+    assert emulator.request_counts["POST /files"] == 2
+    assert emulator.request_counts["POST /batches"] == 4
+
+    (night,) = lines(tmp_path / "board" / "history.jsonl")
+    key = {row["id"]: {row["answer"]} for row in rows}
+    for standing in night["standings"]:
+        score = standing["score"]
+        (results,) = (tmp_path / "board").glob(f"*/{score['model']}/results.jsonl")
+        assert score["right"] == rightly_answered(results, key)
+        assert score["right"] / 5003 == pytest.approx(models[score["model"]], abs=0.03)
+        assert (standing["cost"] is None) == (score["model"] == "large")
+
+
+@pytest.mark.emulator(speed=1000.0, answers=EXAMPLES / "data" / "review_subjects.jsonl")
+def test_classification(dag_test: DagTest, emulator: Emulator, tmp_path: Path) -> None:
+    conf = {"rows": 43, "output_dir": str(tmp_path), "model": "Qwen/Qwen3-8B"}
+    told = run(dag_test, "siliconflow_classification", conf)
+    assert emulator.request_counts["POST /batches"] == 1
+    rows = lines(tmp_path / "results.jsonl")
+    assert [row["custom_id"] for row in rows] == [f"review-{n:07}" for n in range(43)]
+    labels = [
+        json.loads(row["response"]["body"]["choices"][0]["message"]["content"])["answer"] for row in rows
+    ]
+    for label in set(labels):
+        assert f"'{label}': {labels.count(label)}" in told
+    # The parameters of all rows were sent with each.
+    assert {row["response"]["body"]["choices"][0]["finish_reason"] for row in rows} == {"stop"}
+
+
+def test_a_job_for_each_file_and_language(dag_test: DagTest, emulator: Emulator, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for customer, count in (("acme", 2), ("globex", 3)):
+        prompts = [json.dumps({"messages": [{"role": "user", "content": f"{n}"}]}) for n in range(count)]
+        (tmp_path / "in" / f"{customer}.jsonl").write_text("".join(f"{prompt}\n" for prompt in prompts))
+    conf = {"input_dir": str(tmp_path / "in"), "output_dir": str(tmp_path / "out")}
+    told = run(dag_test, "siliconflow_mapped", {**conf, "languages": ["Dutch", "Welsh"]})
+    assert "{'jobs': 4, 'rows': 11, 'ok': 11}" in told
+    assert emulator.request_counts["POST /batches"] == 4
+    assert len(lines(tmp_path / "out" / "customers" / "acme" / "results.jsonl")) == 2
+    assert len(lines(tmp_path / "out" / "customers" / "globex" / "results.jsonl")) == 3
+    # The prompts name what each instance was given: its own language, and all sentences.
+    for index, language in enumerate(("Dutch", "Welsh")):
+        texts = [
+            row["response"]["body"]["choices"][0]["message"]["content"]
+            for row in lines(tmp_path / "out" / "languages" / str(index) / "results.jsonl")
+        ]
+        assert len(texts) == 3
+        assert all(language in text for text in texts)
