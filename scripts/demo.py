@@ -198,6 +198,11 @@ def next_nights() -> list[datetime]:
     return [first + timedelta(days=number) for number in range(NIGHTS)]
 
 
+def night_folder(night: datetime) -> Path:
+    """Where the DAG keeps a night."""
+    return EVALUATION / f"{night:%Y-%m-%dT%H%M%S}"
+
+
 def start_night(airflow: LiveAirflow, night: datetime) -> str:
     """Start the DAG for a night; the run id."""
     deadline = time.monotonic() + 60
@@ -249,10 +254,16 @@ def show_leaderboard(console: Console, night: Night) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE, title=f"Leaderboard, night of {night.date[:10]}", title_justify="left")
+    table = Table(
+        box=box.SIMPLE,
+        collapse_padding=True,
+        pad_edge=False,
+        title=f"Leaderboard, night of {night.date[:10]}",
+        title_justify="left",
+    )
     table.add_column("")
     table.add_column("model")
-    for name in ("accuracy", "95 % interval", "cost, CNY", "tokens", "truncated", "sent again", "failed"):
+    for name in ("accuracy", "95 %", "CNY", "tokens", "truncated", "resent", "failed"):
         table.add_column(name, justify="right")
     for rank, each in enumerate(night.ranked, 1):
         low, high = each.score.interval
@@ -260,16 +271,13 @@ def show_leaderboard(console: Console, night: Night) -> None:
             str(rank),
             each.model.rpartition("/")[2],
             f"{each.score.accuracy:.1%}",
-            f"{low:.0%} to {high:.0%}",
+            f"{low * 100:.0f}–{high:.0%}",
             "" if each.cost is None else f"{each.cost:.4f}",
             f"{each.tokens:,}",
             str(each.truncated),
             str(each.resent),
             str(each.failed),
         )
-    # Without a terminal rich guesses 80 columns.
-    if not console.is_terminal:
-        console.width = 110
     console.print(table)
 
 
@@ -286,6 +294,9 @@ def run() -> int:
     for folder in (work, EVALUATION):
         folder.mkdir(parents=True, exist_ok=True)
     nights = next_nights()
+    for night in nights:
+        # What a failed demo left belongs to the batches of an emulator that is gone.
+        shutil.rmtree(night_folder(night), ignore_errors=True)
     try:
         with contextlib.ExitStack() as stack:
             family = stack.enter_context(ProcessFamily())
@@ -331,7 +342,7 @@ def run() -> int:
     print(NOTE)
     print(f"\nOpen the leaderboard, {len(kept)} nights by now: {(EVALUATION / PAGE_FILE).as_uri()}")
     print(f"Requests, results and manifests: {EVALUATION.relative_to(ROOT)}/<night>/")
-    for path in sorted((EVALUATION / f"{nights[-1]:%Y-%m-%dT%H%M%S}").rglob("*")):
+    for path in sorted(night_folder(nights[-1]).rglob("*")):
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(EVALUATION).parts):
             print(f"  {path.relative_to(EVALUATION)}  ({path.stat().st_size:,} bytes)")
     print(
