@@ -200,11 +200,14 @@ class Call(Generic[T]):
         :raises APIError: the service refused.
         :raises UnexpectedAnswerError: the answer is not what the API documents.
         """
-        error = error_from_answer(self.name, status, headers, body, settings)
+        data = _parse(body)
+        error = _error_of(self.name, status, headers, body, data, settings)
         if error is not None:
             raise error
         try:
-            return self.read(json.loads(body))
+            if isinstance(data, ValueError):
+                raise data
+            return self.read(data)
         except (ValueError, ValidationError, TypeError, KeyError, AttributeError) as exc:
             trace = headers.get(TRACE_ID_HEADER)
             raise UnexpectedAnswerError(
@@ -438,16 +441,31 @@ def error_from_answer(
     :param call: method and path, for the message.
     :param headers: of the answer; looked up without regard to case.
     """
+    return _error_of(call, status, headers, body, _parse(body), settings)
+
+
+def _parse(body: bytes) -> Any:
+    """Return what a body holds as JSON, or the error that it holds none."""
+    try:
+        return json.loads(body)
+    except ValueError as exc:
+        return exc
+
+
+def _error_of(
+    call: str,
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    data: Any,
+    settings: ClientSettings | None,
+) -> SiliconFlowError | None:
     if 300 <= status < 400:
         target = strip_query(headers.get("Location") or "")
         return UnexpectedAnswerError(
             f"{call} answered HTTP {status}, a redirect to {target or 'nowhere'}, which is not followed: the "
             "API key goes to the connection's own host only. Set the connection's host to the final address."
         )
-    try:
-        data = json.loads(body)
-    except ValueError:
-        data = None
     code, message = _code_and_message(data)
     if 200 <= status < 300:
         # The envelope may carry a refusal under a success status.

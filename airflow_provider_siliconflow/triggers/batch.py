@@ -21,6 +21,10 @@ _CANCELLATIONS: set[asyncio.Task[None]] = set()
 #: before the end of the worker that deferred, and is then taken for a failure (seen on 3.3.2 under load).
 _FIRST_PAUSE = 3.0
 
+#: First polls a second. A triggerer that restarts starts all of its waits at once; without a limit their first
+#: polls would hold up its loop, and every other trigger in it.
+_FIRST_POLLS_PER_SECOND = 400
+
 #: How often a connection that cannot be read is tried again, and how many seconds apart.
 _CONNECTION_TRIES, _CONNECTION_PAUSE = 5, 15.0
 
@@ -92,9 +96,11 @@ class BatchTrigger(BaseTrigger):
         try:
             batch_ids = check_identifiers("batch_id", rendered_list(self.batch_id))
             self._settings = await self._read_connection()
-            await asyncio.sleep(_FIRST_PAUSE)
+            await _FIRST_PAUSES.pause()
             self._wait = BatchWait(batch_ids, time.time(), self.poll_interval, self.deadline, self.wake_after)
             async with shared_client(self._settings) as client:
+                # Thousands of waits need one copy of it.
+                self._settings = client.settings
                 await self._until_ended(self._wait, client)
         except SiliconFlowError as exc:
             yield TriggerEvent(error_event(exc, batch_ids))
@@ -234,6 +240,23 @@ class BatchTrigger(BaseTrigger):
         return None if state is None else str(getattr(state, "value", state))
 
 
+class _FirstPauses:
+    """The pauses before first polls: the more waits start together, the longer the later ones."""
+
+    def __init__(self) -> None:
+        self._pausing = 0
+
+    async def pause(self) -> None:
+        self._pausing += 1
+        try:
+            await asyncio.sleep(_FIRST_PAUSE + (self._pausing - 1) / _FIRST_POLLS_PER_SECOND)
+        finally:
+            self._pausing -= 1
+
+
+_FIRST_PAUSES = _FirstPauses()
+
+
 class _SharedClients:
     """One client per event loop and connection, for as long as anybody waits over it."""
 
@@ -277,7 +300,9 @@ class shared_client:  # noqa: N801 - it is used like a function
     async def __aenter__(self) -> AsyncSiliconFlowClient:
         """Return the shared client."""
         self._key = (id(asyncio.get_running_loop()), self._settings.fingerprint)
-        return _CLIENTS.acquire(self._key, self._settings)
+        client = _CLIENTS.acquire(self._key, self._settings)
+        self._settings = client.settings
+        return client
 
     async def __aexit__(self, *_: object) -> None:
         """Close the client when nobody uses it any more."""
