@@ -23,10 +23,21 @@ BASELINE = "from airflow.sdk import DAG, BaseOperator, BaseSensorOperator, task\
 )
 OURS = "airflow_provider_siliconflow"
 PACKAGES = {
-    "ours": [f"{OURS}.operators.batch", f"{OURS}.operators.run", f"{OURS}.sensors.batch", f"{OURS}.decorators.batch"],
+    "ours": [
+        f"{OURS}.operators.batch",
+        f"{OURS}.operators.run",
+    "common-ai": [
+        "airflow.providers.common.ai.operators.llm_batch",
+        "airflow.providers.common.ai.decorators.llm_batch",
+    ],
+        f"{OURS}.decorators.batch",
+    ],
     "openai": ["airflow.providers.openai.operators.openai"],
     "anthropic": ["airflow.providers.anthropic.operators.batch", "airflow.providers.anthropic.sensors.batch"],
-    "common-ai": ["airflow.providers.common.ai.operators.llm_batch", "airflow.providers.common.ai.decorators.llm_batch"],
+    "common-ai": [
+        "airflow.providers.common.ai.operators.llm_batch",
+        "airflow.providers.common.ai.decorators.llm_batch",
+    ],
 }
 #: What none of our modules may load when a DAG file is parsed.
 HEAVY = ("requests", "aiohttp", "tenacity", f"{OURS}.api", f"{OURS}.jobs", f"{OURS}.batch_files")
