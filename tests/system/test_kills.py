@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator.server import Emulator
     from scripts.live_airflow import LiveAirflow
 
-DEFERRED = ("deferred-failed", "deferred-cleared", "deferred-restarted", "deferred-keep", "sensor")
+DEFERRED = ("deferred-failed", "deferred-cleared", "deferred-keep", "sensor")
 RUNNING = ("running-failed", "running-cleared", "running-keep")
 
 
@@ -153,24 +153,6 @@ def test_clearing_a_running_task_cancels_and_starts_afresh(kills: Kills) -> None
     kills.airflow.clear("kills", kills.run_id, "running-cleared")
     eventually(lambda: kills.cancelled("running-cleared"))
     eventually(lambda: kills.statuses("running-cleared") == ["cancelled", "in_queue"], 90)
-
-
-def test_a_triggerer_restart_cancels_nothing(kills: Kills) -> None:
-    airflow = kills.airflow
-    before = airflow.trigger_rows()
-    asked = kills.account.request_counts.get("POST /batches/*/cancel", 0)
-    airflow.kill("triggerer", 15)
-    airflow.start("triggerer")
-    since = time.time()
-    (waiting,) = kills.batches("deferred-restarted")
-    eventually(
-        lambda: [r for r in kills.account.requests if r.at > since and r.path.endswith(waiting["id"])], 60
-    )
-    assert kills.account.request_counts.get("POST /batches/*/cancel", 0) == asked
-    assert [(row["id"], row["kwargs"]) for row in airflow.trigger_rows()] == [
-        (row["id"], row["kwargs"]) for row in before
-    ]
-    assert kills.state("deferred-restarted") == "deferred"
 
 
 def test_mapped_tasks_over_one_file_have_batches_of_their_own(kills: Kills) -> None:

@@ -24,7 +24,7 @@ with DAG(
     schedule=None,
     default_args={"retries": 1, "retry_delay": timedelta(seconds=1)},
 ):
-    for task_id in ("deferred-failed", "deferred-cleared", "deferred-restarted"):
+    for task_id in ("deferred-failed", "deferred-cleared"):
         CreateBatchOperator(task_id=task_id, deferrable=True, **COMMON)
     CreateBatchOperator(task_id="deferred-keep", deferrable=True, **COMMON | {"cancel_on_kill": False})
     for task_id in ("running-failed", "running-cleared"):

@@ -25,6 +25,17 @@ with DAG("waits", start_date=datetime(2026, 1, 1), schedule=None, default_args=R
             poke_interval=1,
             timeout=1800,
         )
+    # A person's kill would cancel its batch; what happens to its triggerer must not.
+    CreateBatchOperator(
+        task_id="create",
+        conn_id="waits",
+        input_path="{{ dag_run.conf['rows'] }}",
+        wait_for_completion=True,
+        deferrable=True,
+        cancel_on_kill=True,
+        poll_interval=1,
+        timeout=1800,
+    )
 
 with DAG("starts", start_date=datetime(2026, 1, 1), schedule=None, default_args=RETRIES):
     create = CreateBatchOperator(
