@@ -34,7 +34,7 @@ EVALUATION = FOLDER / "evaluation"
 QUESTIONS = ROOT / "example_dags" / "data" / "questions.jsonl"
 DAG_ID = "siliconflow_nightly_evaluation"
 KEY = "sk-demo"
-NIGHTS = 3
+NIGHTS = 2
 FIRST_NIGHT = datetime(2026, 1, 1, tzinfo=UTC)
 NIGHT_TIMEOUT = 120.0
 
