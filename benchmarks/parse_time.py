@@ -26,10 +26,7 @@ PACKAGES = {
     "ours": [
         f"{OURS}.operators.batch",
         f"{OURS}.operators.run",
-    "common-ai": [
-        "airflow.providers.common.ai.operators.llm_batch",
-        "airflow.providers.common.ai.decorators.llm_batch",
-    ],
+        f"{OURS}.sensors.batch",
         f"{OURS}.decorators.batch",
     ],
     "openai": ["airflow.providers.openai.operators.openai"],

@@ -135,6 +135,24 @@ def ours(url: str, interval: float, counter: Counter) -> Wait:
     return wait
 
 
+def aiohttp(url: str, interval: float, counter: Counter) -> Wait:
+    import aiohttp
+
+    session = aiohttp.ClientSession(
+        headers={"Authorization": f"Bearer {KEY}"}, connector=aiohttp.TCPConnector(limit=32)
+    )
+
+    async def wait(number: int) -> None:
+        async def poll() -> None:
+            async with session.get(f"{url}/batches/batch_{number:010d}") as answer:
+                answer.raise_for_status()
+                await answer.json()
+
+        await poll_for_ever(interval, poll, counter)
+
+    return wait
+
+
 def httpx(url: str, interval: float, counter: Counter) -> Wait:
     import httpx
 
@@ -206,13 +224,14 @@ def idle(url: str, interval: float, counter: Counter) -> Wait:
 #: Name, how to make its waits, the module it needs, and the most waits it can be asked to hold in memory.
 SIDES: dict[str, tuple[Callable[..., Wait], str, int]] = {
     "ours": (ours, "airflow", 10**9),
+    "aiohttp": (aiohttp, "aiohttp", 10**9),
     "httpx": (httpx, "httpx", 10**9),
     "threads": (threads, "requests", 10**9),
     "openai": (openai_shared, "openai", 10**9),
     "openai, a client per wait": (openai_each, "openai", 200),
     "idle": (idle, "asyncio", 1),
 }
-TIMED = ("ours", "httpx", "threads", "openai", "idle")
+TIMED = ("ours", "aiohttp", "httpx", "threads", "openai", "idle")
 WEIGHED = ("ours", "httpx", "threads", "openai, a client per wait")
 
 
@@ -263,7 +282,6 @@ async def run_side(name: str, url: str, waits: int, polls: int, interval: float)
     else:
         # It did not get as far as one poll of each wait.
         figures = {"start": end - cpu, "cpu": end - cpu, "polls": counter.done}
-    print(time.perf_counter() - start, os.times(), file=sys.stderr)
     watcher.cancel()
     gc.collect()
     figures["per_wait"] = (rss() - before) / waits
