@@ -184,6 +184,8 @@ def test_test_connection_with_a_host_that_is_no_api(connect: Any, emulator: Emul
     ok, message = connect({"host": emulator.base_url}).test_connection()
     assert not ok
     assert "an HTML page" in message
+    # A person waits for the answer: it is not asked for again and again.
+    assert emulator.request_counts == {"GET /user/info": 1}
 
 
 # Calls ------------------------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def fire(trigger: BatchTrigger) -> TriggerEvent:
     stored = BatchTrigger(**json.loads(json.dumps(arguments)))
 
     async def run() -> TriggerEvent:
-        events = [event async for event in stored.run()]
+        async with asyncio.timeout(30):
+            events = [event async for event in stored.run()]
         assert len(events) == 1
         return events[0]
 
