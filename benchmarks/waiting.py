@@ -268,7 +268,7 @@ async def run_side(name: str, url: str, waits: int, polls: int, interval: float)
     before = rss()
     lags: list[float] = []
     watcher = asyncio.ensure_future(watch_lag(lags))
-    start, cpu = time.perf_counter(), time.process_time()
+    cpu = time.process_time()
     tasks = [asyncio.ensure_future(wait(number)) for number in range(waits if name != "idle" else 1)]
     reached = asyncio.ensure_future(counter.reached.wait())
     await asyncio.wait([*tasks, reached], timeout=LIMIT, return_when="FIRST_COMPLETED")
