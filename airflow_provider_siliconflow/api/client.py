@@ -24,7 +24,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     SiliconFlowError,
 )
 from airflow_provider_siliconflow.api.models import Account, Batch, UploadedFile, strip_queries, strip_query
-from airflow_provider_siliconflow.api.protocol import CHUNK_SIZE, Call, ClientSettings
+from airflow_provider_siliconflow.api.protocol import CHUNK_SIZE, READ_SIZE, Call, ClientSettings
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.batch_files.sources import Source
@@ -321,7 +321,7 @@ class SiliconFlowClient:
 
     def _chunks(self, response: requests.Response) -> Iterator[bytes]:
         try:
-            yield from response.raw.stream(CHUNK_SIZE, decode_content=False)
+            yield from response.raw.stream(READ_SIZE, decode_content=False)
         except (urllib3.exceptions.HTTPError, OSError) as exc:
             raise self._no_answer(f"GET {strip_query(response.url)}", response.url, exc) from None
 

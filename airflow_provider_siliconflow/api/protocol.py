@@ -62,6 +62,8 @@ BACKOFF_LIMIT = 30.0
 PAGE_SIZE = 100
 #: Pieces in which files travel, in bytes.
 CHUNK_SIZE = 1 << 20
+#: Pieces in which result files are read, in bytes: larger ones are slower by a factor of four.
+READ_SIZE = 1 << 18
 
 _SUCCESS_CODE = "20000"
 _BALANCE_CODE = "30001"
