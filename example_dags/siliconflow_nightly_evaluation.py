@@ -11,6 +11,7 @@ requests, results and scored answers of each night are in a folder of their own.
 from __future__ import annotations
 
 import os
+import sys
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,13 @@ from airflow.providers.common.compat.sdk import DAG, Param, task
 
 from airflow_provider_siliconflow.operators.batch import RunBatchOperator
 
-QUESTIONS = Path(__file__).parent / "data" / "questions.jsonl"
+HERE = Path(__file__).parent
+QUESTIONS = HERE / "data" / "questions.jsonl"
+
+# For the tasks' imports from `evaluation`: not every Airflow has this folder on the path in each of its commands,
+# and none has when it lies below the DAG folder.
+if str(HERE) not in sys.path:
+    sys.path.append(str(HERE))
 
 MODELS = [
     "deepseek-ai/DeepSeek-R1",
