@@ -33,7 +33,7 @@ NEWEST = "3.3"
 TOOLS = {
     "test": ["pytest>=8", "pytest-mock", "hypothesis", "time-machine"],
     "lint": ["ruff==0.17.6", "mypy==2.4.1", "types-psutil", "types-requests"],
-    "s3": ["moto[server]", "s3fs", "boto3"],
+    "s3": ["moto[server]", "s3fs"],
 }
 
 

@@ -21,6 +21,7 @@ from airflow_provider_siliconflow.batch_files.requests import (
     read_rows,
 )
 from airflow_provider_siliconflow.batch_files.sources import ByteWriter, Directory, LineReader, Source
+from airflow_provider_siliconflow.batch_files.whole_file import make_folder
 
 #: Bytes of lines gathered before they are hashed and written: both cost by the call.
 _BLOCK_BYTES = 1 << 18
@@ -262,7 +263,7 @@ class ShardWriter:
                 self.add(line)
 
     def __enter__(self) -> ShardWriter:
-        self._work_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(self._work_dir)
         return self
 
     def __exit__(

@@ -55,9 +55,6 @@ class Directory(Protocol):
     def __truediv__(self, name: str, /) -> File:
         """Return the file ``name`` in this folder."""
 
-    def mkdir(self, *, parents: bool, exist_ok: bool) -> None:
-        """Create the folder."""
-
 
 class Digest(Protocol):
     """What of ``hashlib`` is needed here."""

@@ -13,6 +13,11 @@ from typing import Any, BinaryIO
 
 _BUFFER = 1 << 20
 
+#: Stores without folders. Where the others make one, these would make a bucket out of a misspelt name.
+_WITHOUT_FOLDERS = frozenset(
+    {"s3", "s3a", "s3n", "gs", "gcs", "abfs", "abfss", "adl", "az", "wasb", "oss", "r2"}
+)
+
 
 @contextlib.contextmanager
 def write_whole(target: Any) -> Iterator[BinaryIO]:
@@ -26,7 +31,7 @@ def write_whole(target: Any) -> Iterator[BinaryIO]:
     """
     local = local_path(target)
     if local is not None:
-        local.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(local.parent)
         part = local.with_name(f".{local.name}.{uuid.uuid4().hex}.part")
         try:
             with part.open("wb", buffering=_BUFFER) as stream:
@@ -40,6 +45,7 @@ def write_whole(target: Any) -> Iterator[BinaryIO]:
     with tempfile.NamedTemporaryFile(prefix="siliconflow-", buffering=_BUFFER) as temporary:
         yield temporary  # type: ignore[misc]
         temporary.flush()
+        make_folder(target.parent)
         target.fs.put_file(temporary.name, target.path)
 
 
@@ -47,6 +53,20 @@ def write_json(target: Any, value: Any) -> None:
     """Write ``value`` as readable JSON; the file appears only when it is whole."""
     with write_whole(target) as stream:
         stream.write(json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n")
+
+
+def make_folder(folder: Any) -> None:
+    """
+    Create a folder, and those above it, where there are folders.
+
+    :param folder: a ``pathlib.Path`` or an fsspec-backed path. Its own ``mkdir`` is no use: in Airflow 3 that of
+        an ``ObjectStoragePath`` goes past the connection, and so without its credentials.
+    """
+    local = local_path(folder)
+    if local is not None:
+        local.mkdir(parents=True, exist_ok=True)
+    elif folder.protocol not in _WITHOUT_FOLDERS:
+        folder.fs.makedirs(folder.path, exist_ok=True)
 
 
 def local_path(target: Any) -> Path | None:
