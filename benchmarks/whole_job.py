@@ -1,0 +1,240 @@
+"""
+A whole job, from rows to results: wall time, CPU and peak RSS, against the same job with stdlib json and one dict.
+
+    python benchmarks/whole_job.py --rows 100000 --models 2
+
+Both sides take the same file, cut it into shards of 5,000 rows, upload each shard once, run it over every model, wait,
+download what came of it and write the results of each model in the order of the rows. Ours also checks every row,
+survives a crash at any point and tells every row's outcome. The service is the package's emulator in a process of its
+own, with its clock sped up: the waiting takes next to no time, and most of the wall time of both sides is the
+emulator answering rows. So the CPU seconds of the side itself are what to compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SHARD_ROWS = 5000
+
+
+def write_input(path: Path, rows: int, chars: int) -> None:
+    text = ('The quick brown fox jumps over the "lazy" dog.\n' * (chars // 47 + 1))[:chars]
+    with path.open("w", encoding="utf-8") as out:
+        for row in range(rows):
+            messages = [{"role": "user", "content": f"{row} {text}"}]
+            body = {"model": "unset", "messages": messages, "max_tokens": 64}
+            line = {
+                "custom_id": f"request-{row}",
+                "method": "POST",
+                "url": "/v1/chat/completions",
+                "body": body,
+            }
+            out.write(json.dumps(line) + "\n")
+
+
+# The sides --------------------------------------------------------------------------------------------------
+
+
+def ours(source: Path, out: Path, url: str, models: list[str]) -> dict[str, int]:
+    from airflow_provider_siliconflow.api.client import SiliconFlowClient
+    from airflow_provider_siliconflow.api.protocol import ClientSettings
+    from airflow_provider_siliconflow.jobs.identity import Submitter
+    from airflow_provider_siliconflow.jobs.run import BatchRun, check_options
+    from airflow_provider_siliconflow.jobs.submission import Submission
+
+    options: dict[str, Any] = {
+        "model": None,
+        "models": models,
+        "completion_window": "24h",
+        "metadata": None,
+        "max_rows_per_batch": SHARD_ROWS,
+        "max_bytes_per_batch": 10**9,
+        "max_in_flight": None,
+        "max_row_attempts": 1,
+        "max_error_rate": None,
+        "prices": None,
+        "request_params": None,
+    }
+    with SiliconFlowClient(ClientSettings("sk-emulator", url)) as client:
+        run = BatchRun(
+            check_options(**options),
+            submitter=Submitter("dag", "run", "task", -1, 0),
+            client=client,
+            conn_id="siliconflow_default",
+            output_dir=out,
+            open_submission=lambda ledger: Submission(client, ledger=ledger, earlier_tries="none", since=0.0),
+            earlier_tries=False,
+        )
+        run.prepare(lambda: source, source.name)
+        while True:
+            while batch_ids := run.submit_due():
+                run.note(wait_for_all(batch_ids, client.get_batch))
+            if not run.merge():
+                break
+        manifest = run.finish()
+    return {"rows": manifest["rows"]["total"], "ok": manifest["rows"]["ok"]}
+
+
+def stdlib(source: Path, out: Path, url: str, models: list[str]) -> dict[str, int]:
+    import requests
+
+    session = requests.Session()
+    session.headers["Authorization"] = "Bearer sk-emulator"
+
+    def answer(method: str, path: str, **arguments: Any) -> Any:
+        found = session.request(method, f"{url}{path}", timeout=600, **arguments)
+        found.raise_for_status()
+        return found.json()
+
+    with source.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    batches: list[tuple[str, str]] = []
+    for first in range(0, len(rows), SHARD_ROWS):
+        data = "".join(json.dumps(row) + "\n" for row in rows[first : first + SHARD_ROWS]).encode()
+        file = answer("POST", "/files", data={"purpose": "batch"}, files={"file": ("shard.jsonl", data)})
+        for model in models:
+            request = {
+                "input_file_id": file["data"]["id"],
+                "endpoint": "/v1/chat/completions",
+                "completion_window": "24h",
+                "replace": {"model": model},
+            }
+            batches.append((model, answer("POST", "/batches", json=request)["id"]))
+    wait_for_all([batch_id for _, batch_id in batches], lambda one: Ended(answer("GET", f"/batches/{one}")))
+    results: dict[tuple[str, str], dict[str, Any]] = {}
+    for model, batch_id in batches:
+        batch = answer("GET", f"/batches/{batch_id}")
+        for name in ("output_file_id", "error_file_id"):
+            if batch[name]:
+                for line in requests.get(batch[name], timeout=600).content.splitlines():
+                    result = json.loads(line)
+                    results[model, result["custom_id"]] = result
+    ok = 0
+    for model in models:
+        folder = out / model.replace("/", "--")
+        folder.mkdir()
+        with (folder / "results.jsonl").open("w", encoding="utf-8") as file:
+            for row in rows:
+                result = results[model, row["custom_id"]]
+                ok += not result["error"]
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+    return {"rows": len(results), "ok": ok}
+
+
+class Ended:
+    """What of an answer tells whether a batch has ended."""
+
+    def __init__(self, batch: dict[str, Any]) -> None:
+        self.is_terminal = batch["status"] in ("completed", "failed", "expired", "cancelled")
+
+
+def wait_for_all(batch_ids: list[str], read: Any) -> list[Any]:
+    """Both sides wait alike: one look at each open batch every half a second."""
+    ended = []
+    while batch_ids:
+        looks = [(batch_id, read(batch_id)) for batch_id in batch_ids]
+        ended += [batch for _, batch in looks if batch.is_terminal]
+        batch_ids = [batch_id for batch_id, batch in looks if not batch.is_terminal]
+        if batch_ids:
+            time.sleep(0.5)
+    return ended
+
+
+SIDES = {"ours": ours, "json and a dict": stdlib}
+
+# Measuring --------------------------------------------------------------------------------------------------
+
+
+def run_side(name: str, source: Path, out: Path, url: str, models: list[str]) -> dict[str, Any]:
+    import requests  # noqa: F401
+
+    import airflow_provider_siliconflow.jobs.run  # noqa: F401
+
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, cpu = time.perf_counter(), time.process_time()
+    counts = SIDES[name](source, out, url, models)
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu": time.process_time() - cpu,
+        "rss": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024,
+        "counts": counts,
+    }
+
+
+def measure(name: str, source: Path, folder: Path, models: list[str]) -> dict[str, Any]:
+    out = folder / "out"
+    out.mkdir()
+    port_file = folder / "url"
+    command = [sys.executable, "-m", "airflow_provider_siliconflow.emulator", "--port", "0", "--quiet"]
+    command += ["--port-file", str(port_file), "--speed", "1000000"]
+    for model in models:
+        command += ["--model", f"{model}=1"]
+    emulator = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        while not port_file.exists() or not (url := port_file.read_text().strip()):
+            time.sleep(0.1)
+        command = [sys.executable, __file__, "--run", name, "--url", url]
+        command += ["--source", str(source), "--out", str(out), "--models", str(len(models))]
+        done = subprocess.run(command, capture_output=True, text=True)
+    finally:
+        emulator.terminate()
+        emulator.wait()
+        port_file.unlink(missing_ok=True)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr}")
+    for path in sorted(out.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    out.rmdir()
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--chars", type=int, default=300, help="characters of each prompt")
+    parser.add_argument("--models", type=int, default=2)
+    parser.add_argument("--folder", help="where to put the files (default: the temporary folder)")
+    parser.add_argument("--only", choices=SIDES)
+    parser.add_argument("--run", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--url", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    models = [f"benchmark/model-{number}" for number in range(options.models)]
+    if options.run:
+        print(json.dumps(run_side(options.run, options.source, options.out, options.url, models)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as parent:
+        folder = Path(parent)
+        source = folder / "requests.jsonl"
+        write_input(source, options.rows, options.chars)
+        print(f"{options.rows:,} rows, {source.stat().st_size / 1e6:,.0f} MB, over {options.models} models")
+        found = {}
+        for name in SIDES:
+            if options.only in (None, name):
+                run = found[name] = measure(name, source, folder, models)
+                print(
+                    f"{name:16} {run['seconds']:7.1f} s by the clock, {run['cpu']:7.1f} CPU seconds, "
+                    f"peak RSS {run['rss']:7.1f} MiB over the imports, {run['counts']['rows']:,} results"
+                )
+    if len(found) > 1:
+        first, second = found.values()
+        if first["counts"] != second["counts"]:
+            raise SystemExit(f"the sides disagree: {first['counts']} and {second['counts']}")
+        print(
+            f"ratios: {second['cpu'] / first['cpu']:.1f}x by CPU, {second['seconds'] / first['seconds']:.1f}x by the "
+            f"clock, {second['rss'] / max(first['rss'], 0.1):.1f}x by memory (goal: below 150 MiB in all at 1,000,000 "
+            "rows)"
+        )
+
+
+if __name__ == "__main__":
+    main()
