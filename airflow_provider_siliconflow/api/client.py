@@ -86,6 +86,8 @@ class SiliconFlowClient:
     def __init__(self, settings: ClientSettings) -> None:
         self.settings = settings
         self._session = requests.Session()
+        #: Whether the last listing of batches that was read to its end lacked older ones.
+        self.listing_cut = False
         _keep_queries_out_of_logs()
 
     def close(self) -> None:
@@ -187,6 +189,7 @@ class SiliconFlowClient:
         paging = protocol.BatchPaging()
         while not paging.done:
             yield from paging.take(self.call(paging.next_call()))
+        self.listing_cut = paging.cut
 
     def list_files(self) -> tuple[UploadedFile, ...]:
         """Return the account's batch input files."""

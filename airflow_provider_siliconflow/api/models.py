@@ -225,7 +225,7 @@ class Batch(_Model):
             items = items.get("data", [items])
         if items is None:
             return []
-        return [_as_sentence(item) for item in (items if isinstance(items, list) else [items])]
+        return [strip_queries(_as_sentence(item)) for item in (items if isinstance(items, list) else [items])]
 
     def to_json_dict(self) -> dict[str, Any]:
         """Return the batch as JSON types with signed URLs stripped of their query: safe for XCom and logs."""

@@ -345,6 +345,8 @@ class BatchPaging:
         self._seen: set[str] = set()
         self._cursor: str | None = None
         self.done = False
+        #: Whether there is more that the service does not hand out.
+        self.cut = False
 
     def next_call(self) -> Call[Page[Batch]]:
         """Build the call for the next page."""
@@ -357,6 +359,7 @@ class BatchPaging:
         if new:
             self._cursor = page.items[-1].id
         self.done = not (new and page.has_more)
+        self.cut = page.has_more and not new
         return new
 
 

@@ -59,6 +59,7 @@ class BatchFiles:
     :param round: 0 for the first attempt of the rows, 1 for the first retry and so on.
     :param shared: whether the batch also holds rows of other shards (a retry does), which are not foreign then.
     :param batch_id: for messages.
+    :param short: whether answers that were paid for are lacking: a row without a result is not sent again then.
     """
 
     output: Path | None
@@ -66,6 +67,7 @@ class BatchFiles:
     round: int = 0
     shared: bool = False
     batch_id: str | None = None
+    short: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ def merge_shard(
     for position, verdict in enumerate(index.verdicts):
         wanted = model or asked[position].body.model
         if count_row(verdict, wanted, rounds[verdict.batch] if verdict is not None else 0, tally):
-            retry[position] = 1
+            retry[position] = not (verdict is None and any(batch.short for batch in batches))
     if results is not None or errors is not None:
         _copy(asked, index, results, errors)
     return MergedShard(tally, retry)

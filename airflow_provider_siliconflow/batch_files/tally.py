@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+from airflow_provider_siliconflow.api.models import strip_queries
+
 #: Distinct error messages that are counted apart; the rest is counted together.
 MAX_MESSAGES = 200
 OTHER_MESSAGES = "(other messages)"
@@ -83,7 +85,8 @@ class ModelTally:
 
     def add_message(self, message: str, count: int = 1) -> None:
         """Count an error message; only so many different ones are told apart."""
-        message = message[:_MESSAGE_CHARACTERS]
+        # A row's error may name a signed URL of its prompt; this goes into XCom and logs.
+        message = strip_queries(message)[:_MESSAGE_CHARACTERS]
         if message not in self.messages and len(self.messages) >= MAX_MESSAGES:
             message = OTHER_MESSAGES
         self.messages[message] = self.messages.get(message, 0) + count

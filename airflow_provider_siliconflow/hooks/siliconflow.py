@@ -287,19 +287,19 @@ class SiliconFlowHook(BaseHook):
         :raises IncompleteResultsError: a file is cut, or holds fewer rows than the batch counts.
         """
         from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError
-        from airflow_provider_siliconflow.api.models import BatchResult
+        from airflow_provider_siliconflow.batch_files.verdicts import read_result
         from airflow_provider_siliconflow.jobs.downloads import KINDS, ResultFiles
 
         files = ResultFiles(self._client, batch if isinstance(batch, str) else batch.id)
         for kind in KINDS:
             for number, line in enumerate(files.lines(kind), start=1):
-                try:
-                    yield BatchResult.model_validate_json(line)
-                except ValueError as exc:
+                result = read_result(line)
+                if result is None:
                     raise IncompleteResultsError(
-                        f"Line {number} of the {kind} file of batch {files.batch.id} is not a result: {exc}",
+                        f"Line {number} of the {kind} file of batch {files.batch.id} is not a result",
                         batch_id=files.batch.id,
-                    ) from exc
+                    )
+                yield result
 
     def download_results(self, batch_id: str, output_dir: str | Path | ObjectStoragePath) -> dict[str, Any]:
         """

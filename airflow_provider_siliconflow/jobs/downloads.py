@@ -130,11 +130,13 @@ class ResultFiles:
             last = chunk[-1:]
         return lines + (last != b"\n")
 
-    def fetch(self, kind: Kind, path: Path) -> None:
+    def fetch(self, kind: Kind, path: Path) -> bool:
         """
         Download a result file; one that holds fewer rows than the batch counts is asked for again for a while.
 
         What the service has even then is all there is: the rows without a result count as missing.
+
+        :returns: whether rows are lacking.
         """
         counts = self.batch.request_counts
         promised = counts.completed if kind == "output" else 0
@@ -143,14 +145,14 @@ class ResultFiles:
             with path.open("wb") as target:
                 lines = self.copy(kind, target)
             if lines >= promised:
-                return
+                return False
             story = (
                 f"The {kind} file of batch {self.batch.id} has {lines} rows, but the batch counts {promised}"
             )
             pause = next(pauses, None)
             if pause is None:
                 log.warning("%s; the others count as missing", story)
-                return
+                return True
             log.warning("%s; downloading it again in %.0f s", story, pause)
             self._clock.sleep(pause)
             self._refresh(kind)
@@ -188,14 +190,15 @@ def downloaded(
     files = ResultFiles(api, batch_id, clock)
     with tempfile.TemporaryDirectory(prefix="siliconflow-") as folder:
         paths: dict[Kind, Path] = {}
+        short = False
         for kind in KINDS:
             if files.reference(kind) is not None:
                 paths[kind] = Path(folder) / f"{kind}.jsonl"
-                files.fetch(kind, paths[kind])
+                short |= files.fetch(kind, paths[kind])
         output, errors = paths.get("output"), paths.get("error")
         yield (
             files.batch,
-            BatchFiles(output, errors, round=number, shared=shared, batch_id=batch_id),
+            BatchFiles(output, errors, round=number, shared=shared, batch_id=batch_id, short=short),
         )
 
 

@@ -13,7 +13,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def check_options(
     for name in names:
         if not isinstance(name, str) or not name.strip():
             raise InvalidInputError(f"a model must be a name such as 'Qwen/Qwen3-32B'; got {name!r}")
-    if len(set(names)) != len(names):
+    if len({name.strip() for name in names}) != len(names):
         raise InvalidInputError(f"models names one twice: {names!r}")
     if models is not None and not names:
         raise InvalidInputError("models is empty; leave it out where the rows name their models")
@@ -166,7 +166,13 @@ class FolderLedger:
     def __init__(self, path: Any, *, complete: bool) -> None:
         self._path = path
         self.complete = complete
-        self.entries: dict[str, dict[str, Any]] = read_json(path) or {}
+        self.entries: dict[str, dict[str, Any]] = {}
+        try:
+            self.entries = read_json(path) or {}
+        except ValueError as exc:
+            # A store without atomic writes may leave a part of it: then the account is what is left to ask.
+            log.warning("%s is cut (%s); the account is searched for what was sent", path, exc)
+            self.complete = False
 
     def get(self, key: str) -> dict[str, Any] | None:
         """Return the entry of a key."""
@@ -247,13 +253,37 @@ class BatchRun:
         self._tallies: dict[int, ModelTally] = {}
         self._rounds: list[list[Piece]] = []
         self._cancels_late = False
+        self._stopped = False
 
     # Planning ---------------------------------------------------------------------------------------------
 
     def finished_before(self) -> dict[str, Any] | None:
         """Return the manifest when an earlier try of this job wrote it, having done everything else."""
-        manifest = read_json(self.output_dir / "manifest.json")
-        return manifest if manifest is not None and manifest.get("run") == self.key else None
+        manifest = self._manifest()
+        return manifest if manifest.get("run") == self.key else None
+
+    def _manifest(self) -> dict[str, Any]:
+        try:
+            return read_json(self.output_dir / "manifest.json") or {}
+        except ValueError as exc:
+            log.warning("%s/manifest.json is none of ours (%s); it will be replaced", self.output_dir, exc)
+            return {}
+
+    def _refuse_sibling(self) -> None:
+        """
+        Refuse to write over the results of another map index of the same task and run.
+
+        :raises InvalidInputError: they are there.
+        """
+        theirs, mine = self._manifest().get("task") or {}, asdict(self._submitter)
+        same = {"dag_id", "run_id", "task_id", "generation"}
+        if theirs.get("map_index") != mine["map_index"] and {n: theirs.get(n) for n in same} == {
+            n: mine[n] for n in same
+        }:
+            raise InvalidInputError(
+                f"output_dir: {self.output_dir} holds the results of map index {theirs['map_index']} of this task. "
+                "A mapped task needs a folder per map index, such as '.../{{ ti.map_index }}'"
+            )
 
     def prepare(self, requests: Callable[[], Any], name: str) -> None:
         """
@@ -263,16 +293,26 @@ class BatchRun:
         :param name: what messages call them.
         :raises InvalidRequestFileError: rows are wrong; nothing was uploaded.
         """
-        if read_json(self.output_dir / "manifest.json") is not None:
+        self._refuse_sibling()
+        if (manifest := self._manifest()) and manifest.get("unfinished") != self.key:
             log.warning("%s holds the results of another job; they will be replaced", self.output_dir)
         if read_json(self.folder / "plan.json") is None:
             split = plan(requests(), self.folder / "round-0", name=name, options=self.options)
-            write_json(self.folder / "plan.json", {"split": split.to_dict()})
-            known = not self._earlier_tries
+            write_json(
+                self.folder / "plan.json",
+                {
+                    "split": split.to_dict(),
+                    # What a batch is asked for is fixed here: a template such as now() renders anew at every
+                    # resumption, and the same work under another identity would be paid for again.
+                    "completion_window": self.options.completion_window,
+                    "metadata": dict(self.options.metadata),
+                    # An earlier try may have sent batches that this folder knows nothing of.
+                    "complete": not self._earlier_tries,
+                },
+            )
         else:
             log.info("Going on with the rows as an earlier try planned them")
-            known = True
-        self.open(complete=known)
+        self.open()
         log.info(
             "%d rows in %d shards over %s: %d batches, about %d prompt tokens each time",
             self.split.rows,
@@ -282,7 +322,7 @@ class BatchRun:
             self.split.prompt_tokens,
         )
 
-    def open(self, *, complete: bool = True) -> None:
+    def open(self) -> None:
         """
         Open a job that was prepared.
 
@@ -290,13 +330,23 @@ class BatchRun:
         """
         stored = read_json(self.folder / "plan.json")
         if stored is None:
-            raise InvalidInputError(
-                f"{self.folder} holds no plan any more: output_dir must stay as it is, and render the same, while "
-                "the task waits. The batches are untouched; a clear submits anew."
+            error = InvalidInputError(
+                f"{self.folder} holds no plan any more: output_dir must be seen by every worker, and render the "
+                "same, while the task waits; and the connection must keep its host. The batches are untouched. A "
+                "retry makes the plan anew, searches the account and adopts them; a clear would pay for all again."
             )
+            error.retryable = True
+            raise error
         self.split = Split.from_dict(stored["split"])
-        self.ledger = FolderLedger(self.folder / "ledger.json", complete=complete)
+        self.options = replace(
+            self.options,
+            completion_window=stored["completion_window"],
+            metadata=stored["metadata"],
+        )
+        self.ledger = FolderLedger(self.folder / "ledger.json", complete=stored["complete"])
         self._submission = self._open_submission(self.ledger)
+        if self._stopped:
+            self._submission.stop()
         self._rounds = [self._pieces(0, dict.fromkeys(self._model_numbers, self.split.shards))]
         while (planned := read_json(self.folder / f"round-{len(self._rounds)}.json")) is not None:
             shards = {int(i): tuple(map(Shard.from_dict, items)) for i, items in planned["shards"].items()}
@@ -346,7 +396,6 @@ class BatchRun:
                 input=shard.sha256,
                 completion_window=self.options.completion_window,
                 model=self.options.replacements[model],
-                metadata=dict(self.options.metadata),
                 round=number,
                 **self._where,
             ),
@@ -392,6 +441,12 @@ class BatchRun:
         :raises InsufficientBalanceError: the account is empty; what was submitted goes on, and a retry submits
             the rest.
         """
+        # What is adopted may have ended already, and makes room for more.
+        while self._submit_some():
+            pass
+        return self.open_batches
+
+    def _submit_some(self) -> bool:
         open_batches = self.open_batches
         limit = self.options.max_in_flight or len(self._current)
         waiting = [piece for piece in self._current if not self._batch_id(piece)]
@@ -402,17 +457,15 @@ class BatchRun:
             new = [key for key in keys if self.ledger.get(key) is None]
             self.ledger.update({key: {"intent": time.time()} for key in new})
             self._submission.announce(new)
-        for position, piece in enumerate(now):
+        for piece in now:
             try:
                 batch = self._submission.submit(self._work(piece, self._file_id(piece)))
             except InsufficientBalanceError as exc:
-                sent = len(open_batches) + position
-                if sent:
+                if sent := len(self.batch_ids):
                     log.error(
-                        "The account is empty with %d of %d batches submitted; those go on and are billed. Charge "
+                        "The account is empty with %d batches submitted; those go on and are billed. Charge "
                         "the account and let the task retry: it submits the rest only. A clear would pay for all.",
                         sent,
-                        len(self._current),
                     )
                     exc.retryable = True
                 raise
@@ -427,7 +480,7 @@ class BatchRun:
                 piece.round,
                 f", {self.options.replacements[piece.model]}" if self.options.models else "",
             )
-        return self.open_batches
+        return bool(now)
 
     def _work(self, piece: Piece, file_id: str) -> BatchWork:
         model = self.options.replacements[piece.model]
@@ -483,6 +536,7 @@ class BatchRun:
 
         Rows that may be answered another time go into it, as long as attempts are left and the account can pay.
         """
+        self._refuse_sibling()
         retries = {model: self._merge_model(model) for model in self._model_numbers}
         if len(self._rounds) >= self.options.max_row_attempts or not any(map(any, _flat(retries))):
             return False
@@ -576,7 +630,9 @@ class BatchRun:
             for piece in self._current
             if (ended := self._ended(piece)) and ended["status"] in DEAD_STATUSES
         ]
+        manifest["task"] = asdict(self._submitter)
         if dead:
+            manifest["unfinished"] = self.key
             write_json(self.output_dir / "manifest.json", manifest)
             said = [message for _, ended in dead for message in ended["errors"]]
             named = ", ".join(f"{batch_id} ({ended['status']})" for batch_id, ended in dead[:5])
@@ -611,10 +667,15 @@ class BatchRun:
         :param cancels: whether to cancel a batch that is being created right now, once its answer comes.
         :raises SiliconFlowError: the account cannot be searched; nothing is sent all the same.
         """
-        if not self._rounds:
-            return []
-        self._submission.stop()
+        self._stopped = True
         self._cancels_late = cancels
+        if not self._rounds:
+            # Ended before the folder was opened; an earlier try, or deferral, may have batches open all the same.
+            try:
+                self.open()
+            except InvalidInputError:
+                return []
+        self._submission.stop()
         unrecorded = [piece for piece in self._current if "intent" in (self.ledger.get(piece.work_key) or {})]
         found = self._submission.find(self._work(piece, "") for piece in unrecorded) if unrecorded else []
         return [*self.open_batches, *(batch.id for batch in found)]
@@ -722,14 +783,18 @@ def remove_tree(folder: Any) -> None:
     if local is not None:
         import shutil
 
-        shutil.rmtree(local)
+        try:
+            shutil.rmtree(local)
+        except OSError as exc:
+            log.warning("The job's folder %s is left behind: %s", folder, exc)
         with contextlib.suppress(OSError):
             local.parent.rmdir()
         return
     try:
         folder.fs.rm(folder.path, recursive=True)
-    except OSError as exc:
-        log.info("The job's folder %s is left behind: %s", folder, exc)
+    # Stores raise errors of their own kinds; all is done and paid for, and none of them may undo that.
+    except Exception as exc:  # noqa: BLE001
+        log.warning("The job's folder %s is left behind: %s", folder, exc)
 
 
 def _flat(retries: Mapping[int, Sequence[bytearray]]) -> Iterator[bytearray]:

@@ -132,6 +132,7 @@ class Submission:
         self._announced: set[str] = set()
         self._found: dict[str, list[Batch]] = {}
         self._seen: set[str] = set()
+        self._listing_cut = False
 
     def announce(self, keys: Iterable[str]) -> None:
         """Say of keys that the intents recorded for them are this try's own, and nothing was sent yet."""
@@ -261,6 +262,14 @@ class Submission:
                     return batch
             left = listed_at - self._listing_read_at
             if left <= 0:
+                if self._listing_cut:
+                    error = SubmissionUnknownError(
+                        f"The account lists its newest {len(self._seen)} batches only, and none is {work.label}: it "
+                        "may be an older one, paid for by an earlier try. Nothing was sent. Look on the console for "
+                        f"the metadata {WORK_KEY}={work.key}; clear the task where there is none."
+                    )
+                    error.retryable = True
+                    raise error
                 return None
             pause = min(next(pauses, LIST_LAG), left)
             log.info("No batch of an earlier try is listed; looking again in %.0f s, the list may lag", pause)
@@ -274,8 +283,10 @@ class Submission:
         twice, so that a search costs as few calls as there are new pages.
         """
         nothing_new, began = 0, self._clock.time()
+        reached_old = False
         for batch in self._api.list_batches():
             old = batch.created_at is not None and batch.created_at < self._since
+            reached_old |= old
             if old or batch.id in self._seen:
                 nothing_new += 1
                 if nothing_new >= protocol.PAGE_SIZE:
@@ -285,6 +296,8 @@ class Submission:
             self._seen.add(batch.id)
             if key := batch.metadata.get(WORK_KEY):
                 self._found.setdefault(key, []).append(batch)
+        else:
+            self._listing_cut = getattr(self._api, "listing_cut", False) and not reached_old
         self._listing_read_at = began
 
     # Files ------------------------------------------------------------------------------------------------
@@ -347,26 +360,39 @@ class Submission:
                     refusals += 1
                     delay = protocol.backoff_delay(refusals, exc, 15.0, 60.0)
                     if self._clock.time() + delay > give_up_at:
+                        if open_sends:
+                            raise _unknown(what, open_sends, exc) from exc
                         forget()
                         raise
                     log.warning("%s; nothing was created; sending it again in %.0f s", exc, delay)
                     self._clock.sleep(delay)
                     continue
                 if not protocol.leaves_effect_open(exc):
+                    if open_sends:
+                        # This send was refused, an earlier one may have counted and be listed late.
+                        raise _unknown(what, open_sends, exc) from exc
                     forget()
                     raise
                 open_sends += 1
                 log.warning("%s; it is open whether it counted, so the account is searched", exc)
-                found = find()
+                try:
+                    found = find()
+                except SiliconFlowError as unread:
+                    raise _unknown(what, open_sends, unread) from exc
                 if found is not None:
                     return found
                 if open_sends >= MAX_OPEN_SENDS:
-                    error = SubmissionUnknownError(
-                        f"{what} was sent {open_sends} times without a usable answer, and the account lists "
-                        f"nothing of it. A retry of this task searches the account before it sends again. "
-                        f"Last answer: {exc}"
-                    )
-                    # Unlike a bare call of the hook, a retry of this one knows how to look.
-                    error.retryable = True
-                    raise error from exc
+                    raise _unknown(what, open_sends, exc) from exc
                 log.warning("%s left nothing in the account; sending it again", what)
+
+
+def _unknown(what: str, sends: int, last: SiliconFlowError) -> SubmissionUnknownError:
+    """Return the error for an outcome that stays open."""
+    error = SubmissionUnknownError(
+        f"{what} was sent {sends} time(s) without a usable answer, and it may have counted: the account lists "
+        "nothing of it so far, or cannot be read. A retry of this task searches the account before it sends "
+        f"again; a clear would not, and might pay twice. Last answer: {last}"
+    )
+    # Unlike a bare call of the hook, a retry of this one knows how to look.
+    error.retryable = True
+    return error

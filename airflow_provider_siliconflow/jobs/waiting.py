@@ -27,6 +27,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     BatchPartialFailureError,
     BatchTimeoutError,
     BatchWaitError,
+    InvalidRequestError,
     NotFoundError,
     PermissionDeniedError,
     SiliconFlowError,
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 EXPIRY_MARGIN = 3600.0
 #: Seconds for which an unknown batch may be one that is not visible yet.
 NOT_FOUND_GRACE = 600.0
+#: Seconds for which a batch that was never read may be refused as an invalid request.
+REFUSED_GRACE = 3600.0
 #: Longest pause between two polls while the service fails, in seconds.
 FAULT_PAUSE_LIMIT = 600.0
 #: Polls of one wait that may be under way at once.
@@ -210,9 +213,10 @@ class BatchWait:
         """
         state = self._pending[batch_id]
         state.faults += 1
-        if isinstance(error, NotFoundError):
+        refused = isinstance(error, InvalidRequestError) and state.seen is None and self.deadline is None
+        if isinstance(error, NotFoundError) or refused:
             state.missing_since = state.missing_since or now
-            if now - state.missing_since >= NOT_FOUND_GRACE:
+            if now - state.missing_since >= (REFUSED_GRACE if refused else NOT_FOUND_GRACE):
                 raise BatchWaitError(
                     f"Batch {batch_id} is not known to this account: {error} Check the id, and that the "
                     "connection is the one the batch was created with.",

@@ -60,6 +60,18 @@ class SiliconFlowOperator(BaseOperator):
                     "Batch %s could not be cancelled; it may go on and be billed: %s", batch_id, exc
                 )
 
+    def cancelled_at_timeout(self, batch_ids: Sequence[str]) -> Exception:
+        """Cancel batches whose wait timed out, and return the error that says so."""
+        from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError
+
+        self.cancel_quietly(batch_ids)
+        return BatchTimeoutError(
+            f"The wait timed out and cancel_on_timeout is set: {', '.join(batch_ids[:10])} ({len(batch_ids)} in "
+            "all) were asked to be cancelled. Rows that are done are billed and can be downloaded for 30 days; a "
+            "retry submits the cancelled batches anew and pays for them again.",
+            batch_id=batch_ids[0] if batch_ids else None,
+        )
+
 
 def check_wait_arguments(*, poll_interval: Any, timeout: Any) -> None:
     """

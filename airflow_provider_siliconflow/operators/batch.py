@@ -194,6 +194,7 @@ class CreateBatchOperator(SiliconFlowOperator):
         self._submission: Submission | None = None
         self._work: BatchWork | None = None
         self._is_ended = False
+        self._killed = False
 
     def execute(self, context: Context) -> str:
         """Create the batch or adopt it, and wait if told to."""
@@ -254,6 +255,8 @@ class CreateBatchOperator(SiliconFlowOperator):
         client = self.hook.get_conn()
         submitter = submitter_of(context)
         submission = self._submission = open_submission(context, client)
+        if self._killed:
+            submission.stop()
         if self.input_path is not None:
             needs_model = not (replace or {}).get("model")
             if self.durable:
@@ -278,7 +281,7 @@ class CreateBatchOperator(SiliconFlowOperator):
                 endpoint=endpoint,
                 completion_window=window,
                 replace=replace,
-                metadata=metadata,
+                # Not the metadata: a time in it would make every try another piece of work.
                 conn_id=self.conn_id,
                 host=client.settings.base_url,
             ),
@@ -334,11 +337,11 @@ class CreateBatchOperator(SiliconFlowOperator):
         from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError
 
         if isinstance(error, BatchTimeoutError) and self.cancel_on_timeout and self.batch_id:
-            self.log.warning("The wait timed out and cancel_on_timeout is set")
-            self.cancel_quietly([self.batch_id])
+            raise self.cancelled_at_timeout([self.batch_id]) from error
 
     def on_kill(self) -> None:
         """Cancel the batch when the running task is ended from outside; in any case create none any more."""
+        self._killed = True
         if self._submission is not None:
             self._submission.stop()
         if not self.kill_cancels():

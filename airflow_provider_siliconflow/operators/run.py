@@ -162,10 +162,11 @@ class RunBatchOperator(SiliconFlowOperator):
             if manifest is not None:
                 self.log.info("An earlier try did everything but say so")
                 return self._judged(manifest, judge_run(manifest, options))
-            run.prepare(self._rows, self._requests_name())
-            run.set_deadline(None if self.timeout is None else time.time() + self.timeout)
-            run.revive()
-            return self._advance(context, run)
+            with self._paid_batches(run):
+                run.prepare(self._rows, self._requests_name())
+                run.set_deadline(None if self.timeout is None else time.time() + self.timeout)
+                run.revive()
+                return self._advance(context, run)
 
     def execute_complete(self, context: Context, event: Any = None) -> dict[str, Any]:
         """Resume after the trigger: note what ended, submit what is due, or finish."""
@@ -173,10 +174,11 @@ class RunBatchOperator(SiliconFlowOperator):
 
         with task_errors(fail_fast=self.fail_fast):
             run = self._run = self._open_run(context, self._options())
-            run.open()
-            with self._failed_waits(run):
-                run.note(read_event(event))
-            return self._advance(context, run)
+            with self._paid_batches(run):
+                run.open()
+                with self._failed_waits(run):
+                    run.note(read_event(event))
+                return self._advance(context, run)
 
     def _advance(self, context: Context, run: BatchRun) -> dict[str, Any]:
         from airflow_provider_siliconflow.jobs.run import judge_run
@@ -266,15 +268,39 @@ class RunBatchOperator(SiliconFlowOperator):
         return requests if isinstance(requests, str) and not requests.startswith("[") else "requests"
 
     @contextlib.contextmanager
+    def _paid_batches(self, run: BatchRun) -> Iterator[None]:
+        """
+        Leave every error to the task's retries once a batch is submitted, but for a verdict on the results.
+
+        Failing for good would leave a person nothing but a clear, which pays for every batch again.
+        """
+        from airflow_provider_siliconflow.api.exceptions import BatchPartialFailureError, SiliconFlowError
+
+        try:
+            yield
+        except BatchPartialFailureError:
+            raise
+        except SiliconFlowError as exc:
+            if not exc.retryable and (ids := run.batch_ids):
+                self.log.error(
+                    "%d batches are submitted (%s%s) and stay as they are. Mend what is wrong and let the task "
+                    "retry: it takes them up. A clear would pay for all again.",
+                    len(ids),
+                    ", ".join(ids[:5]),
+                    ", ..." if len(ids) > 5 else "",
+                )
+                exc.retryable = True
+            raise
+
+    @contextlib.contextmanager
     def _failed_waits(self, run: BatchRun) -> Iterator[None]:
         from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError, BatchWaitError
 
         try:
             yield
-        except BatchTimeoutError:
+        except BatchTimeoutError as exc:
             if self.cancel_on_timeout:
-                self.log.warning("The wait timed out and cancel_on_timeout is set")
-                self.cancel_quietly(run.open_batches)
+                raise self.cancelled_at_timeout(run.open_batches) from exc
             raise
         except BatchWaitError as exc:
             # Failing for good would leave a person nothing but a clear, which pays for every batch again.

@@ -79,6 +79,7 @@ class Job:
         self.emulator, self.folder, self.requests = emulator, folder, requests
         self.options = options(**changes)
         self.tries = 0
+        self.map_index = -1
         self.after: Callable[[str], None] = lambda _: None
 
     def _client(self) -> SiliconFlowClient:
@@ -102,7 +103,7 @@ class Job:
 
         run = BatchRun(
             self.options,
-            submitter=Submitter("dag", "run", "task", -1, 5),
+            submitter=Submitter("dag", "run", "task", self.map_index, 5),
             client=client,
             conn_id="c",
             output_dir=self.folder,
@@ -242,3 +243,52 @@ def test_a_dry_run_sends_nothing_and_prices_the_prompts(tmp_path: Path) -> None:
 def test_wrong_arguments_are_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidInputError, match=named):
         options(**changes)
+
+
+def test_metadata_that_renders_anew_pays_nothing_again(emulator: Emulator, tmp_path: Path) -> None:
+    job = Job(emulator, tmp_path, rows(10), models=MODELS[:1], metadata={"at": "first"})
+    job.after = fail_first_of(emulator)
+    with pytest.raises(BatchFailedError):
+        job.attempt()
+    job.options = options(models=MODELS[:1], metadata={"at": "second"})
+    job.attempt()
+    # The failed batch is the only one that was submitted again, and as it was first asked for.
+    assert posts(emulator) == (2, 3)
+    assert {batch["metadata"]["at"] for batch in emulator.service.state()["batches"]} == {"first"}
+
+
+def test_an_empty_account_after_batches_that_ended_leaves_a_retry(emulator: Emulator, tmp_path: Path) -> None:
+    job = Job(emulator, tmp_path, rows(15), models=MODELS[:1], max_in_flight=1)
+    emulator.faults.add("POST /batches:status=402,skip=2")
+    with pytest.raises(InsufficientBalanceError) as caught:
+        job.attempt()
+    assert caught.value.retryable
+    assert job.attempt()["rows"]["ok"] == 15
+    assert posts(emulator) == (3, 4)
+
+
+def test_a_batch_that_ended_before_it_was_adopted_makes_room(emulator: Emulator, tmp_path: Path) -> None:
+    job = Job(emulator, tmp_path, rows(15), models=MODELS[:1], max_in_flight=1)
+    died: list[str] = []
+
+    def die_once(name: str) -> None:
+        if name == "POST /batches" and not died:
+            died.append(name)
+            raise KeyboardInterrupt
+
+    job.after = die_once
+    with pytest.raises(KeyboardInterrupt):
+        job.attempt()
+    emulator.service.advance(10)
+    assert job.attempt()["rows"]["ok"] == 15
+    assert posts(emulator) == (3, 3)
+
+
+def test_map_indexes_do_not_write_over_each_other(emulator: Emulator, tmp_path: Path) -> None:
+    first, second = (Job(emulator, tmp_path, rows(3), models=MODELS[:1]) for _ in range(2))
+    first.map_index, second.map_index = 0, 1
+    first.attempt()
+    sent = posts(emulator)
+    with pytest.raises(InvalidInputError, match="results of map index 0"):
+        second.attempt()
+    assert posts(emulator) == sent
