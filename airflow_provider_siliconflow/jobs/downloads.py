@@ -16,7 +16,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     IncompleteResultsError,
     SiliconFlowError,
 )
-from airflow_provider_siliconflow.api.models import Batch, BatchResult, BatchStatus
+from airflow_provider_siliconflow.api.models import Batch, BatchResult, BatchStatus, strip_queries
 from airflow_provider_siliconflow.batch_files.manifest import (
     BatchSummary,
     ModelRun,
@@ -273,7 +273,8 @@ def commonest_error(api: ResultAPI, batch: Batch) -> str | None:
     messages: Counter[str] = Counter()
     try:
         for chunk in ResultFiles(api, batch.id, patience=()).lines("error"):
-            messages[BatchResult.model_validate_json(chunk).error_message or "no reason given"] += 1
+            said = BatchResult.model_validate_json(chunk).error_message or "no reason given"
+            messages[strip_queries(said)] += 1
     except (SiliconFlowError, ValueError) as exc:
         log.warning("The error file of batch %s cannot be read: %s", batch.id, exc)
     if not messages:
