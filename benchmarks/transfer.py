@@ -117,7 +117,9 @@ def measure(
         if direction == "upload":
             run(url, warm, len(BLOCK))
         else:
+            # Importing is no part of a transfer.
             __import__("requests")
+            __import__("airflow_provider_siliconflow.api.client")
     except ImportError as exc:
         results.put(str(exc))
         return
