@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 #: Cancellations under way; the event loop itself keeps only weak references to its tasks.
 _CANCELLATIONS: set[asyncio.Task[None]] = set()
 
-#: Seconds before the first poll. An event within about a second of the deferral can reach Airflow's scheduler
+#: Seconds before a trigger does anything. An event within about a second of the deferral can reach Airflow's scheduler
 #: before the end of the worker that deferred, and is then taken for a failure (seen on 3.3.2 under load).
 _FIRST_PAUSE = 3.0
 
-#: First polls a second. A triggerer that restarts starts all of its waits at once; without a limit their first
-#: polls would hold up its loop, and every other trigger in it.
-_FIRST_POLLS_PER_SECOND = 400
+#: Waits begun a second. A triggerer that restarts starts all of its waits at once; without a limit their connections
+#: and first polls would hold up its loop, and every other trigger in it.
+_BEGUN_PER_SECOND = 400
 
 #: How often a connection that cannot be read is tried again, and how many seconds apart.
 _CONNECTION_TRIES, _CONNECTION_PAUSE = 5, 15.0
@@ -93,10 +93,10 @@ class BatchTrigger(BaseTrigger):
         from airflow_provider_siliconflow.task_context import rendered_list
 
         batch_ids: list[str] = []
+        await _FIRST_PAUSES.pause()
         try:
             batch_ids = check_identifiers("batch_id", rendered_list(self.batch_id))
             self._settings = await self._read_connection()
-            await _FIRST_PAUSES.pause()
             self._wait = BatchWait(batch_ids, time.time(), self.poll_interval, self.deadline, self.wake_after)
             async with shared_client(self._settings) as client:
                 # Thousands of waits need one copy of it.
@@ -241,7 +241,7 @@ class BatchTrigger(BaseTrigger):
 
 
 class _FirstPauses:
-    """The pauses before first polls: the more waits start together, the longer the later ones."""
+    """The pauses before waits begin: the more start together, the longer the later ones."""
 
     def __init__(self) -> None:
         self._pausing = 0
@@ -249,7 +249,7 @@ class _FirstPauses:
     async def pause(self) -> None:
         self._pausing += 1
         try:
-            await asyncio.sleep(_FIRST_PAUSE + (self._pausing - 1) / _FIRST_POLLS_PER_SECOND)
+            await asyncio.sleep(_FIRST_PAUSE + (self._pausing - 1) / _BEGUN_PER_SECOND)
         finally:
             self._pausing -= 1
 
