@@ -63,7 +63,7 @@ PAGE_SIZE = 100
 #: Pieces in which files travel, in bytes.
 CHUNK_SIZE = 1 << 20
 #: Pieces in which result files are read, in bytes: larger ones are slower by a factor of four.
-READ_SIZE = 1 << 18
+READ_SIZE = 1 << 17
 
 _SUCCESS_CODE = "20000"
 _BALANCE_CODE = "30001"

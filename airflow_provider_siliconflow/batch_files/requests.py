@@ -11,10 +11,11 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, BinaryIO, Literal, NoReturn
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -36,6 +37,9 @@ METHOD = "POST"
 
 #: Problems collected before the search stops.
 MAX_PROBLEMS = 20
+
+#: Hashes of custom ids, of 8 bytes each, that one of 256 buckets holds before all of them go to disk.
+_BUCKET_HASHES = 512
 
 _CLOSING_BRACE, _QUOTE, _BRACKET, _NULL = b'}"[n'
 
@@ -171,29 +175,55 @@ class Problems:
 
 class CustomIdSet:
     """
-    Whether every ``custom_id`` of an input is unique, in 8 bytes a row.
+    Whether every ``custom_id`` of an input is unique, in memory that does not grow with the input.
 
-    Only hashes are kept. Equal hashes are a suspicion that :meth:`name_duplicates` settles with a second look
-    at the ids themselves.
+    Only hashes are kept, most of them in a temporary file. Equal hashes are a suspicion that
+    :meth:`name_duplicates` settles with a second look at the ids themselves.
     """
 
     def __init__(self) -> None:
         # Buckets, so that the search for equal hashes needs a set of one bucket at a time.
         self._buckets = tuple(array("q") for _ in range(256))
+        self._spilled: BinaryIO | None = None
+        #: For each time that the buckets were emptied into the file, where each of them begins there.
+        self._begins: list[list[int]] = []
 
     def add(self, custom_id: str) -> None:
         """Take in the ``custom_id`` of one more row."""
         hashed = hash(custom_id)
-        self._buckets[hashed & 255].append(hashed)
+        bucket = self._buckets[hashed & 255]
+        bucket.append(hashed)
+        if len(bucket) == _BUCKET_HASHES:
+            self._spill()
+
+    def _spill(self) -> None:
+        if self._spilled is None:
+            self._spilled = tempfile.TemporaryFile(prefix="siliconflow-")  # noqa: SIM115 - lives as long as the set
+        begins = []
+        for bucket in self._buckets:
+            begins.append(self._spilled.tell())
+            self._spilled.write(bucket)
+            del bucket[:]
+        self._begins.append([*begins, self._spilled.tell()])
+
+    def _hashes(self, number: int) -> array[int]:
+        """Return all hashes of one bucket."""
+        found = array("q", self._buckets[number])
+        for begins in self._begins:
+            assert self._spilled is not None
+            self._spilled.seek(begins[number])
+            found.frombytes(self._spilled.read(begins[number + 1] - begins[number]))
+        return found
 
     def suspects(self) -> set[int]:
         """Return the hashes that came more than once."""
         found: set[int] = set()
-        for bucket in self._buckets:
-            seen: set[int] = set()
-            if len(bucket) == len(set(bucket)):
+        for number in range(len(self._buckets)):
+            hashes = self._hashes(number)
+            if len(hashes) == len(set(hashes)):
                 continue
-            for hashed in bucket:
+            seen: set[int] = set()
+            for hashed in hashes:
                 (found if hashed in seen else seen).add(hashed)
         return found
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 import msgspec
@@ -34,8 +35,8 @@ from airflow_provider_siliconflow.batch_files.verdicts import (
 log = logging.getLogger(__name__)
 
 #: Bytes of result lines of one shard kept from the reading to the writing; what exceeds them is read again.
-_HELD_BYTES = 8 << 20
-_BLOCK_BYTES = 1 << 18
+_HELD_BYTES = 1 << 19
+_BLOCK_BYTES = 1 << 16
 
 _MISSING_ERROR = {"code": Outcome.MISSING.value, "message": "the service returned no result for this row"}
 
@@ -44,9 +45,42 @@ class _AskedBody(msgspec.Struct, gc=False):
     model: str | None = None
 
 
-class _Asked(msgspec.Struct, gc=False):
+class _AskedLine(msgspec.Struct, gc=False):
     custom_id: str
     body: _AskedBody
+
+
+class _AskedId(msgspec.Struct, gc=False):
+    custom_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """
+    The rows of a shard, in order.
+
+    :param ids: their custom ids.
+    :param models: the model that each row names; empty where one is asked of the whole batch.
+    """
+
+    ids: list[str]
+    models: list[str | None]
+
+    @classmethod
+    def read(cls, shard: Source, *, with_models: bool) -> _Asked:
+        asked = cls([], [])
+        add_id, add_model = asked.ids.append, asked.models.append
+        kind: type[Any] = _AskedLine if with_models else _AskedId
+        decode: Callable[[bytes], Any] = msgspec.json.Decoder(kind).decode
+        with shard.open("rb") as stream:
+            for line in LineReader(stream):
+                # A shard's lines were checked when it was written.
+                row = decode(line or b"")
+                add_id(row.custom_id)
+                if with_models:
+                    model = row.body.model
+                    add_model(model and intern(model))
+        return asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,23 +145,21 @@ def merge_shard(
     :raises IncompleteResultsError: a result file holds a line that is none (the download was cut, or it is
         not a result file).
     """
-    with shard.open("rb") as stream:
-        decode = msgspec.json.Decoder(_Asked).decode
-        asked = [decode(line or b"") for line in LineReader(stream)]
-    tally = ModelTally(rows=len(asked))
-    index = _Index(asked, tally, held=_HELD_BYTES if results is not None or errors is not None else 0)
+    asked = _Asked.read(shard, with_models=model is None)
+    tally = ModelTally(rows=len(asked.ids))
+    index = _Index(asked.ids, tally, held=_HELD_BYTES if results is not None or errors is not None else 0)
     for number, batch in enumerate(batches):
         for path in (batch.output, batch.errors):
             if path is not None:
                 index.read(path, number, batch)
-    retry = bytearray(len(asked))
+    retry = bytearray(len(asked.ids))
     rounds = [batch.round for batch in batches]
     for position, verdict in enumerate(index.verdicts):
-        wanted = model or asked[position].body.model
+        wanted = model or asked.models[position]
         if count_row(verdict, wanted, rounds[verdict.batch] if verdict is not None else 0, tally):
             retry[position] = not (verdict is None and any(batch.short for batch in batches))
     if results is not None or errors is not None:
-        _copy(asked, index, results, errors)
+        _copy(asked.ids, index, results, errors)
     return MergedShard(tally, retry)
 
 
@@ -135,21 +167,23 @@ class _Index:
     """
     The verdict that holds for each row of a shard, and where its line stands.
 
-    :param asked: the rows.
+    :param ids: custom ids of the rows.
     :param tally: takes what is known while reading: what was billed, duplicates and foreign lines.
     :param held: bytes of result lines that may be kept in memory.
     """
 
-    def __init__(self, asked: Sequence[_Asked], tally: ModelTally, *, held: int) -> None:
-        self.verdicts: list[Verdict | None] = [None] * len(asked)
+    def __init__(self, ids: Sequence[str], tally: ModelTally, *, held: int) -> None:
+        self.verdicts: list[Verdict | None] = [None] * len(ids)
         self.files: list[Path] = []
-        self._positions = {row.custom_id: position for position, row in enumerate(asked)}
+        self._ids = ids
+        self._positions = {custom_id: position for position, custom_id in enumerate(ids)}
         self._tally = tally
         self._budget = held
 
     def read(self, path: Path, number: int, batch: BatchFiles) -> None:
         """Take in one file of the batch that is the ``number``-th."""
         tally, verdicts, positions, budget = self._tally, self.verdicts, self._positions, self._budget
+        ids = self._ids
         file = len(self.files)
         self.files.append(path)
         offset = duplicates = prompt = completion = reasoning = total = 0
@@ -176,6 +210,8 @@ class _Index:
                 reasoning += verdict.reasoning
                 total += verdict.total
                 if before is None or before.outcome is not Outcome.OK or verdict.outcome is Outcome.OK:
+                    # Thousands of them are kept, and need no copies of what they share.
+                    verdict.custom_id = ids[position]
                     verdict.batch = number
                     verdict.file = file
                     verdict.offset = start
@@ -247,16 +283,14 @@ def count_row(verdict: Verdict | None, model: str | None, round: int, tally: Mod
     return worth_retrying(verdict.outcome, code=code, message=message, status=status)
 
 
-def _copy(
-    asked: Sequence[_Asked], index: _Index, results: ByteWriter | None, errors: ByteWriter | None
-) -> None:
+def _copy(ids: Sequence[str], index: _Index, results: ByteWriter | None, errors: ByteWriter | None) -> None:
     with ExitStack() as opened:
         descriptors = [opened.enter_context(path.open("rb")).fileno() for path in index.files]
         to_results = LineBlock(results)
         to_errors = LineBlock(errors)
-        for row, verdict in zip(asked, index.verdicts, strict=True):
+        for custom_id, verdict in zip(ids, index.verdicts, strict=True):
             if verdict is None:
-                line = _missing_line(row.custom_id)
+                line = _missing_line(custom_id)
             elif verdict.line is not None:
                 line = verdict.line
             else:

@@ -24,7 +24,7 @@ from airflow_provider_siliconflow.batch_files.sources import ByteWriter, Directo
 from airflow_provider_siliconflow.batch_files.whole_file import make_folder
 
 #: Bytes of lines gathered before they are hashed and written: both cost by the call.
-_BLOCK_BYTES = 1 << 18
+_BLOCK_BYTES = 1 << 16
 
 #: Lines handed to the writer at once, for the same reason.
 _LINES_AT_ONCE = 64

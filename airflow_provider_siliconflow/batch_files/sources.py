@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
 #: Bytes asked for in one read: large enough for object stores, small enough not to matter in memory.
-CHUNK_BYTES = 1 << 18
+CHUNK_BYTES = 1 << 16
 
 #: Bytes of the longest line that is held in memory. No model's context takes a longer request; a file without
 #: any line end (a Parquet file given by mistake) must not fill the worker.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from sys import intern
 from typing import Any
 
 import msgspec
@@ -150,7 +151,8 @@ def read_verdict(line: bytes) -> Verdict | None:
     content = choice.message.content
     # Only a short text can be blank in earnest.
     empty = len(content) < 64 and _is_blank(msgspec.json.decode(content))
-    verdict = Verdict(answered.custom_id, outcome, choice.finish_reason, body.model, empty)
+    reason, model = choice.finish_reason, body.model
+    verdict = Verdict(answered.custom_id, outcome, reason and intern(reason), model and intern(model), empty)
     usage = body.usage
     if usage is not None:
         verdict.prompt = usage.prompt_tokens or 0

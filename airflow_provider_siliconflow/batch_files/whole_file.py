@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_BUFFER = 1 << 20
+#: What is written comes in larger blocks, and those pass a small buffer by.
+_BUFFER = 1 << 16
 
 #: Stores without folders. Where the others make one, these would make a bucket out of a misspelt name.
 _WITHOUT_FOLDERS = frozenset(

@@ -315,9 +315,20 @@ def progress_line(batch: Batch, now: float) -> str:
 # What a trigger tells the task. The payload holds all that is needed: the task that resumes is a new object.
 
 
-def ended_event(batches: Iterable[Batch]) -> dict[str, Any]:
-    """Return the payload of a wait that reached its goal."""
-    return {"status": "ended", "batches": [batch.to_json_dict() for batch in batches]}
+def ended_event(batches: Iterable[Batch], *, brief: bool = False) -> dict[str, Any]:
+    """
+    Return the payload of a wait that reached its goal.
+
+    :param brief: leave out what a job of many batches does not ask for: a payload travels through Airflow's
+        database and stays in the worker's memory.
+    """
+    found = (batch.to_json_dict() for batch in batches)
+    if brief:
+        found = ({name: batch[name] for name in _BRIEF} for batch in found)
+    return {"status": "ended", "batches": list(found)}
+
+
+_BRIEF = ("id", "status", "request_counts", "errors")
 
 
 def error_event(error: SiliconFlowError, batch_ids: Sequence[str]) -> dict[str, Any]:

@@ -216,6 +216,7 @@ class RunBatchOperator(SiliconFlowOperator):
                 deadline=run.deadline,
                 cancel_on_kill=self.cancel_on_kill,
                 wake_after=enough,
+                brief=True,
             ),
             method_name="execute_complete",
             # Without a deadline of its own the trigger stops an hour after the batches expire.

@@ -45,6 +45,7 @@ class BatchTrigger(BaseTrigger):
     :param wake_after: how many ended batches end the wait; by default all. Those still open are not in the event.
     :param end_in_trigger: whether to end the task right here, without a worker, when every row of every batch
         succeeded.
+    :param brief: whether the event holds of each batch only its id, status, counts and errors.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class BatchTrigger(BaseTrigger):
         cancel_on_kill: bool = False,
         end_in_trigger: bool = False,
         wake_after: int | None = None,
+        brief: bool = False,
     ) -> None:
         super().__init__()
         self.batch_id = batch_id if batch_ids is None else list(batch_ids)
@@ -67,6 +69,7 @@ class BatchTrigger(BaseTrigger):
         self.cancel_on_kill = cancel_on_kill
         self.end_in_trigger = end_in_trigger
         self.wake_after = wake_after
+        self.brief = brief
         self._settings: ClientSettings | None = None
         self._wait: BatchWait | None = None
 
@@ -82,6 +85,7 @@ class BatchTrigger(BaseTrigger):
                 "cancel_on_kill": self.cancel_on_kill,
                 "end_in_trigger": self.end_in_trigger,
                 "wake_after": self.wake_after,
+                "brief": self.brief,
             },
         )
 
@@ -110,7 +114,7 @@ class BatchTrigger(BaseTrigger):
             self.log.info("Every row succeeded; the task ends here, without a worker")
             yield TaskSuccessEvent()
             return
-        yield TriggerEvent(ended_event(batches))
+        yield TriggerEvent(ended_event(batches, brief=self.brief))
 
     async def _read_connection(self) -> ClientSettings:
         """Read the connection once; Airflow's own API may be away for a moment."""

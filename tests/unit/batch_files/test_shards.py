@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError, InvalidRequestFileError
+from airflow_provider_siliconflow.batch_files import requests as requests_module
 from airflow_provider_siliconflow.batch_files.shards import (
     Shard,
     Split,
@@ -88,6 +89,22 @@ def test_a_custom_id_is_unique_over_all_shards_numbered_ones_included(tmp_path):
         (7, "id-0", "line 1 "),
         (8, "id-1", "line 2 "),
     ]
+
+
+@given(st.lists(st.integers(0, 25), min_size=1, max_size=19), st.integers(1, 4))
+def test_repeated_custom_ids_are_named_whether_their_hashes_are_in_memory_or_on_disk(
+    tmp_path_factory, numbers, held
+):
+    rows = [{"custom_id": str(number), "messages": prompts(1)[0]["messages"]} for number in numbers]
+    repeated = [line for line, number in enumerate(numbers, 1) if number in numbers[: line - 1]]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(requests_module, "_BUCKET_HASHES", held)
+        found = []
+        try:
+            split_requests(rows, tmp_path_factory.mktemp("ids"), name="rows")
+        except InvalidRequestFileError as refused:
+            found = [problem.line for problem in refused.problems]
+    assert found == repeated
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
