@@ -50,7 +50,8 @@ class SiliconFlowBatchDecoratedOperator(DecoratedOperator, RunBatchOperator):
         op_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        kwargs.pop("multiple_outputs", None)
+        if kwargs.pop("multiple_outputs", None):
+            raise ValueError("multiple_outputs is not for @task.siliconflow_batch: its manifest is one value")
         super().__init__(
             python_callable=python_callable,
             op_args=op_args,

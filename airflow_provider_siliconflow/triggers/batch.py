@@ -25,8 +25,8 @@ _FIRST_PAUSE = 3.0
 #: and first polls would hold up its loop, and every other trigger in it.
 _BEGUN_PER_SECOND = 400
 
-#: How often a connection that cannot be read is tried again, and how many seconds apart.
-_CONNECTION_TRIES, _CONNECTION_PAUSE = 5, 15.0
+#: Seconds after which a connection that Airflow could not hand out is read again: at first, and at most.
+_CONNECTION_PAUSE, _LONGEST_CONNECTION_PAUSE = 5.0, 300.0
 
 
 class BatchTrigger(BaseTrigger):
@@ -45,6 +45,7 @@ class BatchTrigger(BaseTrigger):
     :param wake_after: how many ended batches end the wait; by default all. Those still open are not in the event.
     :param end_in_trigger: whether to end the task right here, without a worker, when every row of every batch
         succeeded.
+    :param began: epoch seconds at which the task began to wait; a triggerer that restarts does not start it anew.
     :param brief: whether the event holds of each batch only its id, status, counts and errors.
     """
 
@@ -59,6 +60,7 @@ class BatchTrigger(BaseTrigger):
         cancel_on_kill: bool = False,
         end_in_trigger: bool = False,
         wake_after: int | None = None,
+        began: float | None = None,
         brief: bool = False,
     ) -> None:
         super().__init__()
@@ -69,6 +71,7 @@ class BatchTrigger(BaseTrigger):
         self.cancel_on_kill = cancel_on_kill
         self.end_in_trigger = end_in_trigger
         self.wake_after = wake_after
+        self.began = began
         self.brief = brief
         self._settings: ClientSettings | None = None
         self._wait: BatchWait | None = None
@@ -85,6 +88,7 @@ class BatchTrigger(BaseTrigger):
                 "cancel_on_kill": self.cancel_on_kill,
                 "end_in_trigger": self.end_in_trigger,
                 "wake_after": self.wake_after,
+                "began": self.began,
                 "brief": self.brief,
             },
         )
@@ -94,14 +98,16 @@ class BatchTrigger(BaseTrigger):
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
         from airflow_provider_siliconflow.api.protocol import check_identifiers
         from airflow_provider_siliconflow.jobs.waiting import BatchWait, ended_event, error_event, is_flawless
-        from airflow_provider_siliconflow.task_context import rendered_list
+        from airflow_provider_siliconflow.templating import rendered_list
 
         batch_ids: list[str] = []
         await _FIRST_PAUSES.pause()
         try:
             batch_ids = check_identifiers("batch_id", rendered_list(self.batch_id))
             self._settings = await self._read_connection()
-            self._wait = BatchWait(batch_ids, time.time(), self.poll_interval, self.deadline, self.wake_after)
+            self._wait = BatchWait(
+                batch_ids, time.time(), self.poll_interval, self.deadline, self.wake_after, self.began
+            )
             async with shared_client(self._settings) as client:
                 # Thousands of waits need one copy of it.
                 self._settings = client.settings
@@ -121,10 +127,11 @@ class BatchTrigger(BaseTrigger):
         from airflow.providers.common.compat.connection import get_async_connection, get_async_extra_dejson
         from airflow.providers.common.compat.sdk import AirflowNotFoundException
 
-        from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+        from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError, InvalidInputError
         from airflow_provider_siliconflow.hooks.siliconflow import settings_from_connection
 
-        for attempt in range(1, _CONNECTION_TRIES + 1):
+        pause = _CONNECTION_PAUSE
+        while True:
             try:
                 connection = await get_async_connection(self.conn_id)
                 extra = await get_async_extra_dejson(connection)
@@ -132,13 +139,18 @@ class BatchTrigger(BaseTrigger):
                 raise InvalidInputError(f"connection {self.conn_id!r} is not defined: {exc}") from exc
             except Exception as exc:
                 # Whatever kept Airflow from answering, a wait of days must not end by it.
-                if attempt == _CONNECTION_TRIES:
-                    raise
-                self.log.warning("Reading connection %r failed (%s); trying again", self.conn_id, exc)
-                await asyncio.sleep(_CONNECTION_PAUSE)
+                if self.deadline is not None and time.time() >= self.deadline:
+                    raise BatchTimeoutError(
+                        f"The wait ended at its deadline: connection {self.conn_id!r} could not be read ({exc}). The "
+                        "batches are untouched."
+                    ) from exc
+                self.log.warning(
+                    "Reading connection %r failed (%s); trying again in %.0f s", self.conn_id, exc, pause
+                )
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_CONNECTION_PAUSE)
             else:
                 return settings_from_connection(connection, extra)
-        raise AssertionError("unreachable")
 
     async def _until_ended(self, wait: BatchWait, client: AsyncSiliconFlowClient) -> None:
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
@@ -179,15 +191,18 @@ class BatchTrigger(BaseTrigger):
         await asyncio.shield(task)
 
     async def _cancel_if_killed(self) -> None:
+        from asgiref.sync import sync_to_async
+
         from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
         from airflow_provider_siliconflow.api.protocol import check_identifiers
-        from airflow_provider_siliconflow.task_context import rendered_list
+        from airflow_provider_siliconflow.task_context import task_state
+        from airflow_provider_siliconflow.templating import rendered_list
 
         batch_ids = check_identifiers("batch_id", rendered_list(self.batch_id))
         open_ids = [one for one in batch_ids if self._wait is None or one not in self._wait.ended]
         try:
-            state = await self._task_state()
+            state = await sync_to_async(task_state)(self.task_instance)
             # After a clear the next try may be deferred already, over other batches than these.
             current = await self._batches_of_task() if state == "deferred" else set()
             # Ended in its first seconds, the wait may not have got as far as reading its connection.
@@ -228,20 +243,6 @@ class BatchTrigger(BaseTrigger):
             )
             pushed.update([value] if isinstance(value, str) else value or ())
         return pushed or None
-
-    async def _task_state(self) -> str | None:
-        from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
-        from asgiref.sync import sync_to_async
-
-        ti = self.task_instance
-        states = await sync_to_async(RuntimeTaskInstance.get_task_states)(
-            dag_id=ti.dag_id, task_ids=[ti.task_id], run_ids=[ti.run_id], map_index=ti.map_index
-        )
-        by_task = states.get(ti.run_id) or {}
-        # A mapped task is answered under "task_id_<map index>".
-        name = ti.task_id if ti.map_index is None or ti.map_index < 0 else f"{ti.task_id}_{ti.map_index}"
-        state = by_task.get(name, by_task.get(ti.task_id))
-        return None if state is None else str(getattr(state, "value", state))
 
 
 class _FirstPauses:
