@@ -77,6 +77,10 @@ class SiliconFlowBatchDecoratedOperator(DecoratedOperator, RunBatchOperator):
         rows = self.python_callable(*self.op_args, **kwargs)
         return open_source(rows) if isinstance(rows, str) else rows
 
+    def lineage_input(self) -> Any:
+        """Return nothing: the rows come from a function."""
+        return None
+
     def _requests_name(self) -> str:
         return f"what {self.python_callable.__name__}() returned"
 

@@ -43,7 +43,33 @@ class SiliconFlowOperator(BaseOperator):
         return SiliconFlowHook(conn_id=self.conn_id)
 
 
-class SubmittingOperator(SiliconFlowOperator):
+class FileOperator(SiliconFlowOperator):
+    """What the operators share that read a request file or write result files: they tell OpenLineage of them."""
+
+    #: What the task made, once it did; also where it fails by its verdict on it.
+    _manifest: dict[str, Any] | None = None
+
+    def lineage_input(self) -> Any:
+        """Return the request file, or ``None``."""
+        return None
+
+    def get_openlineage_facets_on_start(self) -> Any:
+        """Return the request file."""
+        from airflow_provider_siliconflow.lineage import lineage
+
+        return lineage(self.lineage_input())
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
+        """Return the request file and the result files."""
+        from airflow_provider_siliconflow.lineage import lineage
+
+        return lineage(self.lineage_input(), self._manifest)
+
+    #: A task that fails by its verdict on the rows has written them.
+    get_openlineage_facets_on_failure = get_openlineage_facets_on_complete
+
+
+class SubmittingOperator(FileOperator):
     """
     What the operators share that pay for batches and wait for them.
 

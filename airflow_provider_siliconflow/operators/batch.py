@@ -13,6 +13,7 @@ from airflow.providers.common.compat.sdk import conf
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.operators.base import (
     DEFERRAL_BACKSTOP,
+    FileOperator,
     SiliconFlowOperator,
     SubmittingOperator,
     finish_batch,
@@ -51,7 +52,7 @@ __all__ = [
 ]
 
 
-class UploadBatchFileOperator(SiliconFlowOperator):
+class UploadBatchFileOperator(FileOperator):
     """
     Check a batch input file and upload it once; a retry finds the file that an earlier try uploaded.
 
@@ -67,6 +68,10 @@ class UploadBatchFileOperator(SiliconFlowOperator):
     def __init__(self, *, input_path: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.input_path = input_path
+
+    def lineage_input(self) -> Any:
+        """Return the file."""
+        return self.input_path
 
     def execute(self, context: Context) -> str:
         """Upload, and return the file id."""
@@ -205,6 +210,10 @@ class CreateBatchOperator(SubmittingOperator):
         self._submission: Submission | None = None
         self._work: BatchWork | None = None
         self._is_ended = False
+
+    def lineage_input(self) -> Any:
+        """Return the file, where the operator uploads one."""
+        return self.input_path
 
     def execute(self, context: Context) -> str:
         """Create the batch or adopt it, and wait if told to."""
@@ -397,7 +406,7 @@ class CreateBatchOperator(SubmittingOperator):
             self.cancel([batch_id])
 
 
-class DownloadBatchResultsOperator(SiliconFlowOperator):
+class DownloadBatchResultsOperator(FileOperator):
     """
     Download the results of an ended batch: completed, expired or cancelled.
 
@@ -425,7 +434,7 @@ class DownloadBatchResultsOperator(SiliconFlowOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         """Download, and return the manifest."""
         with task_errors(fail_fast=self.fail_fast):
-            manifest = self.hook.download_results(self.batch_id, self.output_dir)
+            manifest = self._manifest = self.hook.download_results(self.batch_id, self.output_dir)
             if self.fail_on_partial_error:
                 from airflow_provider_siliconflow.jobs.downloads import refuse_partial
 

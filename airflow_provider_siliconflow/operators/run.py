@@ -163,10 +163,14 @@ class RunBatchOperator(SubmittingOperator):
         self.plans_only = dry_run
         self._run: BatchRun | None = None
 
+    def lineage_input(self) -> Any:
+        """Return the rows' file, where they come from one."""
+        return self.requests
+
     def execute(self, context: Context) -> dict[str, Any]:
         """Plan, submit and wait; or take up what an earlier try left."""
         from airflow_provider_siliconflow.api.exceptions import NoRowsError
-        from airflow_provider_siliconflow.jobs.run import estimate, judge_run
+        from airflow_provider_siliconflow.jobs.run import estimate
 
         self._ti = context["ti"]
         with task_errors(fail_fast=self.fail_fast):
@@ -181,7 +185,7 @@ class RunBatchOperator(SubmittingOperator):
                 manifest = run.finished_before()
                 if manifest is not None:
                     self.log.info("An earlier try did everything but say so")
-                    return self._judged(manifest, judge_run(manifest, options))
+                    return self._judged(manifest, options)
                 with self._paid_batches(run):
                     run.prepare(self._rows, self._requests_name())
                     run.set_deadline(None if timeout is None else time.time() + timeout)
@@ -205,8 +209,6 @@ class RunBatchOperator(SubmittingOperator):
                 return self._advance(context, run)
 
     def _advance(self, context: Context, run: BatchRun) -> dict[str, Any]:
-        from airflow_provider_siliconflow.jobs.run import judge_run
-
         poll_interval, _ = self.wait_arguments()
         while True:
             while open_batches := run.submit_due():
@@ -221,11 +223,13 @@ class RunBatchOperator(SubmittingOperator):
                 run.note(ended)
             if not run.merge():
                 break
-        manifest = run.finish()
-        return self._judged(manifest, judge_run(manifest, run.options))
+        return self._judged(run.finish(), run.options)
 
-    def _judged(self, manifest: dict[str, Any], warning: str | None) -> dict[str, Any]:
-        if warning:
+    def _judged(self, manifest: dict[str, Any], options: RunOptions) -> dict[str, Any]:
+        from airflow_provider_siliconflow.jobs.run import judge_run
+
+        self._manifest = manifest
+        if warning := judge_run(manifest, options):
             self.log.warning("%s", warning)
         return manifest
 
