@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -262,53 +263,33 @@ class _FirstPauses:
 _FIRST_PAUSES = _FirstPauses()
 
 
-class _SharedClients:
-    """One client per event loop and connection, for as long as anybody waits over it."""
-
-    def __init__(self) -> None:
-        self._open: dict[tuple[Any, ...], tuple[AsyncSiliconFlowClient, int]] = {}
-
-    def acquire(self, key: tuple[Any, ...], settings: ClientSettings) -> AsyncSiliconFlowClient:
-        from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
-
-        client, users = self._open.get(key) or (AsyncSiliconFlowClient(settings), 0)
-        self._open[key] = (client, users + 1)
-        return client
-
-    async def release(self, key: tuple[Any, ...]) -> None:
-        client, users = self._open[key]
-        if users > 1:
-            self._open[key] = (client, users - 1)
-            return
-        del self._open[key]
-        await client.close()
+#: One client per event loop and connection, and how many waits use it.
+_CLIENTS: dict[tuple[int, str], tuple[AsyncSiliconFlowClient, int]] = {}
 
 
-_CLIENTS = _SharedClients()
-
-
-class shared_client:  # noqa: N801 - it is used like a function
+@contextlib.asynccontextmanager
+async def shared_client(settings: ClientSettings) -> AsyncIterator[AsyncSiliconFlowClient]:
     """
-    Share one client among all waits of this event loop over the same connection.
+    Share one client among all waits of this event loop over the same connection; the last one closes it.
 
     A client per trigger would cost some 800 KiB each, and a TLS handshake per poll.
 
     :param settings: the connection.
     """
+    from dataclasses import replace
 
-    def __init__(self, settings: ClientSettings) -> None:
-        from dataclasses import replace
+    from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
 
-        # The wait itself is the retry: a client that repeats calls of its own would only hide what happens.
-        self._settings = replace(settings, max_retries=0)
-
-    async def __aenter__(self) -> AsyncSiliconFlowClient:
-        """Return the shared client."""
-        self._key = (id(asyncio.get_running_loop()), self._settings.fingerprint)
-        client = _CLIENTS.acquire(self._key, self._settings)
-        self._settings = client.settings
-        return client
-
-    async def __aexit__(self, *_: object) -> None:
-        """Close the client when nobody uses it any more."""
-        await _CLIENTS.release(self._key)
+    key = (id(asyncio.get_running_loop()), settings.fingerprint)
+    # The wait itself is the retry: a client that repeats calls of its own would only hide what happens.
+    client, users = _CLIENTS.get(key) or (AsyncSiliconFlowClient(replace(settings, max_retries=0)), 0)
+    _CLIENTS[key] = (client, users + 1)
+    try:
+        yield client
+    finally:
+        client, users = _CLIENTS[key]
+        if users > 1:
+            _CLIENTS[key] = (client, users - 1)
+        else:
+            del _CLIENTS[key]
+            await client.close()

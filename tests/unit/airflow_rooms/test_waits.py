@@ -290,7 +290,7 @@ def test_many_waits_share_one_client_and_give_it_back_when_they_are_cancelled(
         async with asyncio.timeout(20):
             while emulator.request_counts.get("GET /batches/*", 0) < 5:  # noqa: ASYNC110 - another thread counts
                 await asyncio.sleep(0.01)
-        shared.extend(trigger_module._CLIENTS._open.values())
+        shared.extend(trigger_module._CLIENTS.values())
         for wait in waits:
             wait.cancel()
         await asyncio.gather(*waits, return_exceptions=True)
@@ -298,7 +298,7 @@ def test_many_waits_share_one_client_and_give_it_back_when_they_are_cancelled(
     asyncio.run(run())
     ((client, users),) = shared
     assert users == 5
-    assert trigger_module._CLIENTS._open == {}
+    assert trigger_module._CLIENTS == {}
     assert client._session is None, "closed by the last one"
     # A triggerer that stops is no kill.
     assert "POST /batches/*/cancel" not in emulator.request_counts
