@@ -276,6 +276,7 @@ class BatchRun:
         self._earlier_tries = earlier_tries
         self._tallies: dict[int, ModelTally] = {}
         self._rounds: list[list[Piece]] = []
+        self._worth_another_attempt = 0
         self._cancels_late = False
         self._stopped = False
 
@@ -619,7 +620,8 @@ class BatchRun:
         """
         self._refuse_sibling()
         retries = {model: self._merge_model(model) for model in self._model_numbers}
-        if len(self._rounds) >= self.options.max_row_attempts or not any(map(any, _flat(retries))):
+        self._worth_another_attempt = sum(map(sum, _flat(retries)))
+        if len(self._rounds) >= self.options.max_row_attempts or not self._worth_another_attempt:
             return False
         if any(tally.balance_errors for tally in self._tallies.values()):
             log.error("Rows failed because the account is empty: no row is sent again")
@@ -743,6 +745,7 @@ class BatchRun:
         paths = {"output_dir": str(self.output_dir), "manifest": str(self.output_dir / "manifest.json")}
         manifest = build_manifest(runs, prices=self.options.prices, paths=paths)
         log.info("Results are in %s\n%s", self.output_dir, render_summary(manifest))
+        manifest["worth_another_attempt"] = self._worth_another_attempt
         manifest["task"] = asdict(self._submitter)
         if unfinished := self._unfinished():
             manifest["unfinished"] = self.key
@@ -912,6 +915,11 @@ def judge_run(manifest: Mapping[str, Any], options: RunOptions) -> str | None:
     if manifest["errors"]:
         message, count = next(iter(manifest["errors"].items()))
         story += f"; most often: {message} ({count} rows)"
+    if worth := manifest["worth_another_attempt"]:
+        story += (
+            f". {worth} of them failed for a passing reason: with max_row_attempts above {options.max_row_attempts} the "
+            "task would have sent them again"
+        )
     story += f". The results are in {manifest['paths']['output_dir']}"
     rate = options.max_error_rate
     if rate is not None and lost > rate * rows["total"]:

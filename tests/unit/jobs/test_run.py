@@ -161,6 +161,14 @@ def test_only_rows_worth_it_are_sent_again(emulator: Emulator, tmp_path: Path) -
     assert json.loads((tmp_path / "errors.jsonl").read_text())["custom_id"] == "q11"
 
 
+def test_a_row_that_another_attempt_may_mend_is_told(emulator: Emulator, tmp_path: Path) -> None:
+    marks = {3: "[[emulator:once=429]]", 4: "[[emulator:error=400]]"}
+    job = Job(emulator, tmp_path, rows(6, lambda i: marks.get(i, "")), models=MODELS[:1])
+    assert "1 of them failed for a passing reason: with max_row_attempts above 1" in (
+        judge_run(job.attempt(), job.options) or ""
+    )
+
+
 def fail_first_of(emulator: Emulator) -> Callable[[str], None]:
     """Let the first batch that is created fail as a whole."""
     failed: list[str] = []
