@@ -8,11 +8,10 @@ uploaded and created. A process may die anywhere; the next one opens the folder 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
     APIError,
     BatchFailedError,
-    BatchPartialFailureError,
     IncompleteResultsError,
     InsufficientBalanceError,
     InvalidInputError,
@@ -34,16 +32,17 @@ from airflow_provider_siliconflow.batch_files.manifest import (
     BatchSummary,
     ModelRun,
     build_manifest,
-    check_prices,
     model_slug,
     render_summary,
 )
 from airflow_provider_siliconflow.batch_files.results import BatchFiles, merge_shard, refused_lines
 from airflow_provider_siliconflow.batch_files.shards import Shard, Split, select_rows, split_requests
 from airflow_provider_siliconflow.batch_files.tally import ModelTally
-from airflow_provider_siliconflow.batch_files.whole_file import local_path, write_json, write_whole
+from airflow_provider_siliconflow.batch_files.whole_file import write_json, write_whole
 from airflow_provider_siliconflow.jobs.downloads import downloaded
-from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, check_user_metadata, upload_name
+from airflow_provider_siliconflow.jobs.folder import FolderLedger, read_json, remove_tree
+from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, upload_name
+from airflow_provider_siliconflow.jobs.options import RunOptions
 from airflow_provider_siliconflow.jobs.submission import Submission
 
 log = logging.getLogger(__name__)
@@ -54,173 +53,7 @@ WORK_FOLDER = ".siliconflow"
 #: Entry of the ledger that is no work but the try's own.
 _DEADLINE = "deadline"
 
-OpenSubmission = Callable[["FolderLedger"], Submission]
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """
-    What is asked of a job, checked.
-
-    :param models: models by ``replace``; empty where the rows name theirs.
-    :param max_rows: rows per batch.
-    :param max_bytes: bytes per batch.
-    :param max_in_flight: batches open at once; ``None`` for all.
-    :param max_row_attempts: how often a row is sent at most.
-    :param max_error_rate: share of rows (0 to 1) that may not succeed; ``None`` for any.
-    :param request_params: body parameters for rows that lack them.
-    """
-
-    models: tuple[str, ...] = ()
-    completion_window: str = "24h"
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    max_rows: int = protocol.MAX_FILE_LINES
-    max_bytes: int = protocol.MAX_FILE_BYTES
-    max_in_flight: int | None = None
-    max_row_attempts: int = 1
-    max_error_rate: float | None = None
-    fail_on_partial_error: bool = False
-    allow_all_failed: bool = False
-    prices: Mapping[str, Mapping[str, float]] | None = None
-    request_params: Mapping[str, Any] | None = None
-
-    @property
-    def replacements(self) -> tuple[str | None, ...]:
-        """The models to run over, ``None`` standing for what the rows name."""
-        return self.models or (None,)
-
-
-def check_options(
-    *,
-    model: Any,
-    models: Any,
-    completion_window: Any,
-    metadata: Any,
-    max_rows_per_batch: Any,
-    max_bytes_per_batch: Any,
-    max_in_flight: Any,
-    max_row_attempts: Any,
-    max_error_rate: Any,
-    prices: Any,
-    request_params: Any,
-    **rest: Any,
-) -> RunOptions:
-    """
-    Check the arguments of a job.
-
-    :raises InvalidInputError: one is wrong; the message names it.
-    """
-    if model is not None and models is not None:
-        raise InvalidInputError("give either model or models, not both")
-    names = [model] if model is not None else (models if models is not None else [])
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise InvalidInputError(f"models must be a list of model names; got {names!r}")
-    for name in names:
-        if not isinstance(name, str) or not name.strip():
-            raise InvalidInputError(f"a model must be a name such as 'Qwen/Qwen3-32B'; got {name!r}")
-    # Folders are named after them, and some file systems do not tell case.
-    if len({name.strip().casefold() for name in names}) != len(names):
-        raise InvalidInputError(f"models names one twice: {names!r}")
-    if models is not None and not names:
-        raise InvalidInputError("models is empty; leave it out where the rows name their models")
-    for argument, value, most in (
-        ("max_rows_per_batch", max_rows_per_batch, protocol.MAX_FILE_LINES),
-        ("max_bytes_per_batch", max_bytes_per_batch, protocol.MAX_FILE_BYTES),
-        ("max_in_flight", max_in_flight, None),
-        ("max_row_attempts", max_row_attempts, 10),
-    ):
-        if value is None and argument == "max_in_flight":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
-            limit = f" of at most {most}" if most else ""
-            raise InvalidInputError(f"{argument} must be a whole number above 0{limit}; got {value!r}")
-    if max_error_rate is not None and (
-        isinstance(max_error_rate, bool)
-        or not isinstance(max_error_rate, int | float)
-        or not 0 <= max_error_rate <= 1
-    ):
-        raise InvalidInputError(f"max_error_rate must be a share from 0 to 1; got {max_error_rate!r}")
-    if request_params is not None and not isinstance(request_params, Mapping):
-        raise InvalidInputError(
-            f"request_params must be a mapping such as {{'temperature': 0.2}}; got {type(request_params).__name__}"
-        )
-    check_prices(prices)
-    return RunOptions(
-        models=tuple(name.strip() for name in names),
-        completion_window=protocol.check_completion_window(completion_window),
-        metadata=check_user_metadata(metadata),
-        max_rows=max_rows_per_batch,
-        max_bytes=max_bytes_per_batch,
-        max_in_flight=max_in_flight,
-        max_row_attempts=max_row_attempts,
-        max_error_rate=max_error_rate,
-        prices=prices,
-        request_params=request_params,
-        **rest,
-    )
-
-
-class FolderLedger:
-    """
-    A ledger in a file, written whole at each change.
-
-    What came of an intent is written with the next intent or by :meth:`flush`: until then the intent alone leads to it.
-    So one write serves each batch, and a crash leaves one intent open at most.
-
-    :param path: the file.
-    :param complete: whether a key without an entry was certainly never sent.
-    """
-
-    def __init__(self, path: Any, *, complete: bool) -> None:
-        self._path = path
-        self._unwritten = False
-        stored = read_json(path, or_cut="the account is searched for what was sent")
-        self.entries: dict[str, dict[str, Any]] = stored or {}
-        # Without its file, cut or gone, the account is what is left to ask.
-        self.complete = complete and stored is not None
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        """Return the entry of a key."""
-        return self.entries.get(key)
-
-    def older_batches(self, key: str) -> Set[str]:
-        """Return batches whose intents came before that of a key."""
-        number = self.entries.get(key, {}).get("number", 0)
-        return {
-            entry["batch_id"]
-            for entry in self.entries.values()
-            if "batch_id" in entry and entry.get("number", 0) < number
-        }
-
-    def set(self, key: str, entry: dict[str, Any]) -> None:
-        """Take the entry of a key; an intent is written before this returns."""
-        known = self.entries.get(key, {})
-        if "intent" in entry:
-            # An intent after an intent says nothing that was not known.
-            if "intent" in known:
-                return
-            number = 1 + max((each.get("number", 0) for each in self.entries.values()), default=0)
-            self.update({key: {**entry, "number": number}})
-        else:
-            self.entries[key] = {**entry, "number": known.get("number", 0)}
-            self._unwritten = True
-
-    def update(self, entries: Mapping[str, dict[str, Any]]) -> None:
-        """Write several entries at once, and whatever is not written yet."""
-        if entries or self._unwritten:
-            self.entries.update(entries)
-            write_json(self._path, self.entries)
-            self._unwritten = False
-
-    def flush(self) -> None:
-        """Write what is not written yet."""
-        self.update({})
-
-    def delete(self, key: str) -> None:
-        """Forget a key."""
-        if self.entries.pop(key, None) is not None:
-            self._unwritten = True
-            self.flush()
+OpenSubmission = Callable[[FolderLedger], Submission]
 
 
 @dataclass(frozen=True, slots=True)
@@ -895,82 +728,6 @@ def estimate(requests: Any, *, name: str, options: RunOptions) -> dict[str, Any]
         "models": models,
         "models_named_by_rows": list(split.models),
     }
-
-
-def judge_run(manifest: Mapping[str, Any], options: RunOptions) -> str | None:
-    """
-    Say whether a finished job is a success.
-
-    :returns: ``None`` for a flawless one, else a sentence to warn with.
-    :raises BatchPartialFailureError: it is a failure; the results are written.
-    """
-    rows = manifest["rows"]
-    lost = rows["total"] - rows["ok"]
-    if not lost:
-        return None
-    story = (
-        f"{rows['ok']} of {rows['total']} rows succeeded ({rows['error']} failed, {rows['expired']} expired, "
-        f"{rows['missing']} missing)"
-    )
-    if manifest["errors"]:
-        message, count = next(iter(manifest["errors"].items()))
-        story += f"; most often: {message} ({count} rows)"
-    if worth := manifest["worth_another_attempt"]:
-        story += (
-            f". {worth} of them failed for a passing reason: with max_row_attempts above {options.max_row_attempts} the "
-            "task would have sent them again"
-        )
-    story += f". The results are in {manifest['paths']['output_dir']}"
-    rate = options.max_error_rate
-    if rate is not None and lost > rate * rows["total"]:
-        raise BatchPartialFailureError(
-            f"{story}. {lost / rows['total']:.2%} is more than max_error_rate allows ({rate:.2%})."
-        )
-    if options.fail_on_partial_error and rate is None:
-        raise BatchPartialFailureError(f"{story}. fail_on_partial_error is set.")
-    if not rows["ok"] and not options.allow_all_failed:
-        raise BatchPartialFailureError(f"{story}. Not one row succeeded.")
-    return story
-
-
-def read_json(path: Any, *, or_cut: str) -> dict[str, Any] | None:
-    """
-    Return what a JSON file holds; ``None`` where there is none, or a part of one.
-
-    A store without atomic writes may leave a part of a file. All that is needed to go on is written before anything is
-    sent by it.
-
-    :param or_cut: what becomes of it then, for the log.
-    """
-    try:
-        with path.open("rb") as stream:
-            value = json.load(stream)
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as exc:
-        log.warning("%s is cut, or none of ours (%s); %s", path, exc, or_cut)
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def remove_tree(folder: Any) -> None:
-    """Remove a job's folder, and the folder of all jobs when it was the last."""
-    local = local_path(folder)
-    if local is not None:
-        import shutil
-
-        try:
-            shutil.rmtree(local)
-        except OSError as exc:
-            log.warning("The job's folder %s is left behind: %s", folder, exc)
-        with contextlib.suppress(OSError):
-            local.parent.rmdir()
-        return
-    try:
-        folder.fs.rm(folder.path, recursive=True)
-    # Stores raise errors of their own kinds; all is done and paid for, and none of them may undo that.
-    except Exception as exc:  # noqa: BLE001
-        log.warning("The job's folder %s is left behind: %s", folder, exc)
 
 
 def _flat(retries: Mapping[int, Sequence[bytearray]]) -> Iterator[bytearray]:

@@ -28,7 +28,8 @@ from airflow_provider_siliconflow.triggers.batch import BatchTrigger
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
-    from airflow_provider_siliconflow.jobs.run import BatchRun, RunOptions
+    from airflow_provider_siliconflow.jobs.options import RunOptions
+    from airflow_provider_siliconflow.jobs.run import BatchRun
 
 
 class RunBatchOperator(SubmittingOperator):
@@ -226,7 +227,7 @@ class RunBatchOperator(SubmittingOperator):
         return self._judged(run.finish(), run.options)
 
     def _judged(self, manifest: dict[str, Any], options: RunOptions) -> dict[str, Any]:
-        from airflow_provider_siliconflow.jobs.run import judge_run
+        from airflow_provider_siliconflow.jobs.options import judge_run
 
         self._manifest = manifest
         if warning := judge_run(manifest, options):
@@ -258,7 +259,7 @@ class RunBatchOperator(SubmittingOperator):
         )
 
     def _options(self) -> RunOptions:
-        from airflow_provider_siliconflow.jobs.run import check_options
+        from airflow_provider_siliconflow.jobs.options import check_options
 
         return check_options(
             model=rendered_text(self.model),
