@@ -50,6 +50,9 @@ log = logging.getLogger(__name__)
 #: Folder below the output in which jobs keep what outlives a process.
 WORK_FOLDER = ".siliconflow"
 
+#: Batches of a model that the service refuses, taking none, before the others of the model are not sent either.
+_REFUSALS_OF_A_MODEL = 3
+
 #: Entry of the ledger that is no work but the try's own.
 _DEADLINE = "deadline"
 
@@ -110,6 +113,7 @@ class BatchRun:
         self._tallies: dict[int, ModelTally] = {}
         self._rounds: list[list[Piece]] = []
         self._worth_another_attempt = 0
+        self._told_of_refusals = False
         self._cancels_late = False
         self._stopped = False
 
@@ -373,8 +377,8 @@ class BatchRun:
                 self._refuse(filter(self._is_waiting, waiting), exc)
                 return False
             except (InvalidRequestError, PermissionDeniedError) as exc:
-                self._refuse([piece], exc)
-                continue
+                self._refuse(self._refused_alike(piece), exc)
+                return True
             self.note([batch])
             if self._cancels_late:
                 # Ended while the request was on its way, when there was no batch to be found yet.
@@ -385,6 +389,14 @@ class BatchRun:
     def _name(self, piece: Piece) -> str:
         model = self.options.replacements[piece.model]
         return f"shard {piece.shard.index} of round {piece.round}{f', {model}' if model else ''}"
+
+    def _refused_alike(self, piece: Piece) -> list[Piece]:
+        """Return a refused batch, and all others of its model once enough of them were refused and none was taken."""
+        same = [other for other in self._current if other.model == piece.model and other.round == piece.round]
+        tried = sum(self._refused(other) is not None for other in same) + 1
+        if tried < _REFUSALS_OF_A_MODEL or any(map(self._batch_id, same)):
+            return [piece]
+        return [piece, *(other for other in same if other != piece and self._is_waiting(other))]
 
     def _refuse(self, pieces: Iterable[Piece], error: APIError) -> None:
         """
@@ -397,13 +409,15 @@ class BatchRun:
         self.ledger.update({piece.work_key: {"refused": message} for piece in refused})
         if not self.batch_ids and not any(self._is_waiting(piece) for piece in self._current):
             raise error
-        log.error(
-            "%d batch(es) refused, the first of them %s: %s The batches that were taken go on; their results are "
-            "collected, and the task fails then. A retry sends what was refused, and nothing else.",
-            len(refused),
-            self._name(refused[0]),
-            error,
-        )
+        log.error("Refused: %s: %s", self._name(refused[0]), error)
+        if len(refused) > 1:
+            log.error("%d more like it are not sent in this try", len(refused) - 1)
+        if not self._told_of_refusals:
+            self._told_of_refusals = True
+            log.error(
+                "The batches that were taken go on. Their results are collected, and the task fails then; a retry "
+                "sends what was refused, and nothing else."
+            )
 
     def _work(self, piece: Piece, file_id: str) -> BatchWork:
         model = self.options.replacements[piece.model]
@@ -613,13 +627,14 @@ class BatchRun:
             }
             said.append(
                 f"{len(refused)} of {len(pieces)} batches were refused, of {', '.join(sorted(models))}: HTTP "
-                f"{refused[0][1]['status']}, {refused[0][1]['message']}."
+                f"{refused[0][1]['status']}, {refused[0][1]['message'].rstrip('.')}."
             )
         if not said:
             return None
+        also = " (of a cancelled one also the rows that were done)" if dead else ""
         return BatchFailedError(
-            f"{' '.join(said)} The rows of the others are written to {self.output_dir}. A retry submits these batches "
-            "(of cancelled ones also rows that were done), and pays for nothing else again; a clear would pay for all.",
+            f"{' '.join(said)} The rows of the others are written to {self.output_dir}. A retry submits these "
+            f"batches{also} and pays for nothing else again; a clear would pay for all.",
             batch_id=first,
         )
 

@@ -329,6 +329,14 @@ def test_a_model_that_is_refused_stops_no_other(emulator: Emulator, tmp_path: Pa
         Job(emulator, tmp_path / "all", rows(10), models=["nope/none"]).attempt()
 
 
+def test_a_refused_model_of_many_shards_is_not_asked_for_each(emulator: Emulator, tmp_path: Path) -> None:
+    job = Job(emulator, tmp_path, rows(50), models=[MODELS[0], "nope/none"], max_in_flight=4)
+    with pytest.raises(BatchFailedError, match="10 of 20 batches were refused"):
+        job.attempt()
+    assert posts(emulator) == (10, 13)
+    assert len(results(tmp_path, "nope/none")) == 50
+
+
 def test_rows_of_a_cancelled_batch_outlive_a_worse_replacement(emulator: Emulator, tmp_path: Path) -> None:
     emulator.service.configure({"speed": 1.0, "queue_seconds": 0.0, "rows_per_second": 100.0})
     job = Job(emulator, tmp_path, rows(20), models=MODELS[:1], max_rows_per_batch=20)
