@@ -178,12 +178,12 @@ class BatchRun:
         return read_json(self.folder / "plan.json", or_cut="the plan is made anew")
 
     def _make_plan(self, requests: Any, name: str) -> None:
-        self._warn_of_unknown_models()
         try:
             split = plan(requests, self.folder / "round-0", name=name, options=self.options)
         except InvalidInputError:
             remove_tree(self.folder)
             raise
+        self._warn_of_unknown_models()
         # Before the plan: a plan without a ledger tells that the ledger was lost.
         write_json(self.folder / "ledger.json", {})
         write_json(

@@ -186,7 +186,7 @@ class RunBatchOperator(SubmittingOperator):
                 manifest = run.finished_before()
                 if manifest is not None:
                     self.log.info("An earlier try did everything but say so")
-                    return self._judged(manifest, options)
+                    return self._judged(context, manifest, options)
                 with self._paid_batches(run):
                     run.prepare(self._rows, self._requests_name())
                     run.set_deadline(None if timeout is None else time.time() + timeout)
@@ -224,13 +224,20 @@ class RunBatchOperator(SubmittingOperator):
                 run.note(ended)
             if not run.merge():
                 break
-        return self._judged(run.finish(), run.options)
+        return self._judged(context, run.finish(), run.options)
 
-    def _judged(self, manifest: dict[str, Any], options: RunOptions) -> dict[str, Any]:
+    def _judged(self, context: Context, manifest: dict[str, Any], options: RunOptions) -> dict[str, Any]:
+        from airflow_provider_siliconflow.api.exceptions import BatchPartialFailureError
         from airflow_provider_siliconflow.jobs.options import judge_run
 
         self._manifest = manifest
-        if warning := judge_run(manifest, options):
+        try:
+            warning = judge_run(manifest, options)
+        except BatchPartialFailureError:
+            # A task that fails returns nothing, and its results are there and paid all the same.
+            context["ti"].xcom_push(key="return_value", value=manifest)
+            raise
+        if warning:
             self.log.warning("%s", warning)
         return manifest
 

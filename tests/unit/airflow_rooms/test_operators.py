@@ -519,3 +519,23 @@ def test_an_expired_batch_is_judged_by_counts_that_come_late(
 
     monkeypatch.setattr(hook, "wait_for_batches", early)
     assert create.execute(make_context(create)) == batches(emulator)[0]["id"]
+
+
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_a_job_that_fails_by_its_verdict_leaves_its_manifest_to_the_tasks_after_it(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    task = RunBatchOperator(
+        task_id="t",
+        requests=["Hi", "[[emulator:error=400]]"],
+        output_dir=str(tmp_path),
+        model="Qwen/Qwen3-8B",
+        max_error_rate=0.1,
+        poll_interval=0.05,
+    )
+    context = make_context(task)
+    with pytest.raises(AirflowFailException, match=r"50\.00% is more than max_error_rate"):
+        task.execute(context)
+    manifest = context["ti"].pushed["return_value"]
+    assert manifest == json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["rows"]["ok"] == 1
