@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -16,6 +16,7 @@ import urllib3
 from airflow_provider_siliconflow.api import protocol
 from airflow_provider_siliconflow.api.exceptions import (
     APIError,
+    CredentialLeakError,
     IncompleteResultsError,
     InvalidInputError,
     NoAnswerError,
@@ -72,8 +73,29 @@ class _KeyAuth(requests.auth.AuthBase):
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if self._settings is not None:
+            # Asked of the parser that connects, of what it made of the URL: parsers differ, and the key must not.
+            if _connects_to(request.url or "") != _connects_to(self._settings.base_url):
+                raise CredentialLeakError(
+                    f"{strip_query(request.url or '')} would have got the API key, but is not at "
+                    f"{self._settings.base_url}; nothing was sent"
+                )
             request.headers.update(self._settings.request_headers)
         return request
+
+
+def _connects_to(url: str) -> tuple[str | None, str | None, int | None]:
+    parts = urllib3.util.parse_url(url)
+    return parts.scheme, parts.host, parts.port or {"http": 80, "https": 443}.get(parts.scheme or "")
+
+
+#: What ``requests`` raises of a request that it could not even begin to send.
+_UNSENDABLE = (
+    requests.exceptions.InvalidURL,
+    requests.exceptions.MissingSchema,
+    requests.exceptions.InvalidSchema,
+    urllib3.exceptions.LocationValueError,
+    UnicodeError,
+)
 
 
 class SiliconFlowClient:
@@ -85,6 +107,8 @@ class SiliconFlowClient:
 
     def __init__(self, settings: ClientSettings) -> None:
         self.settings = settings
+        # Said here, before anything is sent: the triggerer would say it when the batch is paid for.
+        protocol.trusted(settings.verify)
         self._session = requests.Session()
         #: Whether the last listing of batches that was read to its end lacked older ones.
         self.listing_cut = False
@@ -119,7 +143,7 @@ class SiliconFlowClient:
             try:
                 content = response.content
             except (requests.RequestException, OSError) as exc:
-                raise self._no_answer(call.name, response.url, exc) from None
+                raise self._no_answer(call.name, response.url, exc, response.headers) from None
             return call.answer(response.status_code, response.headers, content, self.settings)
 
     def _open(
@@ -135,6 +159,7 @@ class SiliconFlowClient:
         settings = self.settings
         # urllib3 keeps the connect timeout while it sends, so a long upload needs it longer too.
         timeout = (max(settings.connect_timeout, patience / 5), max(settings.timeout, patience))
+        proxy = settings.proxy_for(url)
         try:
             return self._session.request(
                 method,
@@ -144,7 +169,7 @@ class SiliconFlowClient:
                 auth=_KeyAuth(settings if with_key else None),
                 timeout=timeout,
                 # Given here they win over the environment's; set on the session they would not.
-                proxies=dict(settings.proxies or {}),
+                proxies={urlsplit(url).scheme: proxy} if proxy else {},
                 verify=settings.verify,
                 stream=True,
                 allow_redirects=False,
@@ -154,10 +179,13 @@ class SiliconFlowClient:
             raise self._not_sent(name, url, exc) from None
         except requests.ConnectionError as exc:
             raise (self._not_sent if _was_not_sent(exc) else self._no_answer)(name, url, exc) from None
-        except (requests.Timeout, requests.exceptions.ChunkedEncodingError) as exc:
+        except _UNSENDABLE as exc:
+            raise InvalidInputError(f"{name} cannot be sent: {self._why(exc)}") from None
+        # Anything else may be about the answer, such as two different lengths in its headers: sent it was, then.
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as exc:
             raise self._no_answer(name, url, exc) from None
         except OSError as exc:
-            # What requests refuses to send, and a CA bundle that is not there.
+            # While it sends, requests makes its own kinds of these: this is a CA bundle that is not there.
             raise InvalidInputError(f"{name} cannot be sent: {self._why(exc)}") from None
 
     def _why(self, exc: BaseException) -> str:
@@ -166,8 +194,11 @@ class SiliconFlowClient:
     def _not_sent(self, name: str, url: str, exc: BaseException) -> NotSentError:
         return NotSentError(f"{name} did not reach {_host(url)}: {self._why(exc)}")
 
-    def _no_answer(self, name: str, url: str, exc: BaseException) -> NoAnswerError:
-        return NoAnswerError(f"{name} got no whole answer from {_host(url)}: {self._why(exc)}")
+    def _no_answer(
+        self, name: str, url: str, exc: BaseException, headers: Mapping[str, str] | None = None
+    ) -> NoAnswerError:
+        trace = protocol.traced(headers or {})
+        return NoAnswerError(f"{name} got no whole answer from {_host(url)}{trace}: {self._why(exc)}")
 
     # Calls ------------------------------------------------------------------------------------------------
 
@@ -264,7 +295,7 @@ class SiliconFlowClient:
                     if not self.settings.owns(protocol.result_url(reference, self.settings)):
                         # Not the API's word on the key or the request, so another try may well succeed.
                         raise IncompleteResultsError(
-                            f"{exc} The results are kept for 30 days; a retry asks for them again."
+                            f"{exc.summary} The results are kept for 30 days; a retry asks for them again."
                         ) from exc
                 if not protocol.is_transient(exc):
                     raise
@@ -334,7 +365,7 @@ def _host(url: str) -> str:
 
 
 class _NoQueries(logging.Filter):
-    """Takes the queries out of the request lines that ``urllib3`` logs at level DEBUG."""
+    """Takes the queries out of the URLs that ``urllib3`` logs, of every request at level DEBUG."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
@@ -347,7 +378,8 @@ _NO_QUERIES = _NoQueries()
 
 def _keep_queries_out_of_logs() -> None:
     # Adding a filter twice is adding it once.
-    logging.getLogger("urllib3.connectionpool").addFilter(_NO_QUERIES)
+    for name in ("connectionpool", "connection"):
+        logging.getLogger(f"urllib3.{name}").addFilter(_NO_QUERIES)
 
 
 def _was_not_sent(exc: requests.ConnectionError) -> bool:

@@ -44,6 +44,7 @@ class Recorder:
     def __init__(self) -> None:
         self.seen: list[Seen] = []
         self.answer: Callable[[Seen], Answer] = lambda seen: Answer()
+        self.Answer = Answer
         recorder = self
 
         class Handler(BaseHTTPRequestHandler):
