@@ -6,6 +6,7 @@ import logging
 import ssl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -261,30 +262,30 @@ class SiliconFlowClient:
         :raises SiliconFlowError: it cannot be read.
         """
         done, failures, refreshed = 0, 0, False
-        etag: str | None = None
+        file = _RemoteFile(strip_query(reference))
         while True:
             before = done
             try:
-                with closing(self._open_file(reference, done, etag)) as response:
-                    total = self._total_size(response, done)
-                    now = response.headers.get("ETag")
-                    if done and etag and now and now != etag:
-                        raise IncompleteResultsError(
-                            f"{strip_query(reference)} changed while it was downloaded; download it again"
-                        )
-                    etag = etag or now
+                response = self._open_file(reference, 0 if file.encoded else done, file.etag)
+                if response is None:
+                    file.check_end(done)
+                    return
+                with closing(response):
+                    file.take(response, done)
                     # Without range support the answer starts over: what was yielded already is passed over.
                     skip = done if response.status_code == 200 else 0
-                    for chunk in self._chunks(response):
+                    for chunk in self._chunks(response, decode=file.encoded):
                         if skip >= len(chunk):
                             skip -= len(chunk)
                             continue
                         piece, skip = chunk[skip:] if skip else chunk, 0
                         done += len(piece)
                         yield piece
-                    if total is None or done == total:
-                        return
-                    raise NoAnswerError(f"{strip_query(reference)} was cut at byte {done} of {total}")
+                    if response.status_code == 206 and file.size is None and done > before:
+                        # Whether that was the end, the storage says when it is asked for more.
+                        continue
+                    file.check_end(done)
+                    return
             except APIError as exc:
                 # Storage refuses an aged signature with 400, 403 or 404.
                 if exc.status_code in (400, 401, 403, 404, 410):
@@ -313,7 +314,8 @@ class SiliconFlowClient:
             tenacity.nap.sleep(delay)
             reference = refresh() or reference
 
-    def _open_file(self, reference: str, start: int, etag: str | None) -> requests.Response:
+    def _open_file(self, reference: str, start: int, etag: str | None) -> requests.Response | None:
+        """Ask for a file from the byte ``start`` on; ``None`` where that is its end."""
         url = protocol.result_url(reference, self.settings)
         # Compressed bytes could not be counted against the announced length.
         headers = {"Accept-Encoding": "identity"}
@@ -331,6 +333,12 @@ class SiliconFlowClient:
             if response.status_code in (200, 206):
                 return response
             with closing(response):
+                if start and response.status_code == 416:
+                    if response.headers.get("Content-Range") == f"bytes */{start}":
+                        return None
+                    raise NoAnswerError(
+                        f"{name} has nothing from byte {start} on, and does not say that it ends there"
+                    )
                 try:
                     body = response.raw.read(4096, decode_content=True) or b""
                 except (urllib3.exceptions.HTTPError, OSError):
@@ -343,21 +351,70 @@ class SiliconFlowClient:
             f"more than {_MAX_REDIRECTS} redirects", status_code=508, call=f"GET {strip_query(reference)}"
         )
 
-    @staticmethod
-    def _total_size(response: requests.Response, start: int) -> int | None:
-        if response.status_code == 206:
-            span, _, total = response.headers.get("Content-Range", "").partition("/")
-            if not span.startswith(f"bytes {start}-"):
-                raise NoAnswerError(f"the storage answered another range than asked for: {span!r}")
-            return int(total) if total.isdigit() else None
-        length = response.headers.get("Content-Length", "")
-        return int(length) if length.isdigit() else None
-
-    def _chunks(self, response: requests.Response) -> Iterator[bytes]:
+    def _chunks(self, response: requests.Response, *, decode: bool) -> Iterator[bytes]:
         try:
-            yield from response.raw.stream(READ_SIZE, decode_content=False)
+            yield from response.raw.stream(READ_SIZE, decode_content=decode)
         except (urllib3.exceptions.HTTPError, OSError) as exc:
-            raise self._no_answer(f"GET {strip_query(response.url)}", response.url, exc) from None
+            name = f"GET {strip_query(response.url)}"
+            raise self._no_answer(name, response.url, exc, response.headers) from None
+
+
+@dataclass
+class _RemoteFile:
+    """
+    What the answers so far told of a result file, which may take several of them.
+
+    :param name: for messages.
+    :param size: its bytes, where they are known.
+    :param encoded: whether the storage compresses it, though nobody asked for that: its bytes can neither be
+        counted nor asked for from the middle then.
+    """
+
+    name: str
+    etag: str | None = None
+    size: int | None = None
+    encoded: bool = False
+
+    def take(self, response: requests.Response, done: int) -> None:
+        """
+        Take in the head of an answer.
+
+        :param done: bytes of the file that earlier answers brought.
+        :raises IncompleteResultsError: it is another file than before.
+        :raises NoAnswerError: what follows is of no use.
+        """
+        encoding = response.headers.get("Content-Encoding", "").strip().lower()
+        self.encoded = encoding not in ("", "identity")
+        unknown = {each.strip() for each in encoding.split(",")} - {*_DECODERS, "", "identity"}
+        if unknown or (self.encoded and response.status_code == 206):
+            raise NoAnswerError(f"{self.name} came encoded as {encoding}, which was not asked for")
+        etag, size = response.headers.get("ETag"), None if self.encoded else self._size_in(response, done)
+        if done and (
+            (etag and self.etag and etag != self.etag) or (size and self.size and size != self.size)
+        ):
+            raise IncompleteResultsError(f"{self.name} changed while it was downloaded; download it again")
+        self.etag, self.size = (self.etag or etag, self.size or size) if done else (etag, size)
+
+    def check_end(self, done: int) -> None:
+        """:raises NoAnswerError: the file has more than the ``done`` bytes that came."""
+        if self.size is not None and done != self.size:
+            raise NoAnswerError(f"{self.name} was cut at byte {done} of {self.size}")
+
+    @staticmethod
+    def _size_in(response: requests.Response, done: int) -> int | None:
+        if response.status_code == 206:
+            span, _, size = response.headers.get("Content-Range", "").partition("/")
+            if not span.startswith(f"bytes {done}-"):
+                raise NoAnswerError(f"the storage answered another range than asked for: {span!r}")
+        elif "Transfer-Encoding" in response.headers:
+            return None
+        else:
+            size = response.headers.get("Content-Length", "")
+        return int(size) if size.isdecimal() else None
+
+
+#: Content encodings that ``urllib3`` takes off; it passes others through.
+_DECODERS = frozenset(urllib3.response.HTTPResponse.CONTENT_DECODERS)
 
 
 def _host(url: str) -> str:
