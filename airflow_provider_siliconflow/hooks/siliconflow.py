@@ -286,20 +286,12 @@ class SiliconFlowHook(BaseHook):
         :param batch: the batch or its id; it is read anew for fresh URLs.
         :raises IncompleteResultsError: a file is cut, or holds fewer rows than the batch counts.
         """
-        from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError
-        from airflow_provider_siliconflow.batch_files.verdicts import read_result
+        from airflow_provider_siliconflow.batch_files.results import results_of
         from airflow_provider_siliconflow.jobs.downloads import KINDS, ResultFiles
 
         files = ResultFiles(self._client, batch if isinstance(batch, str) else batch.id)
         for kind in KINDS:
-            for number, line in enumerate(files.lines(kind), start=1):
-                result = read_result(line)
-                if result is None:
-                    raise IncompleteResultsError(
-                        f"Line {number} of the {kind} file of batch {files.batch.id} is not a result",
-                        batch_id=files.batch.id,
-                    )
-                yield result
+            yield from results_of(files.lines(kind), f"the {kind} file", files.batch.id)
 
     def download_results(self, batch_id: str, output_dir: str | Path | ObjectStoragePath) -> dict[str, Any]:
         """

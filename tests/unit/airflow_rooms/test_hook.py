@@ -311,5 +311,5 @@ def test_a_result_that_is_none(hook: SiliconFlowHook, monkeypatch: pytest.Monkey
     )
     found = hook.iter_results(batch.id)
     assert next(found).custom_id == "r0"
-    with pytest.raises(IncompleteResultsError, match=f"Line 2 of the output file of batch {batch.id}"):
+    with pytest.raises(IncompleteResultsError, match=f"line 2 of the output file of batch {batch.id}"):
         next(found)
