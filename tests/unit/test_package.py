@@ -48,7 +48,16 @@ def test_parsing_a_dag_loads_nothing_but_the_thin_rooms() -> None:
     loaded = json.loads(run.stdout.splitlines()[-1])
     assert "airflow_provider_siliconflow.sensors.batch" in loaded
     ours = {name.split(".")[1] for name in loaded if name.startswith("airflow_provider_siliconflow.")}
-    assert ours <= {"operators", "sensors", "triggers", "decorators", "hooks", "links", "task_context"}
+    assert ours <= {
+        "operators",
+        "sensors",
+        "triggers",
+        "decorators",
+        "hooks",
+        "links",
+        "paths",
+        "task_context",
+    }
     others = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names)
     assert others <= {"airflow", "airflow_provider_siliconflow"}
 
