@@ -17,6 +17,7 @@ from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
     APIError,
     AuthenticationError,
+    CredentialLeakError,
     InvalidInputError,
     NoAnswerError,
     NotSentError,
@@ -226,6 +227,19 @@ def test_a_url_that_urllib3_reads_in_another_way_than_we_do_gets_no_key(
     with SiliconFlowClient(make_settings(emulator.base_url)) as client:
         list(client.iter_file("file-results" if redirected else url, lambda: None))
     assert "authorization" not in recorder.seen[0].headers
+
+
+def test_the_key_is_held_back_should_we_be_wrong_about_a_url(
+    make_settings: MakeSettings, emulator: Emulator, recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol.ClientSettings, "owns", lambda settings, url: True)
+    with (
+        SiliconFlowClient(make_settings(emulator.base_url)) as client,
+        pytest.raises(CredentialLeakError) as caught,
+    ):
+        list(client.iter_file(recorder.url + SIGNED, lambda: None))
+    assert recorder.seen == []
+    assert "SECRET" not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.fixture
