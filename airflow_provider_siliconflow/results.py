@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from airflow_provider_siliconflow.paths import located
+
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
@@ -38,7 +40,7 @@ def read_results(source: ResultSource, *, model: str | None = None) -> Iterator[
         ``.ok``, ``.text``, ``.reasoning``, ``.usage``, ``.error``, ``.parse(PydanticModel)``.
     :raises InvalidInputError: at once: no such model in the manifest, or several and none named; not a manifest.
     :raises FileNotFoundError: there is no such file.
-    :raises IncompleteResultsError: while reading: a line is not a result line.
+    :raises IncompleteResultsError: while reading: a line is not JSON.
     """
     from airflow_provider_siliconflow.batch_files import results
 
@@ -67,7 +69,7 @@ def _results_file(source: ResultSource, model: str | None) -> Any:
 
     if isinstance(source, Mapping):
         return _of_manifest(source, "the manifest", model)
-    file = _open(source)
+    file = located("source", source)
     if file.name.endswith(".json"):
         try:
             manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -103,17 +105,7 @@ def _of_manifest(manifest: Any, name: str, model: str | None) -> Any:
             f"{name} has no results of model {model!r}; "
             + (f"it has {known}" if known else "its rows named their models themselves: leave model= out")
         )
-    file = _open(path)
+    file = located(name, path)
     if not file.is_file():
         raise FileNotFoundError(f"no results file {path}, which {name} points to")
     return file
-
-
-def _open(path: Any) -> Any:
-    if not isinstance(path, str):
-        return path
-    if "://" not in path:
-        return Path(path)
-    from airflow.providers.common.compat.sdk import ObjectStoragePath
-
-    return ObjectStoragePath(path)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ssl
+from collections.abc import Mapping
 from typing import TypeVar
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.request import getproxies
 
 import aiohttp
 import tenacity
@@ -32,10 +32,8 @@ class AsyncSiliconFlowClient:
     def __init__(self, settings: ClientSettings) -> None:
         self.settings = settings
         self._session: aiohttp.ClientSession | None = None
-        self._ssl = _ssl_argument(settings.verify)
-        self._proxy = _proxy(settings)
-        if self._proxy and not is_url(self._proxy):
-            raise InvalidInputError("a proxy in the triggerer must have an http:// or https:// URL")
+        self._ssl = protocol.trusted(settings.verify)
+        self._proxy = settings.proxy_for(settings.base_url) or _proxy_of_environment(settings.base_url)
         self._timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=settings.connect_timeout, sock_read=settings.timeout
         )
@@ -79,6 +77,7 @@ class AsyncSiliconFlowClient:
 
     async def _send(self, call: Call[T]) -> T:
         data = call.body()
+        headers: Mapping[str, str] = {}
         try:
             async with self._open_session().request(
                 call.method,
@@ -88,20 +87,19 @@ class AsyncSiliconFlowClient:
                 proxy=self._proxy,
                 allow_redirects=False,
             ) as response:
+                headers = response.headers
                 content = await response.read()
-                return call.answer(response.status, response.headers, content, self.settings)
-        except (aiohttp.ClientConnectorError, aiohttp.ClientProxyConnectionError) as exc:
+                return call.answer(response.status, headers, content, self.settings)
+        # "from None": the text of the causes may hold the password of a proxy, and a traceback shows them.
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
             raise NotSentError(
                 f"{call.name} did not reach {self.settings.base_url}: {self._why(exc)}"
-            ) from exc
-        except aiohttp.ConnectionTimeoutError as exc:
-            raise NotSentError(
-                f"{call.name} did not reach {self.settings.base_url}: {self._why(exc)}"
-            ) from exc
+            ) from None
         except (TimeoutError, aiohttp.ClientError, OSError) as exc:
             raise NoAnswerError(
-                f"{call.name} got no whole answer from {self.settings.base_url}: {self._why(exc)}"
-            ) from exc
+                f"{call.name} got no whole answer from {self.settings.base_url}{protocol.traced(headers)}: "
+                f"{self._why(exc)}"
+            ) from None
 
     def _why(self, exc: BaseException) -> str:
         return f"{type(exc).__name__}: {protocol.redact(str(exc), self.settings)}"
@@ -115,21 +113,25 @@ class AsyncSiliconFlowClient:
         return await self.call(protocol.cancel_batch(batch_id))
 
 
-def _proxy(settings: ClientSettings) -> str | None:
-    """Return the proxy the connection names or, as ``requests`` does, the one the environment names."""
-    parts = urlsplit(settings.base_url)
-    host = parts.netloc.rpartition("@")[2]
-    from_environment = {} if proxy_bypass(host) else getproxies()
-    for proxies in (settings.proxies or {}, from_environment):
-        if proxy := proxies.get(parts.scheme) or proxies.get("all"):
-            return proxy if "://" in proxy else f"http://{proxy}"
-    return None
+def _proxy_of_environment(url: str) -> str | None:
+    """
+    Return the proxy that the environment names for a URL.
 
+    :raises InvalidInputError: it is of a kind that is not supported.
+    """
+    parts = urlsplit(url)
+    proxies = getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy:
+        return None
+    # Only here, as few triggerers need it; workers ask the same function.
+    from requests.utils import should_bypass_proxies
 
-def _ssl_argument(verify: bool | str) -> ssl.SSLContext | bool:
-    if isinstance(verify, bool):
-        return verify
-    try:
-        return ssl.create_default_context(cafile=verify)
-    except OSError as exc:
-        raise InvalidInputError(f"verify must be true, false or the path of a CA bundle: {exc}") from exc
+    if should_bypass_proxies(url, no_proxy=None):
+        return None
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    if not is_url(proxy):
+        raise InvalidInputError(
+            "the environment's proxy for the API must have an http:// or https:// URL in the triggerer"
+        )
+    return proxy

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -16,6 +17,7 @@ import urllib3
 from airflow_provider_siliconflow.api import protocol
 from airflow_provider_siliconflow.api.exceptions import (
     APIError,
+    CredentialLeakError,
     IncompleteResultsError,
     InvalidInputError,
     NoAnswerError,
@@ -72,8 +74,29 @@ class _KeyAuth(requests.auth.AuthBase):
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if self._settings is not None:
+            # Asked of the parser that connects, of what it made of the URL: parsers differ, and the key must not.
+            if _connects_to(request.url or "") != _connects_to(self._settings.base_url):
+                raise CredentialLeakError(
+                    f"{strip_query(request.url or '')} would have got the API key, but is not at "
+                    f"{self._settings.base_url}; nothing was sent"
+                )
             request.headers.update(self._settings.request_headers)
         return request
+
+
+def _connects_to(url: str) -> tuple[str | None, str | None, int | None]:
+    parts = urllib3.util.parse_url(url)
+    return parts.scheme, parts.host, parts.port or {"http": 80, "https": 443}.get(parts.scheme or "")
+
+
+#: What ``requests`` raises of a request that it could not even begin to send.
+_UNSENDABLE = (
+    requests.exceptions.InvalidURL,
+    requests.exceptions.MissingSchema,
+    requests.exceptions.InvalidSchema,
+    urllib3.exceptions.LocationValueError,
+    UnicodeError,
+)
 
 
 class SiliconFlowClient:
@@ -85,6 +108,8 @@ class SiliconFlowClient:
 
     def __init__(self, settings: ClientSettings) -> None:
         self.settings = settings
+        # Said here, before anything is sent: the triggerer would say it when the batch is paid for.
+        protocol.trusted(settings.verify)
         self._session = requests.Session()
         #: Whether the last listing of batches that was read to its end lacked older ones.
         self.listing_cut = False
@@ -119,7 +144,7 @@ class SiliconFlowClient:
             try:
                 content = response.content
             except (requests.RequestException, OSError) as exc:
-                raise self._no_answer(call.name, response.url, exc) from None
+                raise self._no_answer(call.name, response.url, exc, response.headers) from None
             return call.answer(response.status_code, response.headers, content, self.settings)
 
     def _open(
@@ -135,6 +160,7 @@ class SiliconFlowClient:
         settings = self.settings
         # urllib3 keeps the connect timeout while it sends, so a long upload needs it longer too.
         timeout = (max(settings.connect_timeout, patience / 5), max(settings.timeout, patience))
+        proxy = settings.proxy_for(url)
         try:
             return self._session.request(
                 method,
@@ -144,7 +170,7 @@ class SiliconFlowClient:
                 auth=_KeyAuth(settings if with_key else None),
                 timeout=timeout,
                 # Given here they win over the environment's; set on the session they would not.
-                proxies=dict(settings.proxies or {}),
+                proxies={urlsplit(url).scheme: proxy} if proxy else {},
                 verify=settings.verify,
                 stream=True,
                 allow_redirects=False,
@@ -154,10 +180,13 @@ class SiliconFlowClient:
             raise self._not_sent(name, url, exc) from None
         except requests.ConnectionError as exc:
             raise (self._not_sent if _was_not_sent(exc) else self._no_answer)(name, url, exc) from None
-        except (requests.Timeout, requests.exceptions.ChunkedEncodingError) as exc:
+        except _UNSENDABLE as exc:
+            raise InvalidInputError(f"{name} cannot be sent: {self._why(exc)}") from None
+        # Anything else may be about the answer, such as two different lengths in its headers: sent it was, then.
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as exc:
             raise self._no_answer(name, url, exc) from None
         except OSError as exc:
-            # What requests refuses to send, and a CA bundle that is not there.
+            # While it sends, requests makes its own kinds of these: this is a CA bundle that is not there.
             raise InvalidInputError(f"{name} cannot be sent: {self._why(exc)}") from None
 
     def _why(self, exc: BaseException) -> str:
@@ -166,8 +195,11 @@ class SiliconFlowClient:
     def _not_sent(self, name: str, url: str, exc: BaseException) -> NotSentError:
         return NotSentError(f"{name} did not reach {_host(url)}: {self._why(exc)}")
 
-    def _no_answer(self, name: str, url: str, exc: BaseException) -> NoAnswerError:
-        return NoAnswerError(f"{name} got no whole answer from {_host(url)}: {self._why(exc)}")
+    def _no_answer(
+        self, name: str, url: str, exc: BaseException, headers: Mapping[str, str] | None = None
+    ) -> NoAnswerError:
+        trace = protocol.traced(headers or {})
+        return NoAnswerError(f"{name} got no whole answer from {_host(url)}{trace}: {self._why(exc)}")
 
     # Calls ------------------------------------------------------------------------------------------------
 
@@ -231,30 +263,30 @@ class SiliconFlowClient:
         :raises SiliconFlowError: it cannot be read.
         """
         done, failures, refreshed = 0, 0, False
-        etag: str | None = None
+        file = _RemoteFile(strip_query(reference))
         while True:
             before = done
             try:
-                with closing(self._open_file(reference, done, etag)) as response:
-                    total = self._total_size(response, done)
-                    now = response.headers.get("ETag")
-                    if done and etag and now and now != etag:
-                        raise IncompleteResultsError(
-                            f"{strip_query(reference)} changed while it was downloaded; download it again"
-                        )
-                    etag = etag or now
+                response = self._open_file(reference, 0 if file.encoded else done, file.etag)
+                if response is None:
+                    file.check_end(done)
+                    return
+                with closing(response):
+                    file.take(response, done)
                     # Without range support the answer starts over: what was yielded already is passed over.
                     skip = done if response.status_code == 200 else 0
-                    for chunk in self._chunks(response):
+                    for chunk in self._chunks(response, decode=file.encoded):
                         if skip >= len(chunk):
                             skip -= len(chunk)
                             continue
                         piece, skip = chunk[skip:] if skip else chunk, 0
                         done += len(piece)
                         yield piece
-                    if total is None or done == total:
-                        return
-                    raise NoAnswerError(f"{strip_query(reference)} was cut at byte {done} of {total}")
+                    if response.status_code == 206 and file.size is None and done > before:
+                        # Whether that was the end, the storage says when it is asked for more.
+                        continue
+                    file.check_end(done)
+                    return
             except APIError as exc:
                 # Storage refuses an aged signature with 400, 403 or 404.
                 if exc.status_code in (400, 401, 403, 404, 410):
@@ -265,7 +297,7 @@ class SiliconFlowClient:
                     if not self.settings.owns(protocol.result_url(reference, self.settings)):
                         # Not the API's word on the key or the request, so another try may well succeed.
                         raise IncompleteResultsError(
-                            f"{exc} The results are kept for 30 days; a retry asks for them again."
+                            f"{exc.summary} The results are kept for 30 days; a retry asks for them again."
                         ) from exc
                 if not protocol.is_transient(exc):
                     raise
@@ -283,7 +315,8 @@ class SiliconFlowClient:
             tenacity.nap.sleep(delay)
             reference = refresh() or reference
 
-    def _open_file(self, reference: str, start: int, etag: str | None) -> requests.Response:
+    def _open_file(self, reference: str, start: int, etag: str | None) -> requests.Response | None:
+        """Ask for a file from the byte ``start`` on; ``None`` where that is its end."""
         url = protocol.result_url(reference, self.settings)
         # Compressed bytes could not be counted against the announced length.
         headers = {"Accept-Encoding": "identity"}
@@ -301,6 +334,12 @@ class SiliconFlowClient:
             if response.status_code in (200, 206):
                 return response
             with closing(response):
+                if start and response.status_code == 416:
+                    if response.headers.get("Content-Range") == f"bytes */{start}":
+                        return None
+                    raise NoAnswerError(
+                        f"{name} has nothing from byte {start} on, and does not say that it ends there"
+                    )
                 try:
                     body = response.raw.read(4096, decode_content=True) or b""
                 except (urllib3.exceptions.HTTPError, OSError):
@@ -313,21 +352,70 @@ class SiliconFlowClient:
             f"more than {_MAX_REDIRECTS} redirects", status_code=508, call=f"GET {strip_query(reference)}"
         )
 
-    @staticmethod
-    def _total_size(response: requests.Response, start: int) -> int | None:
-        if response.status_code == 206:
-            span, _, total = response.headers.get("Content-Range", "").partition("/")
-            if not span.startswith(f"bytes {start}-"):
-                raise NoAnswerError(f"the storage answered another range than asked for: {span!r}")
-            return int(total) if total.isdigit() else None
-        length = response.headers.get("Content-Length", "")
-        return int(length) if length.isdigit() else None
-
-    def _chunks(self, response: requests.Response) -> Iterator[bytes]:
+    def _chunks(self, response: requests.Response, *, decode: bool) -> Iterator[bytes]:
         try:
-            yield from response.raw.stream(READ_SIZE, decode_content=False)
+            yield from response.raw.stream(READ_SIZE, decode_content=decode)
         except (urllib3.exceptions.HTTPError, OSError) as exc:
-            raise self._no_answer(f"GET {strip_query(response.url)}", response.url, exc) from None
+            name = f"GET {strip_query(response.url)}"
+            raise self._no_answer(name, response.url, exc, response.headers) from None
+
+
+@dataclass
+class _RemoteFile:
+    """
+    What the answers so far told of a result file, which may take several of them.
+
+    :param name: for messages.
+    :param size: its bytes, where they are known.
+    :param encoded: whether the storage compresses it, though nobody asked for that: its bytes can neither be
+        counted nor asked for from the middle then.
+    """
+
+    name: str
+    etag: str | None = None
+    size: int | None = None
+    encoded: bool = False
+
+    def take(self, response: requests.Response, done: int) -> None:
+        """
+        Take in the head of an answer.
+
+        :param done: bytes of the file that earlier answers brought.
+        :raises IncompleteResultsError: it is another file than before.
+        :raises NoAnswerError: what follows is of no use.
+        """
+        encoding = response.headers.get("Content-Encoding", "").strip().lower()
+        self.encoded = encoding not in ("", "identity")
+        unknown = {each.strip() for each in encoding.split(",")} - {*_DECODERS, "", "identity"}
+        if unknown or (self.encoded and response.status_code == 206):
+            raise NoAnswerError(f"{self.name} came encoded as {encoding}, which was not asked for")
+        etag, size = response.headers.get("ETag"), None if self.encoded else self._size_in(response, done)
+        if done and (
+            (etag and self.etag and etag != self.etag) or (size and self.size and size != self.size)
+        ):
+            raise IncompleteResultsError(f"{self.name} changed while it was downloaded; download it again")
+        self.etag, self.size = (self.etag or etag, self.size or size) if done else (etag, size)
+
+    def check_end(self, done: int) -> None:
+        """:raises NoAnswerError: the file has more than the ``done`` bytes that came."""
+        if self.size is not None and done != self.size:
+            raise NoAnswerError(f"{self.name} was cut at byte {done} of {self.size}")
+
+    @staticmethod
+    def _size_in(response: requests.Response, done: int) -> int | None:
+        if response.status_code == 206:
+            span, _, size = response.headers.get("Content-Range", "").partition("/")
+            if not span.startswith(f"bytes {done}-"):
+                raise NoAnswerError(f"the storage answered another range than asked for: {span!r}")
+        elif "Transfer-Encoding" in response.headers:
+            return None
+        else:
+            size = response.headers.get("Content-Length", "")
+        return int(size) if size.isdecimal() else None
+
+
+#: Content encodings that ``urllib3`` takes off; it passes others through.
+_DECODERS = frozenset(urllib3.response.HTTPResponse.CONTENT_DECODERS)
 
 
 def _host(url: str) -> str:
@@ -335,7 +423,7 @@ def _host(url: str) -> str:
 
 
 class _NoQueries(logging.Filter):
-    """Takes the queries out of the request lines that ``urllib3`` logs at level DEBUG."""
+    """Takes the queries out of the URLs that ``urllib3`` logs, of every request at level DEBUG."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
@@ -348,7 +436,8 @@ _NO_QUERIES = _NoQueries()
 
 def _keep_queries_out_of_logs() -> None:
     # Adding a filter twice is adding it once.
-    logging.getLogger("urllib3.connectionpool").addFilter(_NO_QUERIES)
+    for name in ("connectionpool", "connection"):
+        logging.getLogger(f"urllib3.{name}").addFilter(_NO_QUERIES)
 
 
 def _was_not_sent(exc: requests.ConnectionError) -> bool:

@@ -97,6 +97,7 @@ class APIError(SiliconFlowError):
     :param call: method and path of the request, without its query.
     """
 
+    #: What to do about it.
     hint = ""
 
     def __init__(
@@ -120,14 +121,17 @@ class APIError(SiliconFlowError):
             parts.append(f"code {code}")
         if trace_id:
             parts.append(f"trace id {trace_id}")
-        text = f"{call or 'request'} was refused ({', '.join(parts)}): {message}"
-        super().__init__(f"{text} {self.hint}".rstrip())
+        #: What happened, without the hint: that is about the API, and a storage answers with errors as well.
+        self.summary = f"{call or 'request'} was refused ({', '.join(parts)}): {message}"
+        stop = "." if self.hint and self.summary[-1:] not in ".!?。" else ""
+        super().__init__(f"{self.summary}{stop} {self.hint}".rstrip())
 
 
 class InvalidRequestError(APIError):
     """400, 413, 422: the service does not accept the request as it is."""
 
     retryable = False
+    hint = "Nothing was created; the same request would be refused again: change what the message names."
 
 
 class AuthenticationError(APIError):
@@ -151,20 +155,29 @@ class PermissionDeniedError(APIError):
     """403: the key may not do this, or the model is disabled."""
 
     retryable = False
+    hint = "Check at the console what this API key may do, and whether the model is enabled for the account."
 
 
 class NotFoundError(APIError):
     """404: no such batch, file or path on this account."""
 
     retryable = False
+    hint = (
+        "Check the id, and that it belongs to the account and the host (with its /v1) of this connection; files "
+        "and results are kept for 30 days."
+    )
 
 
 class RateLimitedError(APIError):
     """429: refused before any work was done."""
 
+    hint = "Nothing was created; the same request will be taken a while later."
+
 
 class ServiceUnavailableError(APIError):
     """408, 425, 5xx: the service or something before it failed; what became of the request may be open."""
+
+    hint = "The fault is not the request's, and usually passes."
 
 
 class SubmissionUnknownError(SiliconFlowError):

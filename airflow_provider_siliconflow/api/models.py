@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import (
@@ -86,26 +86,63 @@ def strip_query(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
+#: Characters of a text from outside that are looked at: a row's error may repeat a whole prompt.
+READ_CHARACTERS = 2000
+#: Characters of it that are shown.
+SHOWN_CHARACTERS = 1000
+
 # In JSON a slash may be escaped, and the "&" of a query often is (as \u0026); error texts of HTTP libraries
 # name a path without its host.
-_QUERIES = (
-    re.compile(r"(https?:(?:\\?/){2}[^\s\"'<>?#]+)[?#][^\s\"'<>]*", re.IGNORECASE),
-    re.compile(r"(/[^\s\"'<>?#]+)\?[^\s\"'<>]*=[^\s\"'<>]*"),
-)
-_USER_PART = re.compile(r"(https?:(?:\\?/){2})[^\s\"'<>/@]+@", re.IGNORECASE)
+_WORD = re.compile(r"[^\s\"'<>]+")
+_ORIGIN = re.compile(r"https?:(?:\\?/){2}", re.IGNORECASE)
+_MARK = re.compile(r"[?#]")
+_USER_PART = re.compile(r"(:(?:\\?/){2})[^\s\"'<>/?#]*@")
+# A password with a mark in it, or a query with an @: nobody can tell, so neither is shown.
+_USER_OR_QUERY = re.compile(r"(:(?:\\?/){2})[^\s\"'<>/?#]*[?#][^\s\"'<>/]*@[^\s\"'<>]*")
+
+
+def _without_query(found: re.Match[str]) -> str:
+    """Return a word up to the query of the URL, or of the path, in it. Words may be long: one pass, no search."""
+    word = found[0]
+    origin = _ORIGIN.search(word)
+    of_url = origin.end() if origin else len(word)
+    last_value = word.rfind("=")
+    begin = 0
+    for mark in _MARK.finditer(word):
+        at = mark.start()
+        if at > of_url or (mark[0] == "?" and at < last_value and "/" in word[begin : at - 1]):
+            return word[:at]
+        begin = at + 1
+    return word
 
 
 def strip_queries(text: str) -> str:
     """Return a text in which no URL has a query or a user part any more."""
-    for pattern in _QUERIES:
-        text = pattern.sub(r"\1", text)
-    return _USER_PART.sub(r"\1", text)
+    if "@" in text:
+        text = _USER_PART.sub(r"\1", _USER_OR_QUERY.sub(r"\1***", text))
+    return _WORD.sub(_without_query, text) if "?" in text or "#" in text else text
+
+
+def valid_text(text: str) -> str:
+    """Return a text that UTF-8 can hold: half of a surrogate pair, where a text was cut, becomes U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def brief(text: str, limit: int = SHOWN_CHARACTERS) -> str:
+    """
+    Return the start of a text from outside as it may be shown and kept.
+
+    :param limit: characters, well below ``READ_CHARACTERS``: a URL that is cut there may still show its user part.
+    """
+    return strip_queries(valid_text(text[:READ_CHARACTERS]))[:limit]
 
 
 def _shown(value: Any) -> Any:
-    """Return what may be shown of a value: its texts without the queries of URLs."""
+    """Return what may be shown of a value: its texts without the queries of URLs, as UTF-8 can hold them."""
     if isinstance(value, str):
-        return strip_queries(value)
+        return strip_queries(valid_text(value))
     if isinstance(value, list):
         return [_shown(item) for item in value]
     if isinstance(value, dict):
@@ -135,6 +172,22 @@ class _Model(BaseModel):
             yield name, _shown(value)
 
 
+class _Tolerant(_Model):
+    """Takes a field of an unknown shape for one that is not there: it must not hide the object itself."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _without_odd_fields(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as exc:
+            odd = {error["loc"][0] for error in exc.errors() if error["loc"]}
+            needed = {name for name, field in cls.model_fields.items() if field.is_required()}
+            if not odd or odd & needed or not isinstance(data, dict):
+                raise
+            return handler({name: value for name, value in data.items() if name not in odd})
+
+
 class RequestCounts(_Model):
     """Progress of a batch in rows."""
 
@@ -148,7 +201,7 @@ class RequestCounts(_Model):
         return 0 if value is None else value
 
 
-class Batch(_Model):
+class Batch(_Tolerant):
     """A batch as the service describes it. Times are epoch seconds."""
 
     id: str = Field(min_length=1)
@@ -172,18 +225,6 @@ class Batch(_Model):
     request_counts: RequestCounts = RequestCounts()
     metadata: dict[str, str] = Field(default_factory=dict)
     file_name: str | None = None
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _without_odd_fields(cls, data: Any, handler: ModelWrapValidatorHandler[Batch]) -> Batch:
-        """Take a field of an unknown shape for one that is not there: it must not hide the batch itself."""
-        try:
-            return handler(data)
-        except ValidationError as exc:
-            odd = {error["loc"][0] for error in exc.errors() if error["loc"]} - {"id", "status"}
-            if not odd or not isinstance(data, dict):
-                raise
-            return handler({name: value for name, value in data.items() if name not in odd})
 
     @field_validator("request_counts", mode="before")
     @classmethod
@@ -225,13 +266,18 @@ class Batch(_Model):
             items = items.get("data", [items])
         if items is None:
             return []
-        return [strip_queries(_as_sentence(item)) for item in (items if isinstance(items, list) else [items])]
+        return [brief(_as_sentence(item)) for item in (items if isinstance(items, list) else [items])]
 
     def to_json_dict(self) -> dict[str, Any]:
         """Return the batch as JSON types with signed URLs stripped of their query: safe for XCom and logs."""
         data = self.model_dump(mode="json")
         # The author's own metadata is no secret of the service.
         return {key: value if key == "metadata" else _shown(value) for key, value in data.items()}
+
+
+def has_content(error: Any) -> bool:
+    """Whether an ``error`` says anything: beside an answer, an object of empty fields stands for none."""
+    return any(error.values()) if isinstance(error, dict) else bool(error)
 
 
 def _as_sentence(item: Any) -> str:
@@ -244,7 +290,7 @@ def _as_sentence(item: Any) -> str:
     return json.dumps(item, ensure_ascii=False, default=str)
 
 
-class UploadedFile(_Model):
+class UploadedFile(_Tolerant):
     """A file in the account's store, kept for 30 days. ``bytes`` is its size."""
 
     id: str = Field(min_length=1)
@@ -258,7 +304,7 @@ class UploadedFile(_Model):
     line_count: int | None = None
 
 
-class Account(_Model):
+class Account(_Tolerant):
     """The account behind a key. Amounts are strings in CNY, as the service sends them."""
 
     id: str = ""
@@ -311,11 +357,11 @@ class BatchResult(_Model):
     def outcome(self) -> Outcome:
         """``ok``, ``error``, ``expired`` or, for a row without any result, ``missing``."""
         status = (self.response or {}).get("status_code")
-        if self.error and self.error_code == Outcome.MISSING:
+        if self.error_code == Outcome.MISSING:
             return Outcome.MISSING
         return judge(
             error_code=self.error_code,
-            has_error=bool(self.error),
+            has_error=has_content(self.error),
             status_code=status if isinstance(status, int) else None,
             has_answer=bool(self._choice),
         )
@@ -356,9 +402,7 @@ class BatchResult(_Model):
     @property
     def error_message(self) -> str | None:
         """What the service said of a row that failed, or ``None``."""
-        if not self.error:
-            return None
-        return _as_sentence(self.error)
+        return _as_sentence(self.error) if has_content(self.error) else None
 
     def parse(self, model: type[ModelT]) -> ModelT:
         """

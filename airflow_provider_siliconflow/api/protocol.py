@@ -13,10 +13,12 @@ import math
 import random
 import re
 import secrets
+import ssl
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
@@ -38,12 +40,15 @@ from airflow_provider_siliconflow.api.exceptions import (
     UnexpectedAnswerError,
 )
 from airflow_provider_siliconflow.api.models import (
+    READ_CHARACTERS,
+    SHOWN_CHARACTERS,
     Account,
     Batch,
     UploadedFile,
     is_url,
     strip_queries,
     strip_query,
+    valid_text,
 )
 
 log = logging.getLogger(__name__)
@@ -80,8 +85,9 @@ class ClientSettings:
     :param timeout: seconds to wait for (the next bytes of) an answer.
     :param connect_timeout: seconds to wait for a connection.
     :param max_retries: how often a call that may be repeated is sent again.
-    :param proxies: URL of a proxy by URL scheme, as ``requests`` takes them.
-    :param verify: whether to check certificates, or the path of a CA bundle.
+    :param proxies: ``http://`` or ``https://`` URL of a proxy, by what it is for: ``https``, ``all``,
+        ``https://host`` or ``all://host``; the most exact one wins, and any of them over the environment's.
+    :param verify: whether to check certificates, or the path of a CA bundle or of a folder of CA certificates.
     :param headers: further headers for calls of the API (never sent to the storage of result files).
     :param backoff: seconds before the first repetition; doubled each time, with jitter.
     :raises InvalidInputError: a value is not usable.
@@ -105,14 +111,14 @@ class ClientSettings:
                 "the connection's password is not an API key: it has spaces or non-ASCII characters"
             )
         object.__setattr__(self, "api_key", self.api_key.strip())
-        parts = urlsplit(self.base_url) if _origin(self.base_url) else None
-        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidInputError(
-                f"the connection's host must be the API's base URL such as {DEFAULT_BASE_URL!r}; "
-                f"got {strip_query(self.base_url)!r}"
-            )
-        if parts.query or parts.fragment or parts.username:
+        # Neither this value nor that of a proxy is shown: it may hold a password.
+        if "@" in self.base_url or "?" in self.base_url or "#" in self.base_url:
             raise InvalidInputError("the connection's host must be a URL without user, query and fragment")
+        wrong = _url_problem(self.base_url) if is_url(self.base_url) else "it is no http:// or https:// URL"
+        if wrong:
+            raise InvalidInputError(
+                f"the connection's host must be the API's base URL such as {DEFAULT_BASE_URL!r}: {wrong}"
+            )
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
         for name in ("timeout", "connect_timeout"):
             if not 0 < getattr(self, name) < math.inf:
@@ -126,9 +132,13 @@ class ClientSettings:
             ):
                 raise InvalidInputError(f"headers: {name!r} or its value is not what a header may be")
         for scheme, proxy in (self.proxies or {}).items():
-            if (_origin(proxy) or ("", None))[1] is None:
+            # The triggerer can use no others, and would find out when the batch is paid for.
+            wrong = _url_problem(proxy) if is_url(proxy) else "it is no http:// or https:// URL"
+            if not wrong and re.search(r"[/?#].", proxy.partition("://")[2]):
+                wrong = "more follows its host and port; in a password, '/', '?' and '#' must be escaped"
+            if wrong:
                 raise InvalidInputError(
-                    f"proxies: {scheme!r} must be a URL such as 'http://proxy:3128'; got {strip_query(proxy)!r}"
+                    f"proxies: {scheme!r} must be a URL such as 'http://proxy:3128': {wrong}"
                 )
 
     @property
@@ -152,15 +162,64 @@ class ClientSettings:
         """Whether a URL has the API's own origin, so that the key may go there."""
         return _origin(self.base_url) == _origin(url)
 
-
-def _origin(url: str) -> tuple[str, str | None, int | None] | None:
-    """Return scheme, host and port of a URL; ``None`` where it is none."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    except ValueError:
+    def proxy_for(self, url: str) -> str | None:
+        """Return the proxy that the connection names for a URL, chosen as ``requests`` does."""
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            return None
+        for key in (f"{parts.scheme}://{parts.hostname}", parts.scheme, f"all://{parts.hostname}", "all"):
+            if proxy := (self.proxies or {}).get(key):
+                return proxy
         return None
-    return parts.scheme, parts.hostname, port
+
+
+def trusted(verify: bool | str) -> ssl.SSLContext | bool:
+    """
+    Return what checks certificates: whether to, or what the CA certificates at a path make of it.
+
+    :raises InvalidInputError: there are none at that path.
+    """
+    if isinstance(verify, bool):
+        return verify
+    try:
+        # The same as requests does with a path.
+        if Path(verify).is_dir():
+            return ssl.create_default_context(capath=verify)
+        return ssl.create_default_context(cafile=verify)
+    except OSError as exc:
+        raise InvalidInputError(
+            f"verify must be true, false or the path of a CA bundle or of a folder of certificates: {exc}"
+        ) from exc
+
+
+# What urlsplit passes over or takes for a part of the user, and the libraries that connect take otherwise.
+_AMBIGUOUS = re.compile(r"[\\\s\x00-\x20\x7f]")
+
+
+def _origin(url: str) -> tuple[str, str, int | None] | None:
+    """Return scheme, host and port of a URL; ``None`` where it is none, or not the same to every parser."""
+    return None if _url_problem(url) else _parts(url)
+
+
+def _url_problem(url: str) -> str | None:
+    """Say what is wrong with a URL, without repeating any of it."""
+    if _AMBIGUOUS.search(url):
+        return "it has a space, a control character or a backslash"
+    try:
+        _, host, _ = _parts(url)
+    except UnicodeError:
+        return "its host is not one: a part between dots is empty or too long"
+    except ValueError:
+        return "its host or port is not one; in a password, '/', '?' and '#' must be escaped"
+    return None if host else "it has no host"
+
+
+def _parts(url: str) -> tuple[str, str, int | None]:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    host.encode("idna")
+    return parts.scheme, host, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,14 +266,13 @@ class Call(Generic[T]):
         if error is not None:
             raise error
         try:
-            if isinstance(data, ValueError):
+            if isinstance(data, Exception):
                 raise data
             return self.read(data)
-        except (ValueError, ValidationError, TypeError, KeyError, AttributeError) as exc:
-            trace = headers.get(TRACE_ID_HEADER)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
             raise UnexpectedAnswerError(
-                f"{self.name} answered HTTP {status}, but not what the API documents"
-                f"{f' (trace id {trace})' if trace else ''}: {_snippet(body, settings)}"
+                f"{self.name} answered HTTP {status}{traced(headers)}, but not what the API documents: "
+                f"{_snippet(body, settings)}"
             ) from exc
 
 
@@ -330,8 +388,11 @@ def _read_page(data: Any, read: Callable[[Any], T]) -> Page[T]:
         except ValidationError as exc:
             # One odd entry must not hide the others: among them may be the batch that is looked for.
             log.warning("Ignoring an entry of a listing that is not what the API documents: %s", exc)
-    envelope = data if isinstance(data, dict) else {}
-    return Page(tuple(items), bool(envelope.get("has_more")))
+    has_more = False
+    while isinstance(data, dict):
+        has_more = has_more or bool(data.get("has_more"))
+        data = data.get("data")
+    return Page(tuple(items), has_more)
 
 
 class BatchPaging:
@@ -422,11 +483,17 @@ def redirect_target(url: str, location: str | None) -> str:
 _BEARER = re.compile(r"(?i)bearer\s+[\w.~+/=-]+")
 
 
+def traced(headers: Mapping[str, str]) -> str:
+    """Return the trace id of an answer for a message, or nothing where it has none."""
+    trace_id = headers.get(TRACE_ID_HEADER)
+    return f" (trace id {trace_id})" if trace_id else ""
+
+
 def redact(text: str, settings: ClientSettings | None = None) -> str:
     """Return ``text`` without the key and without the queries of URLs, which may hold signatures."""
     if settings is not None:
         text = text.replace(settings.api_key, "***")
-    return strip_queries(_BEARER.sub("Bearer ***", text))
+    return strip_queries(_BEARER.sub("Bearer ***", valid_text(text)))
 
 
 def _snippet(body: bytes, settings: ClientSettings | None, limit: int = 200) -> str:
@@ -453,7 +520,7 @@ def _parse(body: bytes) -> Any:
     """Return what a body holds as JSON, or the error that it holds none."""
     try:
         return json.loads(body)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         return exc
 
 
@@ -468,8 +535,9 @@ def _error_of(
     if 300 <= status < 400:
         target = strip_query(headers.get("Location") or "")
         return UnexpectedAnswerError(
-            f"{call} answered HTTP {status}, a redirect to {target or 'nowhere'}, which is not followed: the "
-            "API key goes to the connection's own host only. Set the connection's host to the final address."
+            f"{call} answered HTTP {status}{traced(headers)}, a redirect to {target or 'nowhere'}, which is not "
+            "followed: the API key goes to the connection's own host only. Set the connection's host to the final "
+            "address."
         )
     code, message = _code_and_message(data)
     if 200 <= status < 300:
@@ -478,7 +546,9 @@ def _error_of(
             return None
         status = _status_of_code(code)
     return _error_class(status, code)(
-        redact(message or _snippet(body, settings), settings)[:1000],
+        redact(message[:READ_CHARACTERS], settings)[:SHOWN_CHARACTERS]
+        if message
+        else _snippet(body, settings),
         status_code=status,
         code=code,
         trace_id=headers.get(TRACE_ID_HEADER),
@@ -663,10 +733,12 @@ def check_metadata(value: Any, *, reserved: int = 0) -> dict[str, str]:
         )
         raise InvalidInputError(f"metadata may hold at most {room} pairs{extra}; got {len(value)}")
     for key, item in value.items():
-        if not isinstance(key, str) or not 1 <= len(key) <= MAX_METADATA_KEY:
+        if not isinstance(key, str) or not 1 <= len(key) <= MAX_METADATA_KEY or key != valid_text(key):
             raise InvalidInputError(
                 f"metadata key {key!r} must be a string of 1 to {MAX_METADATA_KEY} characters"
             )
+        if isinstance(item, str) and item != valid_text(item):
+            raise InvalidInputError(f"metadata[{key!r}] is not text that can be sent (a lone surrogate)")
         if not isinstance(item, str) or len(item) > MAX_METADATA_VALUE:
             raise InvalidInputError(
                 f"metadata[{key!r}] must be a string of at most {MAX_METADATA_VALUE} characters; "
@@ -691,8 +763,9 @@ def check_replace(value: Any) -> dict[str, Any] | None:
     if "model" in value and not (isinstance(value["model"], str) and value["model"].strip()):
         raise InvalidInputError(f"replace['model'] must be the name of a model; got {value['model']!r}")
     try:
-        json.dumps(dict(value), allow_nan=False)
-    except (TypeError, ValueError) as exc:
+        # UTF-8 has no lone surrogates.
+        json.dumps(dict(value), allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as exc:
         raise InvalidInputError(f"replace must be JSON: {exc}") from exc
     return dict(value) or None
 

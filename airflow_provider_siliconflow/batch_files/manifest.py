@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from typing import Any
 
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
+
+log = logging.getLogger(__name__)
 
 #: Raised when a key of the manifest changes its meaning.
 MANIFEST_VERSION = 1
@@ -79,7 +82,8 @@ def check_prices(prices: Mapping[str, Any] | None) -> None:
         raise InvalidInputError(f"prices must be a mapping by model, not {type(prices).__name__}")
     for model, price in prices.items():
         if not (
-            isinstance(price, Mapping)
+            isinstance(model, str)
+            and isinstance(price, Mapping)
             and set(price) == {"prompt", "completion"}
             and all(_is_price(value) for value in price.values())
         ):
@@ -102,7 +106,7 @@ def build_manifest(
     ``billed_usage`` all that were made; ``cost`` follows from the latter.
 
     :param runs: one per model.
-    :param prices: by model, CNY per million tokens of ``prompt`` and of ``completion``.
+    :param prices: by model, whatever its case, CNY per million tokens of ``prompt`` and of ``completion``.
     :param paths: the files and folders of the whole run, by name.
     :raises InvalidInputError: ``prices`` is malformed.
     """
@@ -111,7 +115,7 @@ def build_manifest(
     models = []
     for run in runs:
         total.add(run.tally)
-        cost = _cost(run.tally.billed, (prices or {}).get(run.model or ""))
+        cost = _cost(run.tally.billed, _price_of(run.model, prices))
         models.append(
             {
                 "model": run.model,
@@ -122,6 +126,14 @@ def build_manifest(
             }
         )
     known = [each["cost"] for each in models if each["cost"] is not None]
+    if prices and len(known) < len(models):
+        log.warning(
+            "No cost is given for %s, and so none in total: prices has %s",
+            ", ".join(
+                each["model"] or "rows that name their models" for each in models if each["cost"] is None
+            ),
+            ", ".join(prices),
+        )
     return {
         "version": MANIFEST_VERSION,
         **_figures(total, [batch for run in runs for batch in run.batches]),
@@ -169,6 +181,16 @@ def _tokens(usage: Usage) -> dict[str, int]:
         "reasoning_tokens": usage.reasoning,
         "total_tokens": usage.total,
     }
+
+
+def _price_of(
+    model: str | None, prices: Mapping[str, Mapping[str, float]] | None
+) -> Mapping[str, float] | None:
+    """Return the price of a model; case does not tell models apart, as it does not in the answers."""
+    if model is None or not prices:
+        return None
+    by_name = {name.casefold(): price for name, price in prices.items()}
+    return prices.get(model) or by_name.get(model.casefold())
 
 
 def _cost(billed: Usage, price: Mapping[str, float] | None) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     InvalidRequestFileError,
     LineProblem,
 )
+from airflow_provider_siliconflow.api.models import valid_text
 from airflow_provider_siliconflow.batch_files.sources import LONGEST_LINE, LineReader, Source
 
 #: The service's limits for one input file.
@@ -593,6 +594,12 @@ def explain(line: bytes, *, as_row: bool = False) -> tuple[str | None, str]:
         return None, str(exc)
     except json.JSONDecodeError as exc:
         return None, f"the line is not valid JSON ({exc.msg}, column {exc.colno})"
+    except ValueError:
+        # Python's own limit on the digits of a number.
+        return (
+            None,
+            "the line is no request, and holds a number of too many digits to say what is wrong with it",
+        )
     except RecursionError:
         return None, "the line is nested too deeply"
     if as_row and isinstance(value, str):
@@ -673,5 +680,5 @@ def _kind(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = valid_text(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 60 else text[:57] + "..."

@@ -21,15 +21,17 @@ from typing import Any
 import msgspec
 
 from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError, InvalidInputError
-from airflow_provider_siliconflow.api.models import BatchResult, Outcome
+from airflow_provider_siliconflow.api.models import BatchResult, Outcome, valid_text
 from airflow_provider_siliconflow.batch_files.shards import iter_custom_ids
 from airflow_provider_siliconflow.batch_files.sources import ByteWriter, LineReader, Source
 from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 from airflow_provider_siliconflow.batch_files.verdicts import (
+    NotJSONError,
     Verdict,
     is_balance_error,
     read_result,
     read_verdict,
+    whole_number,
     worth_retrying,
 )
 
@@ -135,15 +137,16 @@ def merge_shard(
     Judge every row of a shard and write its result line, in the order of the shard.
 
     An answer that is ok wins over one that is not, a later round over an earlier one, and within one batch the
-    output file over the error file. The service's lines are written as they are; for a row without any, a line
-    with the error code ``missing`` is made.
+    first line, those of the output file before those of the error file. The service's lines are written as they
+    are; for a row without any, a line with the error code ``missing`` is made. JSON that is no result of any row
+    counts as foreign.
 
     :param shard: the request file.
     :param batches: the batches that may hold its rows, earliest round first, all of one model.
     :param results: takes one line per row; ``None`` to judge only.
     :param errors: takes the lines of the rows that are not ok.
     :param model: the model asked of the whole batch; without it the one that each row names.
-    :raises IncompleteResultsError: a result file holds a line that is none (the download was cut, or it is
+    :raises IncompleteResultsError: a result file holds a line that is not JSON (the download was cut, or it is
         not a result file).
     """
     asked = _Asked.read(shard, with_models=model is None)
@@ -187,17 +190,24 @@ class _Index:
         ids = self._ids
         file = len(self.files)
         self.files.append(path)
+        odd = OddLines(path.name, batch.batch_id)
         offset = duplicates = prompt = completion = reasoning = total = 0
         with path.open("rb") as stream:
             for count, line in enumerate(LineReader(stream), 1):
-                verdict = read_verdict(line) if line is not None else None
-                if line is None or verdict is None:
-                    if line is not None and not line.strip():
-                        offset += len(line) + 1
-                        continue
+                if line is None:
                     raise incomplete_file(path.name, count, batch.batch_id)
                 start = offset
                 offset += len(line) + 1
+                try:
+                    verdict = read_verdict(line)
+                except NotJSONError:
+                    if line.strip():
+                        raise incomplete_file(path.name, count, batch.batch_id) from None
+                    continue
+                if verdict is None:
+                    odd.add(count)
+                    tally.foreign += not batch.shared
+                    continue
                 position = positions.get(verdict.custom_id)
                 if position is None:
                     tally.foreign += not batch.shared
@@ -205,7 +215,13 @@ class _Index:
                 before = verdicts[position]
                 if before is not None and before.batch == number:
                     duplicates += 1
-                    continue
+                    if before.outcome is Outcome.OK or verdict.outcome is not Outcome.OK:
+                        continue
+                    # It takes the place of a line that was counted.
+                    prompt -= before.prompt
+                    completion -= before.completion
+                    reasoning -= before.reasoning
+                    total -= before.total
                 prompt += verdict.prompt
                 completion += verdict.completion
                 reasoning += verdict.reasoning
@@ -222,6 +238,7 @@ class _Index:
                         verdict.line = line
                     verdicts[position] = verdict
         self._budget = budget
+        odd.warn()
         tally.billed.add(Usage(prompt, completion, reasoning, total))
         if duplicates:
             tally.duplicates += duplicates
@@ -233,11 +250,38 @@ class _Index:
             )
 
 
+class OddLines:
+    """
+    Lines of a result file that are JSON, but no results: they are left out, and told of.
+
+    :param name: the file, for the message.
+    """
+
+    def __init__(self, name: str, batch_id: str | None = None) -> None:
+        self._where = f"{name} of batch {batch_id}" if batch_id else name
+        self._first = self._count = 0
+
+    def add(self, line: int) -> None:
+        """Note a line by its number."""
+        self._first = self._first or line
+        self._count += 1
+
+    def warn(self) -> None:
+        """Tell of the lines noted, if there are any."""
+        if self._count:
+            log.warning(
+                "%s: %d lines are no results of any row and were left out, the first of them line %d",
+                self._where,
+                self._count,
+                self._first,
+            )
+
+
 def incomplete_file(name: str, line: int, batch_id: str | None) -> IncompleteResultsError:
-    """Return the error for a line of a downloaded file that is no result line."""
+    """Return the error for a line of a downloaded file that is not JSON."""
     of_batch = f" of batch {batch_id}" if batch_id else ""
     return IncompleteResultsError(
-        f"line {line} of {name}{of_batch} is not a result line: the download was cut, or this is not a result file. "
+        f"line {line} of {name}{of_batch} is not JSON: the download was cut, or this is not a result file. "
         "The results are still with the service; a retry downloads them again and submits nothing.",
         batch_id=batch_id,
     )
@@ -360,17 +404,37 @@ def read_results(source: Source) -> Iterator[BatchResult]:
     """
     Read a result file (``results.jsonl``, ``errors.jsonl`` or one of the service's own) row by row.
 
-    :raises IncompleteResultsError: a line is not a result line.
+    :raises IncompleteResultsError: a line is not JSON.
     """
-    name = str(getattr(source, "name", source))
     with source.open("rb") as stream:
-        for number, line in enumerate(LineReader(stream), 1):
-            if line is not None and not line.strip():
-                continue
-            result = read_result(line) if line is not None else None
-            if result is None:
-                raise incomplete_file(name, number, None)
+        yield from results_of(LineReader(stream), str(getattr(source, "name", source)))
+
+
+def results_of(
+    lines: Iterable[bytes | None], name: str, batch_id: str | None = None
+) -> Iterator[BatchResult]:
+    """
+    Read the lines of a result file; blank ones, and JSON that is no result, are passed over.
+
+    :param lines: ``None`` stands for one too long to read.
+    :param name: the file, for messages.
+    :raises IncompleteResultsError: a line is not JSON.
+    """
+    odd = OddLines(name, batch_id)
+    for number, line in enumerate(lines, 1):
+        if line is None:
+            raise incomplete_file(name, number, batch_id)
+        if not line.strip():
+            continue
+        try:
+            result = read_result(line)
+        except NotJSONError:
+            raise incomplete_file(name, number, batch_id) from None
+        if result is None:
+            odd.add(number)
+        else:
             yield result
+    odd.warn()
 
 
 #: Columns of :func:`to_frame` that are whole numbers; the others are text.
@@ -402,15 +466,19 @@ def to_frame(results: Source | Iterable[BatchResult], library: str | None = None
     return frames.DataFrame(columns, schema=schema)
 
 
+def _text(value: Any) -> str | None:
+    return valid_text(value) if isinstance(value, str) else None
+
+
 _COLUMNS: dict[str, Callable[[BatchResult], Any]] = {
-    "custom_id": lambda row: row.custom_id,
+    "custom_id": lambda row: _text(row.custom_id),
     "outcome": lambda row: row.outcome.value,
-    "text": lambda row: row.text,
-    "reasoning": lambda row: row.reasoning,
-    "finish_reason": lambda row: row.finish_reason,
-    "prompt_tokens": lambda row: row.usage.get("prompt_tokens"),
-    "completion_tokens": lambda row: row.usage.get("completion_tokens"),
-    "error": lambda row: row.error_message,
+    "text": lambda row: _text(row.text),
+    "reasoning": lambda row: _text(row.reasoning),
+    "finish_reason": lambda row: _text(row.finish_reason),
+    "prompt_tokens": lambda row: whole_number(row.usage.get("prompt_tokens")),
+    "completion_tokens": lambda row: whole_number(row.usage.get("completion_tokens")),
+    "error": lambda row: _text(row.error_message),
 }
 
 
@@ -421,4 +489,6 @@ def _import_frames(names: Sequence[str]) -> Any:
         except ModuleNotFoundError as exc:
             if exc.name != name:
                 raise
-    raise ImportError(f"a data frame needs {' or '.join(names)}: pip install {names[0]}")
+    raise ImportError(
+        f"a data frame needs {' or '.join(names)}: pip install 'airflow-provider-siliconflow[{names[0]}]'"
+    )

@@ -125,11 +125,14 @@ def split_requests(
     add_id = custom_ids.add
     with ShardWriter(work_dir, max_rows=max_rows, max_bytes=max_bytes) as writer:
         lines: list[bytes] = []
+        size = 0
         for row in read_rows(requests, problems, defaults=defaults, max_bytes=max_bytes):
             lines.append(row.line)
-            if len(lines) == _LINES_AT_ONCE:
+            size += len(row.line)
+            if len(lines) == _LINES_AT_ONCE or size >= _BLOCK_BYTES:
                 writer.extend(lines)
                 lines.clear()
+                size = 0
             add_id(row.custom_id)
             prompt_tokens += row.prompt_tokens
             if row.model is None:

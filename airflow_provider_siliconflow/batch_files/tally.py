@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from airflow_provider_siliconflow.api.models import strip_queries
+from airflow_provider_siliconflow.api.models import brief
 
 #: Distinct error messages that are counted apart; the rest is counted together.
 MAX_MESSAGES = 200
@@ -86,7 +86,7 @@ class ModelTally:
     def add_message(self, message: str, count: int = 1) -> None:
         """Count an error message; only so many different ones are told apart."""
         # A row's error may name a signed URL of its prompt; this goes into XCom and logs.
-        message = strip_queries(message)[:_MESSAGE_CHARACTERS]
+        message = brief(message, _MESSAGE_CHARACTERS)
         if message not in self.messages and len(self.messages) >= MAX_MESSAGES:
             message = OTHER_MESSAGES
         self.messages[message] = self.messages.get(message, 0) + count

@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 import re
 from sys import intern
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import pydantic
 
-from airflow_provider_siliconflow.api.models import BatchResult, Outcome, judge
+from airflow_provider_siliconflow.api.models import (
+    READ_CHARACTERS,
+    BatchResult,
+    Outcome,
+    has_content,
+    judge,
+    valid_text,
+)
 from airflow_provider_siliconflow.batch_files.tally import Usage
+
+#: More than this is no count of tokens, and does not fit into a column of a data frame.
+_LARGEST_COUNT = (1 << 63) - 1
 
 _BALANCE_CODES = frozenset({"30001", "402", "insufficient_balance", "insufficient_quota"})
 _BALANCE_MESSAGE = re.compile(r"balance[^.]{0,20} insufficient|insufficient[^.]{0,20} balance|余额不足", re.I)
@@ -64,14 +74,17 @@ def worth_retrying(
     return bool(_TRANSIENT_TEXT.search(words)) and not _PERMANENT_TEXT.search(words)
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=_LARGEST_COUNT)]
+
+
 class _Details(msgspec.Struct, gc=False):
-    reasoning_tokens: int | None = None
+    reasoning_tokens: _Count | None = None
 
 
 class _UsageFields(msgspec.Struct, gc=False):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    total_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
+    total_tokens: _Count | None = None
     completion_tokens_details: _Details | None = None
 
 
@@ -105,6 +118,16 @@ class _Answered(msgspec.Struct, gc=False):
 
 _decode_answered = msgspec.json.Decoder(_Answered).decode
 
+_REFUSED = (msgspec.DecodeError, ValueError, RecursionError)
+
+#: Digits of the longest number that is read as a whole one: Python refuses longer ones.
+_LONGEST_NUMBER = 4000
+_ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})?')
+
+
+class NotJSONError(ValueError):
+    """A line of a result file is not JSON: it was cut, or the file is no result file."""
+
 
 class Verdict(msgspec.Struct, gc=False):
     """What one result line says of its row, and where the line stands."""
@@ -135,22 +158,24 @@ class Verdict(msgspec.Struct, gc=False):
 
 
 def read_verdict(line: bytes) -> Verdict | None:
-    """Judge a result line; ``None`` if it is none."""
+    """
+    Judge a result line; ``None`` if it is none.
+
+    :raises NotJSONError: it is not JSON.
+    """
     try:
         answered = _decode_answered(line)
-    except (msgspec.DecodeError, ValueError, RecursionError):
+        # Only a short text can be blank in earnest.
+        content = answered.response.body.choices[0].message.content
+        empty = len(content) < 64 and _is_blank(msgspec.json.decode(content))
+    except (*_REFUSED, IndexError):
         return _read_unusual(line)
     response = answered.response
     body = response.body
-    if not body.choices:
-        return _read_unusual(line)
     outcome = judge(error_code=None, has_error=False, status_code=response.status_code, has_answer=True)
     if outcome is not Outcome.OK:
         return _read_unusual(line)
     choice = body.choices[0]
-    content = choice.message.content
-    # Only a short text can be blank in earnest.
-    empty = len(content) < 64 and _is_blank(msgspec.json.decode(content))
     reason, model = choice.finish_reason, body.model
     verdict = Verdict(answered.custom_id, outcome, reason and intern(reason), model and intern(model), empty)
     usage = body.usage
@@ -165,16 +190,21 @@ def read_verdict(line: bytes) -> Verdict | None:
 
 
 def read_result(line: bytes) -> BatchResult | None:
-    """Read a result line of any shape; ``None`` if it is none: not JSON, or without a ``custom_id``."""
+    """
+    Read a result line of any shape; ``None`` if it is none: without a ``custom_id``, or nested beyond reading.
+
+    :raises NotJSONError: it is not JSON.
+    """
     try:
         data = msgspec.json.decode(line)
-    except (msgspec.DecodeError, ValueError, RecursionError):
-        # A model's answer may be cut within an escaped character pair, which only the standard library takes.
-        try:
-            data = json.loads(line)
-        except (ValueError, RecursionError):
-            return None
-    if not isinstance(data, dict) or not isinstance(data.get("custom_id"), str):
+    except _REFUSED:
+        data = _decode_damaged(line)
+    if not isinstance(data, dict):
+        return None
+    custom_id = data.get("custom_id")
+    if isinstance(custom_id, int) and not isinstance(custom_id, bool):
+        custom_id = data["custom_id"] = str(custom_id)
+    if not isinstance(custom_id, str):
         return None
     try:
         return BatchResult.model_validate(data)
@@ -182,12 +212,38 @@ def read_result(line: bytes) -> BatchResult | None:
         # The row was answered, perhaps paid for: a field of an odd kind is no reason to lose it.
         response = data.get("response")
         return BatchResult.model_construct(
-            custom_id=data["custom_id"],
+            custom_id=custom_id,
             id=None if data.get("id") is None else str(data["id"]),
             response=response if isinstance(response, dict) else {"body": response},
             error=data.get("error"),
             trace_id=None,
         )
+
+
+def _decode_damaged(line: bytes) -> Any:
+    """
+    Read JSON as well as it can be read: one damaged text must not withhold the rows around it.
+
+    An answer may be cut within an escaped pair of characters or within the bytes of one; or a gateway puts bytes
+    into it that JSON does not have.
+    """
+    text = line.decode("utf-8-sig", "replace")
+    try:
+        try:
+            return _loads(text)
+        except ValueError:
+            return _loads(_ESCAPE.sub(lambda found: found[0] if len(found[0]) > 1 else "\\\\", text))
+    except ValueError as exc:
+        raise NotJSONError(str(exc)) from exc
+    except RecursionError:
+        return None
+
+
+def _loads(text: str) -> Any:
+    # With "strict" off, control characters may stand in texts.
+    return json.loads(
+        text, strict=False, parse_int=lambda n: int(n) if len(n) < _LONGEST_NUMBER else float(n)
+    )
 
 
 def _read_unusual(line: bytes) -> Verdict | None:
@@ -202,23 +258,25 @@ def _read_unusual(line: bytes) -> Verdict | None:
     verdict = Verdict(
         result.custom_id,
         outcome,
-        result.finish_reason if isinstance(result.finish_reason, str) else None,
-        model if isinstance(model, str) else None,
+        valid_text(result.finish_reason) if isinstance(result.finish_reason, str) else None,
+        valid_text(model) if isinstance(model, str) else None,
         outcome is Outcome.OK and _is_blank(result.text),
-        _whole(usage.get("prompt_tokens")),
-        _whole(usage.get("completion_tokens")),
-        _whole(details.get("reasoning_tokens")) if isinstance(details, dict) else 0,
+        whole_number(usage.get("prompt_tokens")) or 0,
+        whole_number(usage.get("completion_tokens")) or 0,
+        (whole_number(details.get("reasoning_tokens")) or 0) if isinstance(details, dict) else 0,
         status=status if isinstance(status, int) else None,
     )
-    verdict.total = _whole(usage.get("total_tokens")) or verdict.prompt + verdict.completion
+    verdict.total = whole_number(usage.get("total_tokens")) or verdict.prompt + verdict.completion
     if outcome is not Outcome.OK:
-        verdict.code, verdict.message = _reason(result)
+        code, message = _reason(result)
+        # Thousands of them may be kept, and each may repeat its prompt.
+        verdict.code, verdict.message = code and code[:READ_CHARACTERS], message[:READ_CHARACTERS]
     return verdict
 
 
 def _reason(result: BatchResult) -> tuple[str | None, str]:
     """Code and message of a row that failed, from ``error`` or else from the answer's body."""
-    if result.error:
+    if has_content(result.error):
         return result.error_code, result.error_message or ""
     said = (result.response or {}).get("body")
     if isinstance(said, dict) and said and not said.get("choices"):
@@ -236,5 +294,11 @@ def _is_blank(text: Any) -> bool:
     return not (text.strip() if isinstance(text, str) else text)
 
 
-def _whole(value: Any) -> int:
-    return value if isinstance(value, int) else 0
+def whole_number(value: Any) -> int | None:
+    """Return a count as the service may send it: a number, one with a fraction of zero, or digits."""
+    digits = isinstance(value, str) and value.isdecimal() and len(value) < 20
+    if digits or (isinstance(value, float) and value.is_integer()):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST_COUNT:
+        return None
+    return value

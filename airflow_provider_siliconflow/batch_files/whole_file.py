@@ -53,7 +53,9 @@ def write_whole(target: Any) -> Iterator[BinaryIO]:
 def write_json(target: Any, value: Any) -> None:
     """Write ``value`` as readable JSON; the file appears only when it is whole."""
     with write_whole(target) as stream:
-        stream.write(json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n")
+        text = json.dumps(value, ensure_ascii=False, indent=2)
+        # What UTF-8 cannot hold, half of a surrogate pair, becomes the escape that JSON has for it.
+        stream.write(text.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def make_folder(folder: Any) -> None:

@@ -66,9 +66,13 @@ class RowName(msgspec.Struct):
     body: Body
 
 
-# The decoder skips fields that are not declared without building objects: that makes the check fast.
+class _CheckedPart(msgspec.Struct):
+    text: str = ""
+
+
 class _CheckedMessage(msgspec.Struct):
     role: Literal["system", "user", "assistant"]
+    content: str | list[_CheckedPart] | None
 
 
 class _CheckedBody(msgspec.Struct):
@@ -85,7 +89,6 @@ class _CheckedLine(msgspec.Struct):
 
 decode_row = msgspec.json.Decoder(Row).decode
 decode_row_name = msgspec.json.Decoder(RowName).decode
-_decode_checked = msgspec.json.Decoder(_CheckedLine).decode
 
 
 def last_user_text(body: dict[str, Any]) -> str:
@@ -168,16 +171,23 @@ def line_offsets(path: Path) -> array[int]:
 
 def _check_line(line: bytes, scan: FileScan, seen: set[str], models: set[str]) -> str | None:
     try:
-        checked = _decode_checked(line)
+        # Decoded whole, as the results will need it: what is skipped here could not be answered later.
+        decoded = msgspec.json.decode(line)
+        checked = msgspec.convert(decoded, _CheckedLine)
     except UnicodeDecodeError:
         return "not valid UTF-8."
+    except RecursionError:
+        return "nested too deeply."
     except msgspec.DecodeError as error:
         return f"{error}." if line.strip() else "the line is empty."
     if checked.custom_id in seen:
         return f"custom_id {checked.custom_id!r} is not unique."
     seen.add(checked.custom_id)
-    if checked.body.messages[-1].role != "user":
-        return f"the last message must have the role user, not {checked.body.messages[-1].role}."
+    last = checked.body.messages[-1]
+    if last.role != "user":
+        return f"the last message must have the role user, not {last.role}."
+    if last.content is None:
+        return "the last message's content must not be null."
     if checked.url is not None and checked.url != ENDPOINT:
         return f"url must be {ENDPOINT}, not {checked.url!r}."
     if checked.method is not None and checked.method != "POST":
@@ -187,7 +197,7 @@ def _check_line(line: bytes, scan: FileScan, seen: set[str], models: set[str]) -
     else:
         models.add(checked.body.model)
     if _MARKER_START in line:
-        markers = markers_of(last_user_text(decode_row(line).body))
+        markers = markers_of(last_user_text(decoded["body"]))
         for marker in markers:
             if not _is_known_marker(marker):
                 return f"unknown marker [[emulator:{marker}]]."

@@ -23,12 +23,12 @@ CONN_FIELDS: dict[str, dict[str, Any]] = {
     },
     "proxies": {
         "label": "Proxy",
-        "description": 'URL of a proxy, or JSON by scheme: {"https": "http://proxy:3128"}.',
+        "description": 'URL of an HTTP proxy, or JSON by scheme: {"https": "http://proxy:3128"}.',
         "schema": {"type": ["string", "null"]},
     },
     "verify": {
         "label": "Verify certificates",
-        "description": "true, false or the path of a CA bundle. Default true.",
+        "description": "true, false or the path of a CA bundle, or of a folder of certificates. Default true.",
         "schema": {"type": ["string", "null"]},
     },
     "headers": {

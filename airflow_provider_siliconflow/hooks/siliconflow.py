@@ -14,6 +14,10 @@ from urllib.parse import urlsplit
 
 from airflow.providers.common.compat.sdk import BaseHook
 
+from airflow_provider_siliconflow.hooks.connection_form import CONN_FIELDS
+from airflow_provider_siliconflow.paths import open_folder as open_folder
+from airflow_provider_siliconflow.paths import open_source as open_source
+
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Connection, ObjectStoragePath
 
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: Fields of a connection's extra.
-EXTRA_FIELDS = ("timeout", "connect_timeout", "max_retries", "proxies", "verify", "headers")
+EXTRA_FIELDS = tuple(CONN_FIELDS)
 
 
 class SiliconFlowHook(BaseHook):
@@ -72,11 +76,17 @@ class SiliconFlowHook(BaseHook):
         """
         What the connection says, checked; the key is registered with Airflow's secret masker.
 
-        :raises InvalidInputError: a field is missing or wrong.
+        :raises InvalidInputError: there is no such connection, or a field is missing or wrong.
         """
-        from airflow.providers.common.compat.sdk import mask_secret
+        from airflow.providers.common.compat.sdk import AirflowNotFoundException, mask_secret
 
-        settings = settings_from_connection(self.get_connection(self.conn_id))
+        from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+
+        try:
+            connection = self.get_connection(self.conn_id)
+        except AirflowNotFoundException as exc:
+            raise InvalidInputError(f"connection {self.conn_id!r} is not defined: {exc}") from exc
+        settings = settings_from_connection(connection)
         passwords = [urlsplit(proxy).password for proxy in (settings.proxies or {}).values()]
         for secret in (settings.api_key, *settings.headers.values(), *passwords):
             if secret:
@@ -127,7 +137,7 @@ class SiliconFlowHook(BaseHook):
         :returns: the file; the service keeps it for 30 days.
         :raises InvalidRequestFileError: a line is not a valid request; nothing was uploaded.
         """
-        opened = open_source(source)
+        opened = open_source(source, "source")
         summary = check_input(opened, describe_source(source))
         name = filename or (Path(str(opened)).name if not isinstance(source, bytes) else "requests.jsonl")
         file = self._client.upload_file(opened, size=summary.bytes, filename=name)
@@ -286,20 +296,12 @@ class SiliconFlowHook(BaseHook):
         :param batch: the batch or its id; it is read anew for fresh URLs.
         :raises IncompleteResultsError: a file is cut, or holds fewer rows than the batch counts.
         """
-        from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError
-        from airflow_provider_siliconflow.batch_files.verdicts import read_result
+        from airflow_provider_siliconflow.batch_files.results import results_of
         from airflow_provider_siliconflow.jobs.downloads import KINDS, ResultFiles
 
         files = ResultFiles(self._client, batch if isinstance(batch, str) else batch.id)
         for kind in KINDS:
-            for number, line in enumerate(files.lines(kind), start=1):
-                result = read_result(line)
-                if result is None:
-                    raise IncompleteResultsError(
-                        f"Line {number} of the {kind} file of batch {files.batch.id} is not a result",
-                        batch_id=files.batch.id,
-                    )
-                yield result
+            yield from results_of(files.lines(kind), f"the {kind} file", files.batch.id)
 
     def download_results(self, batch_id: str, output_dir: str | Path | ObjectStoragePath) -> dict[str, Any]:
         """
@@ -340,10 +342,10 @@ def settings_from_connection(
         if name in values:
             try:
                 values[name] = convert(values[name])
-            except (TypeError, ValueError) as exc:
+            except (TypeError, ValueError, OverflowError) as exc:
                 raise InvalidInputError(f"{where}: {name} must be a number; got {values[name]!r}") from exc
     if "proxies" in values:
-        proxies = _json_if_text(values["proxies"])
+        proxies = _json_if_text(values["proxies"], f"{where}: proxies")
         if isinstance(proxies, str):
             proxies = {"http": proxies, "https": proxies}
         values["proxies"] = {
@@ -351,7 +353,9 @@ def settings_from_connection(
             for scheme, proxy in _string_map(proxies, f"{where}: proxies").items()
         }
     if "headers" in values:
-        values["headers"] = _string_map(_json_if_text(values["headers"]), f"{where}: headers")
+        values["headers"] = _string_map(
+            _json_if_text(values["headers"], f"{where}: headers"), f"{where}: headers"
+        )
     if "verify" in values and not isinstance(values["verify"], bool):
         known = {"true": True, "false": False}
         values["verify"] = known.get(str(values["verify"]).lower(), str(values["verify"]))
@@ -367,22 +371,26 @@ def _base_url(connection: Connection) -> str:
     if "://" not in host:
         host = f"https://{host}"
     # The URI forms of a connection (siliconflow://:key@host:port/v1, siliconflow://http://...) take a URL apart.
-    origin, slash, path = host.partition("://")[2].partition("/")
-    if slash:
-        return host
+    scheme, _, rest = host.partition("://")
+    origin, _, path = rest.partition("/")
     port = f":{connection.port}" if connection.port and not re.search(r":\d+$", origin) else ""
-    path = (connection.schema or "v1").strip("/")
-    return f"{host}{port}/{path}"
+    # A lone slash is how browsers write a host, not a wish for its root; that is the schema "/".
+    path = path.strip("/") or (connection.schema or "v1").strip("/")
+    return f"{scheme}://{origin}{port}/{path}"
 
 
-def _json_if_text(value: Any) -> Any:
+def _json_if_text(value: Any, where: str) -> Any:
     """Fields of the form are text; an object in one is JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
+    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as exc:
+        # Neither the text nor its cause is shown: there may be a password in it.
+        at = f" ({exc.msg} at character {exc.pos + 1})" if isinstance(exc, json.JSONDecodeError) else ""
+        raise InvalidInputError(f"{where} starts with '{{' but is not JSON{at}") from None
 
 
 def _string_map(value: Any, where: str) -> dict[str, str]:
@@ -393,64 +401,6 @@ def _string_map(value: Any, where: str) -> dict[str, str]:
     ):
         raise InvalidInputError(f"{where} must be an object of strings; got {type(value).__name__}")
     return dict(value)
-
-
-class _Content:
-    """Bytes that open like a file."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    def __str__(self) -> str:
-        return "the given bytes"
-
-    def open(self, mode: str = "rb") -> Any:
-        """Open for reading."""
-        import io
-
-        return io.BytesIO(self._content)
-
-
-def open_source(source: str | Path | ObjectStoragePath | bytes) -> Any:
-    """
-    Return an object that opens for reading.
-
-    :param source: path, URI of any scheme Airflow's ``ObjectStoragePath`` takes, such a path, or bytes.
-    """
-    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-
-    if isinstance(source, bytes):
-        return _Content(source)
-    if isinstance(source, str):
-        if not source.strip():
-            raise InvalidInputError("the path of the input is empty; give a path or URI of a JSONL file")
-        return _path(source)
-    return source
-
-
-def open_folder(name: str, folder: Any) -> Any:
-    """
-    Return a folder to write to.
-
-    :param name: the argument, for messages.
-    :param folder: path, URI of any scheme Airflow's ``ObjectStoragePath`` takes, or such a path.
-    """
-    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-
-    if isinstance(folder, str):
-        if not folder.strip():
-            raise InvalidInputError(f"{name} is empty; give the path or URI of a folder for the results")
-        return _path(folder)
-    return folder
-
-
-def _path(path: str) -> Path | ObjectStoragePath:
-    # Airflow 2.11 takes a relative path for one below the root.
-    if "://" not in path:
-        return Path(path)
-    from airflow.providers.common.compat.sdk import ObjectStoragePath
-
-    return ObjectStoragePath(path)
 
 
 def describe_source(source: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
@@ -16,7 +15,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     IncompleteResultsError,
     SiliconFlowError,
 )
-from airflow_provider_siliconflow.api.models import Batch, BatchResult, BatchStatus, strip_queries
+from airflow_provider_siliconflow.api.models import Batch, BatchStatus
 from airflow_provider_siliconflow.batch_files.manifest import (
     BatchSummary,
     ModelRun,
@@ -25,6 +24,8 @@ from airflow_provider_siliconflow.batch_files.manifest import (
 )
 from airflow_provider_siliconflow.batch_files.results import BatchFiles
 from airflow_provider_siliconflow.batch_files.sources import LineReader
+from airflow_provider_siliconflow.batch_files.tally import OTHER_MESSAGES, ModelTally
+from airflow_provider_siliconflow.batch_files.verdicts import NotJSONError, read_result
 from airflow_provider_siliconflow.batch_files.whole_batch import copy_batch
 from airflow_provider_siliconflow.batch_files.whole_file import write_json, write_whole
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
@@ -112,7 +113,14 @@ class ResultFiles:
         return self.batch.output_file_id if kind == "output" else self.batch.error_file_id
 
     def _refresh(self, kind: Kind) -> str | None:
-        self.batch = self._api.get_batch(self.batch.id)
+        fresh, known = self._api.get_batch(self.batch.id), self.batch
+        # A replica of the service that lags behind must not make a file disappear, nor the batch pending again.
+        self.batch = (fresh if fresh.is_terminal else known).model_copy(
+            update={
+                "output_file_id": fresh.output_file_id or known.output_file_id,
+                "error_file_id": fresh.error_file_id or known.error_file_id,
+            }
+        )
         return self.reference(kind)
 
     def chunks(self, kind: Kind) -> Iterator[bytes]:
@@ -134,23 +142,29 @@ class ResultFiles:
         """
         Download a result file; one that holds fewer rows than the batch counts is asked for again for a while.
 
-        What the service has even then is all there is: the rows without a result count as missing.
+        What the service had at best is all there is: the rows without a result count as missing.
 
         :returns: whether rows are lacking.
         """
         counts = self.batch.request_counts
         promised = counts.completed if kind == "output" else 0
         pauses = iter(self._patience)
+        part = path.with_name(f"{path.name}.part")
+        best = -1
         while True:
-            with path.open("wb") as target:
+            with part.open("wb") as target:
                 lines = self.copy(kind, target)
-            if lines >= promised:
+            if lines > best:
+                best = lines
+                part.replace(path)
+            if best >= promised:
                 return False
             story = (
                 f"The {kind} file of batch {self.batch.id} has {lines} rows, but the batch counts {promised}"
             )
             pause = next(pauses, None)
             if pause is None:
+                part.unlink(missing_ok=True)
                 log.warning("%s; the others count as missing", story)
                 return True
             log.warning("%s; downloading it again in %.0f s", story, pause)
@@ -270,17 +284,18 @@ def commonest_error(api: ResultAPI, batch: Batch) -> str | None:
 
     :param batch: an ended batch.
     """
-    messages: Counter[str] = Counter()
+    tally = ModelTally()
     try:
-        for chunk in ResultFiles(api, batch.id, patience=()).lines("error"):
-            said = BatchResult.model_validate_json(chunk).error_message or "no reason given"
-            messages[strip_queries(said)] += 1
-    except (SiliconFlowError, ValueError) as exc:
+        for line in ResultFiles(api, batch.id, patience=()).lines("error"):
+            with contextlib.suppress(NotJSONError):
+                if result := read_result(line):
+                    tally.add_message(result.error_message or "no reason given")
+    except SiliconFlowError as exc:
         log.warning("The error file of batch %s cannot be read: %s", batch.id, exc)
-    if not messages:
-        return None
-    (message, rows), *_ = messages.most_common(1)
-    return f"{message} ({rows} rows)"
+    tally.messages.pop(OTHER_MESSAGES, None)
+    for message, rows in tally.commonest_errors(1).items():
+        return f"{message} ({rows} rows)"
+    return None
 
 
 class _Chunks:

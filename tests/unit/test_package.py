@@ -55,6 +55,7 @@ def test_parsing_a_dag_loads_nothing_but_the_thin_rooms() -> None:
         "decorators",
         "hooks",
         "links",
+        "paths",
         "task_context",
         "templating",
     }

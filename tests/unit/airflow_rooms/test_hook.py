@@ -52,7 +52,9 @@ def hook(siliconflow_connection: str) -> SiliconFlowHook:
         ({"host": " "}, "https://api.siliconflow.cn/v1"),
         ({"host": "http://127.0.0.1:8787/v1/"}, "http://127.0.0.1:8787/v1"),
         ({"host": "https://api.siliconflow.com"}, "https://api.siliconflow.com/v1"),
-        ({"host": "https://gateway.example/"}, "https://gateway.example"),
+        ({"host": "https://gateway.example/"}, "https://gateway.example/v1"),
+        ({"host": "https://gateway.example", "schema": "/"}, "https://gateway.example"),
+        ({"host": "http://gateway/v2/", "port": 8080}, "http://gateway:8080/v2"),
         ({"host": "api.siliconflow.com"}, "https://api.siliconflow.com/v1"),
         ({"host": "api.siliconflow.com/v1"}, "https://api.siliconflow.com/v1"),
         ({"host": "gateway", "port": 8443, "schema": "llm/v1"}, "https://gateway:8443/llm/v1"),
@@ -124,9 +126,16 @@ def test_extras(connect: Any, extra: dict[str, Any], settings: dict[str, Any]) -
         ({"extra": {"timeout": "soon"}}, "timeout"),
         ({"extra": {"timeout": "-1"}}, "timeout"),
         ({"extra": {"max_retries": "many"}}, "max_retries"),
+        ({"extra": {"max_retries": float("inf")}}, "max_retries"),
         ({"extra": {"headers": "X-Team: nlp"}}, "headers"),
         ({"extra": {"headers": {"X-Team": 7}}}, "headers"),
-        ({"extra": {"headers": '{"X-Team": '}}, "headers"),
+        ({"extra": {"headers": '{"X-Team": "pass'}}, "headers starts with '{' but is not JSON"),
+        (
+            {"extra": {"proxies": '{"https": "http://me:pass@p:1",}'}},
+            "proxies starts with '{' but is not JSON",
+        ),
+        ({"extra": {"proxies": "http://me:pa/pass@p:1"}}, "proxies"),
+        ({"host": "https://me:pa/pass@h/v1"}, "host"),
         ({"extra": {"proxies": ["http://p:1"]}}, "proxies"),
     ],
 )
@@ -136,6 +145,26 @@ def test_a_connection_that_cannot_work_names_its_field(connect: Any, connection:
     ok, message = connect(connection).test_connection()
     assert not ok
     assert named in message
+    assert "pass@" not in message
+
+
+def test_a_connection_that_is_not_there_is_named() -> None:
+    with pytest.raises(InvalidInputError, match="'no_such'"):
+        _ = SiliconFlowHook("no_such").settings
+
+
+@pytest.mark.parametrize("scheme", ["s3", "nosuch"])
+def test_a_scheme_that_nothing_registers_is_the_input_s_fault(
+    hook: SiliconFlowHook, emulator: Emulator, scheme: str
+) -> None:
+    message = f"{scheme}:// needs a provider.*{'apache-airflow-providers-amazon' if scheme == 's3' else ''}"
+    with pytest.raises(InvalidInputError, match=f"output_dir: {message}"):
+        hook.download_results("batch_1", f"{scheme}://bucket/results")
+    with pytest.raises(InvalidInputError, match=f"source: {message}"):
+        hook.upload_file(f"{scheme}://bucket/rows.jsonl")
+    with pytest.raises(InvalidInputError, match="source is empty"):
+        hook.upload_file(" ")
+    assert emulator.request_counts == {}
 
 
 def test_secrets_of_a_connection_are_masked(connect: Any) -> None:
@@ -311,5 +340,5 @@ def test_a_result_that_is_none(hook: SiliconFlowHook, monkeypatch: pytest.Monkey
     )
     found = hook.iter_results(batch.id)
     assert next(found).custom_id == "r0"
-    with pytest.raises(IncompleteResultsError, match=f"Line 2 of the output file of batch {batch.id}"):
+    with pytest.raises(IncompleteResultsError, match=f"line 2 of the output file of batch {batch.id}"):
         next(found)

@@ -44,6 +44,7 @@ class Recorder:
     def __init__(self) -> None:
         self.seen: list[Seen] = []
         self.answer: Callable[[Seen], Answer] = lambda seen: Answer()
+        self.Answer = Answer
         recorder = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -54,7 +55,8 @@ class Recorder:
                 answer = recorder.answer(seen)
                 self.send_response(answer.status)
                 length = len(answer.body) if answer.announce is None else answer.announce
-                for name, value in {"Content-Length": str(length), **answer.headers}.items():
+                known = {} if "Transfer-Encoding" in answer.headers else {"Content-Length": str(length)}
+                for name, value in {**known, **answer.headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(answer.body)

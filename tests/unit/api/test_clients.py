@@ -17,6 +17,7 @@ from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
     APIError,
     AuthenticationError,
+    CredentialLeakError,
     InvalidInputError,
     NoAnswerError,
     NotSentError,
@@ -164,6 +165,22 @@ def test_an_answer_that_takes_too_long(
     assert count(emulator, "POST /batches") == 1
 
 
+def test_an_answer_that_cannot_be_read_was_an_answer(
+    ask: Ask, make_settings: MakeSettings, recorder: Any
+) -> None:
+    """Two lengths that differ are refused by the HTTP library, in words that sound like a request not sent."""
+    recorder.answer = lambda seen: recorder.Answer(200, b"{}", {"content-length": "7"})
+    with pytest.raises(NoAnswerError):
+        ask(make_settings(f"{recorder.url}/v1"), creation("file-1"))
+    assert len(recorder.seen) == 1
+
+
+def test_a_cut_answer_is_told_with_its_trace_id(ask: Ask, make_settings: MakeSettings, recorder: Any) -> None:
+    recorder.answer = lambda seen: recorder.Answer(200, b"{", {protocol.TRACE_ID_HEADER: "ti_7"}, announce=9)
+    with pytest.raises(NoAnswerError, match="ti_7"):
+        ask(make_settings(f"{recorder.url}/v1", max_retries=0), protocol.get_batch("b"))
+
+
 # Where the key goes -----------------------------------------------------------------------------------------
 
 
@@ -199,6 +216,32 @@ def test_storage_gets_neither_the_key_nor_a_wish_for_compression(
     assert seen.headers["accept-encoding"] == "identity"
 
 
+@pytest.mark.parametrize("redirected", [False, True])
+def test_a_url_that_urllib3_reads_in_another_way_than_we_do_gets_no_key(
+    make_settings: MakeSettings, emulator: Emulator, recorder: Any, redirected: bool
+) -> None:
+    # To urlsplit the host is the API's; what connects goes to the recorder.
+    url = f"{recorder.url}\\@{emulator.base_url.removeprefix('http://')}"
+    if redirected:
+        emulator.faults.add(match="GET /files/*/content", kind="redirect", location=url)
+    with SiliconFlowClient(make_settings(emulator.base_url)) as client:
+        list(client.iter_file("file-results" if redirected else url, lambda: None))
+    assert "authorization" not in recorder.seen[0].headers
+
+
+def test_the_key_is_held_back_should_we_be_wrong_about_a_url(
+    make_settings: MakeSettings, emulator: Emulator, recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol.ClientSettings, "owns", lambda settings, url: True)
+    with (
+        SiliconFlowClient(make_settings(emulator.base_url)) as client,
+        pytest.raises(CredentialLeakError) as caught,
+    ):
+        list(client.iter_file(recorder.url + SIGNED, lambda: None))
+    assert recorder.seen == []
+    assert "SECRET" not in "".join(traceback.format_exception(caught.value))
+
+
 @pytest.fixture
 def netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "netrc"
@@ -230,18 +273,20 @@ def test_a_netrc_file_changes_nothing_for_the_storage(
 # Proxies and certificates -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["http", "all"])
+@pytest.mark.parametrize("named", ["all", "http"])
+@pytest.mark.parametrize("key", ["http", "all", "http://api.invalid", "all://api.invalid"])
 def test_the_connections_proxy_wins_over_the_environments(
     ask: Ask,
     make_settings: MakeSettings,
     recorder: Any,
     dead_url: str,
     monkeypatch: pytest.MonkeyPatch,
-    scheme: str,
+    key: str,
+    named: str,
 ) -> None:
-    monkeypatch.setenv(f"{scheme}_proxy", dead_url)
+    monkeypatch.setenv(f"{named}_proxy", dead_url)
     recorder.always(json.dumps(BATCH).encode())
-    settings = make_settings("http://api.invalid/v1", proxies={scheme: recorder.url}, max_retries=0)
+    settings = make_settings("http://api.invalid/v1", proxies={key: recorder.url}, max_retries=0)
     assert ask(settings, protocol.get_batch("batch_1")).id == "batch_1"
     assert recorder.seen[0].target == "http://api.invalid/v1/batches/batch_1"
 
@@ -258,12 +303,21 @@ def test_the_environments_proxy_is_used_where_it_says_so(
         ask(settings, protocol.get_batch("batch_1"))
 
 
-def test_a_ca_bundle_that_is_not_there_is_the_connections_fault(
-    ask: Ask, make_settings: MakeSettings, tmp_path: Path
+@pytest.mark.parametrize("name", ["missing.pem", "no.pem"])
+def test_a_ca_bundle_that_is_none_is_the_connections_fault(
+    ask: Ask, make_settings: MakeSettings, tmp_path: Path, name: str
 ) -> None:
-    settings = make_settings("https://127.0.0.1:9/v1", verify=str(tmp_path / "missing.pem"))
-    with pytest.raises(InvalidInputError):
-        ask(settings, protocol.get_batch("b"))
+    (tmp_path / "no.pem").write_text("a certificate")
+    with pytest.raises(InvalidInputError, match="verify"):
+        ask(make_settings("https://127.0.0.1:9/v1", verify=str(tmp_path / name)), protocol.get_batch("b"))
+
+
+def test_a_folder_of_certificates_is_as_good(
+    ask: Ask, make_settings: MakeSettings, recorder: Any, tmp_path: Path
+) -> None:
+    recorder.always(json.dumps(BATCH).encode())
+    settings = make_settings(f"{recorder.url}/v1", verify=str(tmp_path))
+    assert ask(settings, protocol.get_batch("batch_1")).id == "batch_1"
 
 
 # What is told -----------------------------------------------------------------------------------------------
@@ -290,6 +344,25 @@ def test_no_signature_is_told_when_storage_cannot_be_reached(
     # Airflow prints the causes of an error as well.
     assert "SECRET" not in "".join(traceback.format_exception(caught.value))
     assert "SECRET" not in caplog.text
+
+
+def test_no_signature_is_told_of_headers_that_cannot_be_read(
+    make_settings: MakeSettings, emulator: Emulator, recorder: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder.answer = lambda seen: recorder.Answer(200, b"whole", {"X No Name": "x"})
+    with SiliconFlowClient(make_settings(emulator.base_url)) as client:
+        list(client.iter_file(recorder.url + SIGNED, lambda: None))
+    assert "Failed to parse headers" in caplog.text
+    assert "SECRET" not in caplog.text
+
+
+def test_no_password_of_a_proxy_is_told(ask: Ask, make_settings: MakeSettings, recorder: Any) -> None:
+    # The recorder refuses to be a tunnel, in words that libraries repeat with the whole URL.
+    proxy = recorder.url.replace("://", "://me:SECRET@")
+    settings = make_settings("https://api.invalid/v1", proxies={"https": proxy}, max_retries=0)
+    with pytest.raises((NotSentError, NoAnswerError)) as caught:
+        ask(settings, protocol.get_batch("b"))
+    assert "SECRET" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_no_signature_is_told_at_log_level_debug(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -160,6 +161,84 @@ def test_a_storage_that_answers_less_than_asked_for(make_settings: MakeSettings,
     recorder.answer = answer
     client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1", max_retries=1))
     assert b"".join(client.iter_file(f"{recorder.url}/out", no_refresh)) == BIG
+
+
+def parts_of(content: bytes, length: int, *, first: Any, size: str) -> Callable[[Any], Any]:
+    """Answers ``first``, then at most ``length`` bytes from where it is asked, of a file said to be of ``size``."""
+
+    def answer(seen: Any) -> Any:
+        if "range" not in seen.headers:
+            return first
+        start = int(seen.headers["range"].removeprefix("bytes=").removesuffix("-"))
+        make = type(first)
+        if start >= len(content):
+            return make(416, b"", {"Content-Range": f"bytes */{len(content)}"})
+        end = min(start + length, len(content))
+        return make(206, content[start:end], {"Content-Range": f"bytes {start}-{end - 1}/{size}"})
+
+    return answer
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_storage_that_does_not_tell_the_size_with_a_range(
+    make_settings: MakeSettings, recorder: Any, known: bool
+) -> None:
+    content = BIG[:5000]
+    headers = {} if known else {"Transfer-Encoding": "chunked"}
+    body = content[:1000] if known else b"3e8\r\n" + content[:1000] + b"\r\n"
+    first = recorder.Answer(200, body, headers, announce=len(content))
+    recorder.answer = parts_of(content, 1500, first=first, size="*")
+    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1", max_retries=1))
+    assert b"".join(client.iter_file(f"{recorder.url}/out", no_refresh)) == content
+
+
+def test_a_file_of_another_size_is_another_file(make_settings: MakeSettings, recorder: Any) -> None:
+    first = recorder.Answer(200, BIG[:1000], announce=len(BIG))
+    recorder.answer = parts_of(BIG * 2, len(BIG) * 2, first=first, size=str(len(BIG) * 2))
+    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1"))
+    with pytest.raises(IncompleteResultsError, match="changed"):
+        list(client.iter_file(f"{recorder.url}/out", no_refresh))
+
+
+def test_nothing_beyond_the_last_byte_is_the_end(make_settings: MakeSettings, recorder: Any) -> None:
+    """All bytes came, but not the mark after the last piece that says so."""
+    first = recorder.Answer(200, b"3e8\r\n" + BIG[:1000] + b"\r\n", {"Transfer-Encoding": "chunked"})
+    recorder.answer = parts_of(BIG[:1000], 1, first=first, size="1000")
+    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1"))
+    assert b"".join(client.iter_file(f"{recorder.url}/out", no_refresh)) == BIG[:1000]
+
+
+def test_a_range_refused_for_a_moment_is_asked_for_again(make_settings: MakeSettings, recorder: Any) -> None:
+    first = recorder.Answer(200, BIG[:1000], announce=len(BIG))
+    then = parts_of(BIG, len(BIG), first=first, size=str(len(BIG)))
+    # A replica that does not have the whole file yet.
+    recorder.answer = lambda seen: recorder.Answer(416) if len(recorder.seen) == 2 else then(seen)
+    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1"))
+    assert b"".join(client.iter_file(f"{recorder.url}/out", no_refresh)) == BIG
+
+
+def test_a_storage_that_compresses_unasked(make_settings: MakeSettings, recorder: Any) -> None:
+    packed = gzip.compress(BIG[::-1] + BIG)
+    head = {"Content-Encoding": "gzip"}
+
+    def answer(seen: Any) -> Any:
+        sent = packed[: len(packed) // 2] if len(recorder.seen) < 3 else packed
+        return recorder.Answer(200, sent, head, announce=len(packed))
+
+    recorder.answer = answer
+    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1"))
+    assert b"".join(client.iter_file(f"{recorder.url}/out", no_refresh)) == BIG[::-1] + BIG
+    # Bytes of a compressed file cannot be asked for from the middle.
+    assert not any("range" in seen.headers for seen in recorder.seen)
+
+
+def test_a_compression_nobody_knows_is_not_taken_for_results(
+    make_settings: MakeSettings, recorder: Any
+) -> None:
+    recorder.answer = lambda seen: recorder.Answer(200, b"packed", {"Content-Encoding": "lzma"})
+    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1", max_retries=0))
+    with pytest.raises(NoAnswerError, match="lzma"):
+        list(client.iter_file(f"{recorder.url}/out", no_refresh))
 
 
 def test_an_aged_signature_is_renewed(client: SiliconFlowClient, emulator: Emulator, batch_id: str) -> None:

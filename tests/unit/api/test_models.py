@@ -68,6 +68,8 @@ def test_request_counts(sent: Any, done: tuple[int, int, int]) -> None:
         ([{"code": 20015, "message": "no model", "line": 4}], ["line 4: no model (20015)"]),
         ({"object": "list", "data": [{"message": "no model"}]}, ["no model"]),
         ([{"reason": "?"}], ['{"reason": "?"}']),
+        (["cut \ud83d"], ["cut \ufffd"]),
+        (["x" * 5000], ["x" * 1000]),
     ],
 )
 def test_errors_of_a_batch(sent: Any, messages: list[str]) -> None:
@@ -158,6 +160,20 @@ def test_file_listing(answer: Any, ids: list[str]) -> None:
     assert [file.id for file in read(protocol.list_files(), answer).items] == ids
 
 
+@pytest.mark.parametrize("more", [True, False])
+def test_a_listing_tells_whether_there_is_more_in_whichever_wrapping(more: bool) -> None:
+    page = {"object": "list", "data": [CREATED], "has_more": more}
+    for answer in (page, {"code": 20000, "status": True, "data": page}):
+        assert read(protocol.list_batches(), answer).has_more is more
+
+
+def test_an_odd_field_does_not_hide_a_file_or_an_account() -> None:
+    file = read(protocol.upload_file(), FLAT | {"createdAt": "2025-03-11T00:00:00Z", "line_count": ""})
+    assert (file.id, file.bytes, file.created_at) == ("file-jk", 8509, None)
+    account = read(protocol.get_account(), {"id": "u", "name": None, "chargeBalance": "1"})
+    assert (account.id, account.name, account.charge_balance) == ("u", "", "1")
+
+
 def test_account() -> None:
     data = {"id": "userid", "name": "", "balance": 0.88, "status": "normal", "chargeBalance": "88.00"}
     account = read(protocol.get_account(), {"code": 20000, "message": "OK", "status": True, "data": data})
@@ -228,6 +244,8 @@ def test_error_line() -> None:
         ({"response": {"body": "oops"}}, Outcome.ERROR),
         ({"response": None, "error": "plain text"}, Outcome.ERROR),
         ({"response": {"body": completion()}, "error": {"code": 20015}}, Outcome.ERROR),
+        ({"response": {"body": completion()}, "error": {"code": "", "message": None}}, Outcome.OK),
+        ({"response": None, "error": {"code": "", "message": ""}}, Outcome.ERROR),
         ({"response": None, "error": {"code": "missing"}}, Outcome.MISSING),
         ({}, Outcome.ERROR),
     ],

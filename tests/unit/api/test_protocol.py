@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from datetime import timedelta
 from email.utils import formatdate
@@ -91,7 +92,17 @@ def test_a_refusal_in_an_envelope_under_status_200(body: dict[str, Any], kind: t
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"<html>login</html>", b'{"id":"batch_1","sta', b"null", b"[]", b"7", b'{"data":{}}', b"\xff"],
+    [
+        b"",
+        b"<html>login</html>",
+        b'{"id":"batch_1","sta',
+        b"null",
+        b"[]",
+        b"7",
+        b'{"data":{}}',
+        b"\xff",
+        b"[" * 100_000,
+    ],
 )
 def test_a_success_that_is_none(body: bytes) -> None:
     error = refuse(200, body, TRACE)
@@ -109,9 +120,10 @@ def test_a_success_that_is_none(body: bytes) -> None:
     ],
 )
 def test_a_redirect_is_not_followed_and_says_where_to(location: str, shown: str) -> None:
-    error = refuse(302, b"", {"Location": location})
+    error = refuse(302, b"", {"Location": location} | TRACE)
     assert type(error) is UnexpectedAnswerError
     assert shown in str(error)
+    assert "ti_7" in str(error)
     assert "SECRET" not in str(error)
 
 
@@ -178,10 +190,33 @@ def test_what_is_worth_another_try(error: Exception, no_effect: bool, transient:
         r'{"url":"https://h/p?a=1\u0026X-Amz-Signature=sk-secret"}',
         "Max retries exceeded with url: /results/o.jsonl?X-Amz-Signature=sk-secret (Caused by ...)",
         "HTTPS://user:sk-secret@H/p#sk-secret",
+        "socks5://user:p@sk-secret@h",
+        "https://user:p?sk-secret@h/p",
     ],
 )
 def test_redaction(text: str) -> None:
     assert "sk-secret" not in protocol.redact(text, SETTINGS)
+
+
+piece = st.text(alphabet="a/.:?#=&@ \\\"'<", max_size=6)
+
+
+@given(piece, piece, piece, piece)
+def test_no_signature_survives_whatever_is_around_it(before: str, path: str, key: str, after: str) -> None:
+    path, key = (re.sub(r"[\s\"'<>]", "", part) for part in (path, key))
+    assert "SECRET" not in protocol.redact(f"{before}https://h{path}?{key}=SECRET{after}")
+
+
+def test_redaction_of_a_long_text_takes_no_time() -> None:
+    """A refused picture is repeated in base64, which is full of slashes."""
+    began = time.monotonic()
+    protocol.redact("/a" * 100_000 + "/a?" * 100_000 + "https://" * 100_000 + "?")
+    assert time.monotonic() - began < 2
+
+
+def test_a_text_that_was_cut_within_a_character_can_be_written() -> None:
+    error = refuse(400, b'{"message":"no \\ud83d \\ud83d\\ude00"}')
+    assert error.message.encode().decode() == "no \ufffd \U0001f600"
 
 
 def test_redaction_keeps_the_rest() -> None:
@@ -203,6 +238,10 @@ def test_redaction_keeps_the_rest() -> None:
         ({"base_url": "ftp://api.siliconflow.cn/v1"}, "base URL"),
         ({"base_url": "http://[bad"}, "base URL"),
         ({"base_url": "http://h:port/v1"}, "base URL"),
+        ({"base_url": "https://a..b/v1"}, "base URL"),
+        ({"base_url": "https://h /v1"}, "base URL"),
+        ({"base_url": "https://h\\/v1"}, "base URL"),
+        ({"base_url": "https://me:1/pw@h/v1"}, "without user, query"),
         ({"base_url": "https://h/v1?key=1"}, "without user, query"),
         ({"base_url": "https://me:pw@h/v1"}, "without user, query"),
         ({"timeout": 0}, "timeout"),
@@ -212,6 +251,10 @@ def test_redaction_keeps_the_rest() -> None:
         ({"headers": {"X-Team": "a\r\nX-Evil: 1"}}, "X-Team"),
         ({"headers": {"X Team": "a"}}, "X Team"),
         ({"proxies": {"https": "http://"}}, "https"),
+        ({"proxies": {"https": "socks5://me:pw@p:1"}}, "https"),
+        ({"proxies": {"https": '{"https": "http://me:pw@p:1"'}}, "https"),
+        ({"proxies": {"https": "http://me:pw/pw@p:1"}}, "https"),
+        ({"proxies": {"https": "http://me:1/pw@p:1"}}, "https"),
     ],
 )
 def test_settings_that_cannot_work(values: dict[str, Any], named: str) -> None:
@@ -245,6 +288,8 @@ def test_settings_show_no_secret_and_keep_their_own_headers() -> None:
         ("https://api.siliconflow.cn.evil.example/x", False),
         ("https://api.siliconflow.cn@evil.example/x", False),
         ("https://h:99999/x", False),
+        ("https://evil.example\\@api.siliconflow.cn/x", False),
+        ("https://api.siliconflow.cn\n/x", False),
         ("http://[bad", False),
     ],
 )
@@ -286,6 +331,8 @@ def test_metadata_at_its_limits() -> None:
         {"": ""},
         {"k": "v" * 513},
         {"k": 1},
+        {"k": "\ud800"},
+        {"\ud800": "v"},
         {1: "v"},
         ["k"],
         "k=v",
@@ -297,7 +344,17 @@ def test_metadata_is_refused(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["Qwen/Qwen3-32B", ["m"], {"model": ""}, {"model": None}, {"model": 3}, {1: 2}, {"t": {1, 2}}]
+    "value",
+    [
+        "Qwen/Qwen3-32B",
+        ["m"],
+        {"model": ""},
+        {"model": None},
+        {"model": 3},
+        {"model": "\ud800"},
+        {1: 2},
+        {"t": {1, 2}},
+    ],
 )
 def test_replace_is_refused(value: Any) -> None:
     with pytest.raises(InvalidInputError, match="replace"):

@@ -57,8 +57,12 @@ def test_a_manifest_adds_models_up_and_tells_rounds_apart():
     assert first["batches"][0]["counts"] == {"total": 10, "completed": 7, "failed": 3}
 
 
-def test_a_total_cost_is_not_given_when_a_model_has_no_price():
-    manifest = build_manifest([run("a"), run(None)], prices={"a": {"prompt": 1, "completion": 1}})
+def test_a_total_cost_is_not_given_when_a_model_has_no_price(caplog):
+    prices = {"A": {"prompt": 1, "completion": 1}}
+    build_manifest([run("a")], prices=prices)
+    assert not caplog.records
+    manifest = build_manifest([run("a"), run("b"), run(None)], prices=prices)
+    assert "No cost is given for b, rows that name their models" in caplog.text
     assert manifest["models"][0]["cost"]["total"] == 3.0
     assert manifest["models"][1]["cost"] is None
     assert manifest["cost"] is None
@@ -66,7 +70,14 @@ def test_a_total_cost_is_not_given_when_a_model_has_no_price():
 
 @pytest.mark.parametrize(
     "prices",
-    [{"a": 1}, {"a": {"prompt": 1}}, {"a": {"prompt": -1, "completion": 1}}, ["a"], {"a": {"input": 1}}],
+    [
+        {"a": 1},
+        {"a": {"prompt": 1}},
+        {"a": {"prompt": -1, "completion": 1}},
+        ["a"],
+        {"a": {"input": 1}},
+        {1: {"prompt": 1, "completion": 1}},
+    ],
 )
 def test_malformed_prices_are_refused_by_name(prices):
     with pytest.raises(InvalidInputError, match="prices"):

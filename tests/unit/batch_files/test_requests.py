@@ -82,12 +82,15 @@ def test_a_valid_file_is_summed_up(tmp_path):
         (line(body={"messages": USER, "model": 1}), 1, "model must be a string"),
         (line("a") + line("b") + line("a"), 3, "line 1 has the same custom_id"),
         (line(x="\ud800"), 1, "not a valid request"),
+        (line(method="GET", x="?").replace(b'"?"', b"9" * 5000), 1, "too many digits"),
+        (line(method="\ud800"), 1, "method must be"),
     ],
 )
 def test_a_file_that_the_service_would_refuse_is_refused_with_the_reason(tmp_path, data, number, reason):
     [(found, text)] = problems_of(tmp_path, data)
     assert found == number
     assert reason in text
+    assert text.encode(), "a log must be able to hold it"
 
 
 def test_limits_of_a_file_are_inclusive(tmp_path):

@@ -13,7 +13,15 @@ from airflow_provider_siliconflow.api.models import BatchResult, Outcome
 from airflow_provider_siliconflow.batch_files import results as results_module
 from airflow_provider_siliconflow.batch_files.results import BatchFiles, merge_shard, read_results, to_frame
 from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
-from airflow_provider_siliconflow.batch_files.verdicts import is_balance_error, read_verdict, worth_retrying
+from airflow_provider_siliconflow.batch_files.verdicts import (
+    NotJSONError,
+    is_balance_error,
+    read_result,
+    read_verdict,
+    worth_retrying,
+)
+from airflow_provider_siliconflow.batch_files.whole_batch import copy_batch
+from airflow_provider_siliconflow.batch_files.whole_file import write_json
 
 
 def answer(custom_id, text="yes", *, finish="stop", model="m", usage=(10, 2), **more):
@@ -115,14 +123,97 @@ def test_rows_of_other_shards_are_foreign_only_in_a_batch_of_this_shard(folder):
     assert (merged.tally.foreign, merged.tally.billed.prompt) == (0, 40)
 
 
-@pytest.mark.parametrize(
-    "bad", [b'{"custom_id":"b","resp', b'{"message":"expired"}', b'"text"', b"<html>", b'{"custom_id":7}']
-)
-def test_a_line_that_is_no_result_is_never_dropped(folder, bad):
+@pytest.mark.parametrize("bad", [b'{"custom_id":"b","resp', b"<html>", b'{"custom_id":"b","error":"\xf0'])
+@pytest.mark.parametrize("terminated", [True, False])
+def test_a_line_that_is_not_json_is_never_dropped(folder, bad, terminated):
     batch = folder.batch([answer("a"), bad], batch_id="batch_1")
+    if not terminated:
+        batch.output.write_bytes(batch.output.read_bytes()[:-1])
     with pytest.raises(IncompleteResultsError, match=r"line 2 of result-1\.jsonl of batch batch_1") as caught:
         folder.merge(batch)
     assert caught.value.batch_id == "batch_1"
+
+
+@pytest.mark.parametrize("odd", [b'{"message":"expired"}', b'"text"', b'{"custom_id":null}', b"[" * 100_000])
+def test_json_that_is_no_result_does_not_stop_the_rows_around_it(folder, odd, caplog):
+    merged, results, _ = folder.merge(folder.batch([answer("a"), odd, answer("b")]))
+    assert (merged.tally.ok, merged.tally.foreign, ids(results)) == (2, 1, ["a", "b", "c", "d"])
+    assert "result-1.jsonl: 1 lines are no results" in caplog.text
+    assert "line 2" in caplog.text
+
+
+def test_a_custom_id_that_became_a_number_is_the_row_s(tmp_path):
+    folder = Folder(tmp_path, ["7"])
+    batch = folder.batch([answer(7)])
+    merged, [line], _ = folder.merge(batch)
+    assert merged.tally.ok == 1
+    assert [row.custom_id for row in results_module.results_of([line], "x")] == ["7"]
+
+
+#: Cut characters, escapes, control characters; then what JSON is made of.
+DAMAGES = (
+    *(b"\xf0\x9f", b"\xed\xa0\xbd", b"\\", b"\\ud83d", b"\\x", b"\x00", b"\x1f", b"\r"),
+    *(b'"', b"}", b"0", b"9" * 5000, b"1e999", b".", b"-", b",", b"NaN", b"[" * 2000),
+)
+
+
+@settings(max_examples=500)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 400),
+            st.integers(0, 2),
+            st.sampled_from(DAMAGES) | st.binary(max_size=2),
+        ),
+        max_size=3,
+    ),
+    st.sampled_from(["yes", "x" * 90, None]),
+)
+def test_a_damaged_line_is_judged_as_it_is_read_or_not_at_all(damages, text):
+    """Otherwise a file of results would hold lines that its reader refuses."""
+    line = json.dumps(answer("a", text, n=[1, {"k": 1.5}])).encode()
+    for at, gone, put in damages:
+        line = line[:at] + put.replace(b"\n", b"") + line[at + gone :]
+
+    def outcome(read):
+        try:
+            found = read(line)
+        except NotJSONError:
+            return "not JSON"
+        return found and (found.custom_id, found.outcome)
+
+    assert outcome(read_verdict) == outcome(read_result)
+
+
+def test_text_cut_within_a_character_can_be_told_in_a_manifest(folder, tmp_path):
+    batch = folder.batch(None, [failure("a", "400", "bad prompt \ud83d")])
+    tally = folder.merge(batch)[0].tally
+    assert tally.messages["bad prompt \ufffd (400)"] == 1
+    write_json(tmp_path / "any.json", {"cut": "\ud83d"})
+    assert json.loads((tmp_path / "any.json").read_bytes()) == {"cut": "\ud83d"}
+
+
+def test_a_message_that_repeats_its_prompt_is_not_kept_whole():
+    said = "x" * 100_000
+    assert len(read_verdict(json.dumps(failure("a", said, said)).encode()).message) <= 2000
+    refused = {"custom_id": "a", "response": {"status_code": 400, "body": said}}
+    assert len(read_verdict(json.dumps(refused).encode()).message) <= 2000
+
+
+@pytest.mark.parametrize("files", [([failure("a"), answer("a")], None), ([failure("a")], [answer("a")])])
+@pytest.mark.parametrize("with_rows", [True, False])
+def test_within_a_batch_an_answer_wins_over_an_error(folder, files, with_rows):
+    batch = folder.batch(*files)
+    if with_rows:
+        merged, results, _ = folder.merge(batch)
+        tally = merged.tally
+    else:
+        written, errors = io.BytesIO(), io.BytesIO()
+        tally = copy_batch(batch, written, errors, rows=1)
+        results = written.getvalue().splitlines()
+        assert errors.getvalue() == b""
+    assert json.loads(results[0]) == answer("a")
+    assert (tally.ok, tally.error, tally.duplicates, tally.billed.prompt) == (1, 0, 1, 10)
 
 
 def test_blank_lines_and_a_missing_final_newline_are_no_fault(folder):
@@ -179,7 +270,7 @@ def test_lines_that_memory_does_not_hold_are_read_again(tmp_path, monkeypatch, h
     assert results == lines
 
 
-loose = st.none() | st.booleans() | st.integers(0, 600) | st.sampled_from(["", " ", "x", "200"])
+loose = st.none() | st.booleans() | st.integers(0, 600) | st.sampled_from(["", " ", "x", "200", 200.0, 0.5])
 result_lines = st.fixed_dictionaries(
     {
         "custom_id": st.just("a"),
@@ -233,7 +324,7 @@ def test_a_line_of_any_shape_is_judged_as_the_model_judges_it(data):
         reason = expected.finish_reason
         assert verdict.finish_reason == (reason if isinstance(reason, str) else None)
         prompt = expected.usage.get("prompt_tokens")
-        assert verdict.prompt == (prompt if type(prompt) is int else 0)
+        assert verdict.prompt == (prompt if type(prompt) is int else 200 if prompt in ("200", 200.0) else 0)
         text = expected.text
         assert verdict.empty == (not (text.strip() if isinstance(text, str) else text))
     else:
@@ -326,18 +417,22 @@ def test_results_are_read_as_models(tmp_path):
 @pytest.mark.parametrize("library", ["pandas", "polars"])
 def test_a_frame_has_a_row_per_result(folder, library):
     pytest.importorskip(library)
-    path = folder.file([answer("a"), failure("b", "400", "bad")])
+    odd = answer("c", "cut \ud83d", finish=1, usage=(10.0, 1))
+    odd["response"]["body"]["choices"][0]["message"]["reasoning_content"] = ["hm"]
+    odd["response"]["body"]["usage"]["completion_tokens"] = "7"
+    path = folder.file([answer("a"), failure("b", "400", "bad"), odd])
     frame = to_frame(path, library)
-    assert list(frame["custom_id"]) == ["a", "b"]
-    assert list(frame["outcome"]) == ["ok", "error"]
-    assert frame["prompt_tokens"].sum() == 10
+    assert list(frame["custom_id"]) == ["a", "b", "c"]
+    assert list(frame["outcome"]) == ["ok", "error", "ok"]
+    assert (frame["prompt_tokens"].sum(), frame["completion_tokens"].sum()) == (20, 9)
     assert frame["error"][1] == "bad (400)"
+    assert frame["text"][2] == "cut \ufffd"
     assert len(to_frame([], library)) == 0
 
 
 def test_a_frame_without_its_library_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "polars", None)
-    with pytest.raises(ImportError, match="pip install polars"):
+    with pytest.raises(ImportError, match=r"airflow-provider-siliconflow\[polars\]"):
         to_frame([], "polars")
     with pytest.raises(InvalidInputError, match="'pandas' or 'polars'"):
         to_frame([], "numpy")

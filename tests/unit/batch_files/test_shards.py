@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -57,6 +58,16 @@ def test_a_shard_may_be_filled_to_the_last_byte(tmp_path):
     size = split_requests(["x"] * 2, tmp_path, name="x").bytes
     for rows, limit, shards in ((2, size, 1), (2, size - 1, 2), (4, size, 2)):
         assert len(split_requests(["x"] * rows, tmp_path, name="x", max_bytes=limit).shards) == shards
+
+
+def test_rows_of_any_size_are_not_gathered(tmp_path):
+    rows = ({"messages": [{"role": "user", "content": "x" * (1 << 20)}]} for _ in range(40))
+    tracemalloc.start()
+    try:
+        assert split_requests(rows, tmp_path, name="x").rows == 40
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_split_tells_models_and_survives_json(tmp_path):

@@ -183,6 +183,20 @@ def test_fewer_lines_than_counted(
     assert sum(clock.slept) >= 30
 
 
+def test_rows_once_downloaded_are_not_given_up_for_fewer(
+    client: SiliconFlowClient, clock: EmulatorClock, make_batch: Callable[..., str], tmp_path: Path
+) -> None:
+    """Asked again, a replica that lags behind names no file, and the storage has an older one."""
+    counts = {"request_counts": {"total": 3, "completed": 3, "failed": 0}}
+    late = {"status": "finalizing", "output_file_id": None, "error_file_id": None, "request_counts": None}
+    api = Altered(client, counts, counts | late)
+    contents = iter([b'{"custom_id":"r0"}\n{"custom_id":"r1"}\n'])
+    api.iter_file = lambda reference, refresh: iter([next(contents, b'{"custom_id":"r0"}\n')])  # type: ignore[method-assign]
+    manifest = download_results(api, make_batch("Hi", "Hi", "Hi"), tmp_path, clock)
+    assert ids(tmp_path / "results.jsonl") == ["r0", "r1"]
+    assert (manifest["rows"]["total"], manifest["models"][0]["batches"][0]["status"]) == (3, "completed")
+
+
 def test_a_batch_under_way_has_no_results(
     client: SiliconFlowClient, make_batch: Callable[..., str], tmp_path: Path, emulator: Emulator
 ) -> None:
@@ -240,6 +254,10 @@ def test_the_commonest_error(
 ) -> None:
     batch = client.get_batch(make_batch("Hi", FAIL, "[[emulator:error=503]]", FAIL))
     assert commonest_error(client, batch) == "The request has invalid parameters. (20015) (2 rows)"
+    odd = b'{"id":5,"custom_id":"a","error":{"code":"1","message":"no \\ud83d"}}\n<html>\n{"odd":1}\n'
+    api = Altered(client, {})
+    api.iter_file = lambda reference, refresh: iter([odd])  # type: ignore[method-assign]
+    assert commonest_error(api, batch) == "no \ufffd (1) (1 rows)"
     # It only makes a message better, so it never makes a judgement fail.
     emulator.faults.add("GET storage:status=403,times=-1")
     assert commonest_error(client, batch) is None
