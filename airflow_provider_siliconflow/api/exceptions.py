@@ -9,17 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 
 class SiliconFlowError(Exception):
     """
     Root of all errors raised by this package.
 
-    ``retryable`` says whether running the same task again, unchanged, can succeed. It is the one place where
-    that is decided: operators turn an error that is not retryable into ``AirflowFailException``.
+    ``retryable`` says whether running the same task again, unchanged, can succeed: operators turn an error that
+    is not retryable into ``AirflowFailException``. The class says what is usual; see :meth:`worth_a_retry`.
     """
 
     retryable = True
+
+    def worth_a_retry(self, retryable: bool = True) -> Self:
+        """Say for this one error, where its place knows better than its class, whether a retry can succeed."""
+        self.retryable = retryable
+        return self
 
 
 class InvalidInputError(SiliconFlowError, ValueError):

@@ -14,26 +14,28 @@ import json
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Any, BinaryIO, Literal, NoReturn
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from airflow_provider_siliconflow.api import protocol
 from airflow_provider_siliconflow.api.exceptions import (
     InvalidInputError,
     InvalidRequestFileError,
     LineProblem,
 )
 from airflow_provider_siliconflow.api.models import valid_text
-from airflow_provider_siliconflow.batch_files.sources import LONGEST_LINE, LineReader, Source
+from airflow_provider_siliconflow.batch_files.sources import LONGEST_LINE, ByteReader, LineReader, Source
 
 #: The service's limits for one input file.
-MAX_ROWS = 5000
-MAX_BYTES = 10**9
+MAX_ROWS = protocol.MAX_FILE_LINES
+MAX_BYTES = protocol.MAX_FILE_BYTES
 
 #: The only endpoint and method the service takes in a batch.
-ENDPOINT = "/v1/chat/completions"
+ENDPOINT = protocol.CHAT_COMPLETIONS
 METHOD = "POST"
 
 #: Problems collected before the search stops.
@@ -137,7 +139,7 @@ class Problems:
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name = name
         self._found: list[LineProblem] = []
         self._kinds: set[str] = set()
 
@@ -165,7 +167,7 @@ class Problems:
     def fail(self, *, more: bool) -> NoReturn:
         """Raise what was found."""
         raise InvalidRequestFileError(
-            self._name, sorted(self._found, key=lambda problem: problem.line), more=more
+            self.name, sorted(self._found, key=lambda problem: problem.line), more=more
         )
 
     def raise_if_any(self) -> None:
@@ -283,6 +285,20 @@ def _estimate_tokens(line: bytes, text_bytes: int) -> int:
     return wide + (max(text_bytes - 3 * wide, 0) + 3 >> 2)
 
 
+def _opened(source: Source, name: str) -> AbstractContextManager[ByteReader]:
+    """
+    Open a file for reading.
+
+    :raises InvalidInputError: there is none.
+    """
+    try:
+        return source.open("rb")
+    except FileNotFoundError as exc:
+        raise InvalidInputError(f"{name} does not exist; nothing was uploaded") from exc
+    except IsADirectoryError as exc:
+        raise InvalidInputError(f"{name} is a folder; give the path of a JSONL file") from exc
+
+
 def check_request_file(
     source: Source, *, name: str, max_rows: int = MAX_ROWS, max_bytes: int = MAX_BYTES
 ) -> RequestFileSummary:
@@ -294,13 +310,14 @@ def check_request_file(
     :param max_rows: lines the service takes in one file.
     :param max_bytes: bytes the service takes in one file.
     :raises InvalidRequestFileError: with up to 20 problems, each with its line and what would be right.
+    :raises InvalidInputError: there is no such file.
     """
     problems = Problems(name)
     custom_ids = CustomIdSet()
     digest = hashlib.sha256()
     models: set[str] = set()
     rows = without_model = 0
-    with source.open("rb") as stream:
+    with _opened(source, name) as stream:
         longest = min(max_bytes, LONGEST_LINE)
         reader = LineReader(stream, longest=longest, digest=digest)
         for rows, line in enumerate(reader, 1):
@@ -413,7 +430,7 @@ def read_rows(
 def _rows_of_file(
     source: Source, complete: _Completer, problems: Problems, max_bytes: int
 ) -> Iterator[RequestRow]:
-    with source.open("rb") as stream:
+    with _opened(source, problems.name) as stream:
         lines = LineReader(stream, longest=min(max_bytes, LONGEST_LINE))
         yield from _request_rows(lines, complete, problems, max_bytes)
 

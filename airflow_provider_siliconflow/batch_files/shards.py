@@ -21,7 +21,7 @@ from airflow_provider_siliconflow.batch_files.requests import (
     read_rows,
 )
 from airflow_provider_siliconflow.batch_files.sources import ByteWriter, Directory, LineReader, Source
-from airflow_provider_siliconflow.batch_files.whole_file import make_folder
+from airflow_provider_siliconflow.batch_files.whole_file import make_folder, settle
 
 #: Bytes of lines gathered before they are hashed and written: both cost by the call.
 _BLOCK_BYTES = 1 << 16
@@ -300,6 +300,7 @@ class ShardWriter:
         if self._block:
             self._flush()
         if self._opened is not None:
+            settle(self._stream)
             opened, self._opened = self._opened, None
             opened.__exit__(None, None, None)
         digest = self._digest.hexdigest()

@@ -50,6 +50,13 @@ def write_whole(target: Any) -> Iterator[BinaryIO]:
         target.fs.put_file(temporary.name, target.path)
 
 
+def settle(stream: Any) -> None:
+    """Make a local file that was written survive the end of the machine; what is not local is none of ours."""
+    stream.flush()
+    with contextlib.suppress(AttributeError, OSError):
+        os.fsync(stream.fileno())
+
+
 def write_json(target: Any, value: Any) -> None:
     """Write ``value`` as readable JSON; the file appears only when it is whole."""
     with write_whole(target) as stream:

@@ -69,13 +69,13 @@ class SiliconFlowBatchDecoratedOperator(DecoratedOperator, RunBatchOperator):
         return RunBatchOperator.execute(self, context)
 
     def _rows(self) -> Any:
-        from airflow_provider_siliconflow.hooks.siliconflow import open_source
+        from airflow_provider_siliconflow.paths import open_source
 
         assert self._context is not None
         context_merge(self._context, self.op_kwargs)
         kwargs = determine_kwargs(self.python_callable, self.op_args, self._context)
         rows = self.python_callable(*self.op_args, **kwargs)
-        return open_source(rows) if isinstance(rows, str) else rows
+        return open_source(rows, self._requests_name()) if isinstance(rows, str) else rows
 
     def lineage_input(self) -> Any:
         """Return nothing: the rows come from a function."""

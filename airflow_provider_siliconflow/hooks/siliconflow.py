@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.api.client import SiliconFlowClient
     from airflow_provider_siliconflow.api.models import Batch, BatchResult, UploadedFile
     from airflow_provider_siliconflow.api.protocol import ClientSettings
-    from airflow_provider_siliconflow.batch_files.requests import RequestFileSummary
-    from airflow_provider_siliconflow.batch_files.sources import Source
     from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
 log = logging.getLogger(__name__)
@@ -137,8 +135,10 @@ class SiliconFlowHook(BaseHook):
         :returns: the file; the service keeps it for 30 days.
         :raises InvalidRequestFileError: a line is not a valid request; nothing was uploaded.
         """
+        from airflow_provider_siliconflow.batch_files.requests import check_request_file
+
         opened = open_source(source, "source")
-        summary = check_input(opened, describe_source(source))
+        summary = check_request_file(opened, name=describe_source(source))
         name = filename or (Path(str(opened)).name if not isinstance(source, bytes) else "requests.jsonl")
         file = self._client.upload_file(opened, size=summary.bytes, filename=name)
         log.info("Uploaded %s (%d rows, %d bytes) as %s", name, summary.rows, summary.bytes, file.id)
@@ -210,20 +210,10 @@ class SiliconFlowHook(BaseHook):
         :param batch_id: the batch.
         :returns: the batch, which may still show its old status.
         """
-        from airflow_provider_siliconflow.api.exceptions import InvalidRequestError
         from airflow_provider_siliconflow.api.protocol import check_identifier
+        from airflow_provider_siliconflow.jobs.cancelling import cancel
 
-        batch_id = check_identifier("batch_id", batch_id)
-        try:
-            batch = self._client.cancel_batch(batch_id)
-        except InvalidRequestError:
-            batch = self._client.get_batch(batch_id)
-            if not batch.is_terminal:
-                raise
-            log.info("Batch %s had ended already: %s", batch_id, batch.status)
-            return batch
-        log.info("Asked for batch %s to be cancelled; its status is %s", batch_id, batch.status)
-        return batch
+        return cancel(self._client, check_identifier("batch_id", batch_id))
 
     def wait_for_batch(
         self, batch_id: str, *, poll_interval: float = 60, timeout: float | None = None
@@ -406,21 +396,3 @@ def _string_map(value: Any, where: str) -> dict[str, str]:
 def describe_source(source: Any) -> str:
     """Return how messages call a source."""
     return "the given bytes" if isinstance(source, bytes) else str(source)
-
-
-def check_input(source: Source, name: str) -> RequestFileSummary:
-    """
-    Check a batch input file before anything is sent.
-
-    :raises InvalidRequestFileError: a line, or the file, is not what the service takes.
-    :raises InvalidInputError: it cannot be read.
-    """
-    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-    from airflow_provider_siliconflow.batch_files.requests import check_request_file
-
-    try:
-        return check_request_file(source, name=name)
-    except FileNotFoundError as exc:
-        raise InvalidInputError(f"{name} does not exist; nothing was uploaded") from exc
-    except IsADirectoryError as exc:
-        raise InvalidInputError(f"{name} is a folder; give the path of a JSONL file") from exc

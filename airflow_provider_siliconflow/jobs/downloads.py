@@ -193,15 +193,22 @@ class ResultFiles:
 
 @contextlib.contextmanager
 def downloaded(
-    api: ResultAPI, batch_id: str, clock: Clock | None = None, *, number: int = 0, shared: bool = False
+    api: ResultAPI,
+    batch_id: str,
+    clock: Clock | None = None,
+    *,
+    number: int = 0,
+    shared: bool = False,
+    patience: Sequence[float] = LATE_FILE_PATIENCE,
 ) -> Iterator[tuple[Batch, BatchFiles]]:
     """
     Download the result files of a batch into a temporary folder, for as long as the block lasts.
 
     :param number: the round the batch belongs to.
     :param shared: whether the batch holds rows of several shards.
+    :param patience: pauses, in seconds, while rows or a file that must exist are not there yet.
     """
-    files = ResultFiles(api, batch_id, clock)
+    files = ResultFiles(api, batch_id, clock, patience=patience)
     with tempfile.TemporaryDirectory(prefix="siliconflow-") as folder:
         paths: dict[Kind, Path] = {}
         short = False

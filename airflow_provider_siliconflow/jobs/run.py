@@ -39,7 +39,7 @@ from airflow_provider_siliconflow.batch_files.results import BatchFiles, merge_s
 from airflow_provider_siliconflow.batch_files.shards import Shard, Split, select_rows, split_requests
 from airflow_provider_siliconflow.batch_files.tally import ModelTally
 from airflow_provider_siliconflow.batch_files.whole_file import write_json, write_whole
-from airflow_provider_siliconflow.jobs.downloads import downloaded
+from airflow_provider_siliconflow.jobs.downloads import LATE_FILE_PATIENCE, downloaded
 from airflow_provider_siliconflow.jobs.folder import FolderLedger, read_json, remove_tree
 from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, upload_name
 from airflow_provider_siliconflow.jobs.options import RunOptions
@@ -114,6 +114,7 @@ class BatchRun:
         self._rounds: list[list[Piece]] = []
         self._worth_another_attempt = 0
         self._told_of_refusals = False
+        self._short: set[str] = set()
         self._cancels_late = False
         self._stopped = False
 
@@ -223,13 +224,11 @@ class BatchRun:
         """
         stored = self._plan()
         if stored is None:
-            error = InvalidInputError(
+            raise InvalidInputError(
                 f"{self.folder} holds no plan any more: output_dir must be seen by every worker, and render the "
                 "same, while the task waits. The batches are untouched. A retry makes the plan anew, searches the "
                 "account and adopts them; a clear would pay for all again."
-            )
-            error.retryable = True
-            raise error
+            ).worth_a_retry()
         self.split = Split.from_dict(stored["split"])
         self.options = replace(
             self.options,
@@ -544,8 +543,15 @@ class BatchRun:
         with contextlib.ExitStack() as stack:
 
             def download(one: str) -> BatchFiles:
-                files = downloaded(self._client, one, number=piece.round, shared=shared)
-                return stack.enter_context(files)[1]
+                # What was waited for in vain once is not waited for in each round.
+                patience = () if one in self._short else LATE_FILE_PATIENCE
+                downloading = downloaded(
+                    self._client, one, number=piece.round, shared=shared, patience=patience
+                )
+                files = stack.enter_context(downloading)[1]
+                if files.short:
+                    self._short.add(one)
+                return files
 
             for dead in self._dead(piece):
                 try:

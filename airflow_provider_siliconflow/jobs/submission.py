@@ -276,13 +276,11 @@ class Submission:
             left = listed_at - self._listing_read_at
             if left <= 0:
                 if self._listing_cut and not self._listed_far_enough(work, after_intent):
-                    error = SubmissionUnknownError(
+                    raise SubmissionUnknownError(
                         f"The account lists its newest {len(self._seen)} batches only, and none is {work.label}: it "
                         "may be an older one, paid for by an earlier try. Nothing was sent. Look on the console for "
                         f"the metadata {WORK_KEY}={work.key}; clear the task where there is none."
-                    )
-                    error.retryable = True
-                    raise error
+                    ).worth_a_retry()
                 return None
             pause = min(next(pauses, LIST_LAG), left)
             log.info("No batch of an earlier try is listed; looking again in %.0f s, the list may lag", pause)
@@ -407,22 +405,18 @@ class Submission:
 
 def _unreadable(work: BatchWork, batch_id: str) -> SubmissionUnknownError:
     """Return the error for a batch that an earlier try recorded and the account does not know."""
-    error = SubmissionUnknownError(
+    return SubmissionUnknownError(
         f"Batch {batch_id} was submitted for {work.label} by an earlier try, and the account neither answers to its id "
         "nor lists it. Nothing was sent, since that would pay twice. Check that the connection leads to the account "
         "that it was submitted with. A retry looks again; a clear submits anew."
-    )
-    error.retryable = True
-    return error
+    ).worth_a_retry()
 
 
 def _unknown(what: str, sends: int, last: SiliconFlowError) -> SubmissionUnknownError:
     """Return the error for an outcome that stays open."""
-    error = SubmissionUnknownError(
+    # Unlike a bare call of the hook, a retry of this one knows how to look.
+    return SubmissionUnknownError(
         f"{what} was sent {sends} time(s) without a usable answer, and it may have counted: the account lists "
         "nothing of it so far, or cannot be read. A retry of this task searches the account before it sends "
         f"again; a clear would not, and might pay twice. Last answer: {last}"
-    )
-    # Unlike a bare call of the hook, a retry of this one knows how to look.
-    error.retryable = True
-    return error
+    ).worth_a_retry()

@@ -392,11 +392,10 @@ def read_event(event: Any) -> list[Batch]:
         return [Batch.model_validate(batch) for batch in event["batches"]]
     if status in ("timeout", "error"):
         batch_ids = event.get("batch_ids") or [None]
-        error: BatchError = (BatchTimeoutError if status == "timeout" else BatchWaitError)(
-            event.get("message") or "the trigger gave no reason", batch_id=batch_ids[0]
-        )
-        error.retryable = bool(event.get("retryable", error.retryable))
-        raise error
+        kind = BatchTimeoutError if status == "timeout" else BatchWaitError
+        message = event.get("message") or "the trigger gave no reason"
+        retryable = bool(event.get("retryable", kind.retryable))
+        raise kind(message, batch_id=batch_ids[0]).worth_a_retry(retryable)
     raise BatchError(f"The trigger sent an event this version does not know: {event!r}")
 
 
@@ -444,22 +443,18 @@ def judge_batch(
         raise BatchCancelledError(f"{story}. {fetch} A retry submits a new batch.", batch_id=batch.id)
     nothing = (counts.completed == 0 and counts.total > 0) or (not counts.total and not batch.output_file_id)
     if batch.status == BatchStatus.EXPIRED and nothing and not allow_all_failed:
-        error: BatchError = BatchExpiredError(
+        # Without counts it is the missing output file that tells, and that may come late.
+        raise BatchExpiredError(
             f"{story}. The completion window ended before any row did; a retry finds the same batch. Clear "
             "the task to submit anew, with a longer completion_window.",
             batch_id=batch.id,
-        )
-        # Without counts it is the missing output file that tells, and that may come late.
-        error.retryable = not counts.total
-        raise error
+        ).worth_a_retry(not counts.total)
     if counts.total and counts.completed == 0 and not allow_all_failed:
-        error = BatchFailedError(
+        raise BatchFailedError(
             f"{story}. Not one row succeeded; a retry finds the same batch. Correct the requests and clear "
             "the task, or set allow_all_failed=True.",
             batch_id=batch.id,
-        )
-        error.retryable = False
-        raise error
+        ).worth_a_retry(False)
     if not counts.total and batch.error_file_id and not batch.output_file_id and not allow_all_failed:
         raise BatchFailedError(
             f"{story}. The service gives no counts and names a file with errors, but none with results; a retry "

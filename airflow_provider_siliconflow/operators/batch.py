@@ -111,10 +111,11 @@ def upload_once(
 
 def _checked(input_path: Any, *, needs_model: bool) -> tuple[Source, RequestFileSummary]:
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-    from airflow_provider_siliconflow.hooks.siliconflow import check_input, open_source
+    from airflow_provider_siliconflow.batch_files.requests import check_request_file
+    from airflow_provider_siliconflow.paths import open_source
 
-    source = open_source(input_path)
-    summary = check_input(source, str(input_path))
+    source = open_source(input_path, "input_path")
+    summary = check_request_file(source, name=str(input_path))
     if needs_model and summary.rows_without_model:
         raise InvalidInputError(
             f"{input_path}: {summary.rows_without_model} of {summary.rows} lines name no model in body.model; "
@@ -260,7 +261,7 @@ class CreateBatchOperator(SubmittingOperator):
                     f"{exc} Batch {paid} was submitted by an earlier try, and stays as it is. Mend what is wrong and "
                     "let the task retry: it takes the batch up. A clear would pay for another.",
                 )
-                exc.retryable = True
+                exc.worth_a_retry()
             raise
 
     def execute_complete(self, context: Context, event: Any = None) -> str:

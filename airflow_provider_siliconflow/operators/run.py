@@ -291,8 +291,8 @@ class RunBatchOperator(SubmittingOperator):
         :param opened: take up one that was prepared before.
         :raises SiliconFlowError: the task was ended before it came as far as this.
         """
-        from airflow_provider_siliconflow.hooks.siliconflow import open_folder
         from airflow_provider_siliconflow.jobs.run import BatchRun
+        from airflow_provider_siliconflow.paths import open_folder
 
         client = self.hook.get_conn()
         run = BatchRun(
@@ -315,10 +315,10 @@ class RunBatchOperator(SubmittingOperator):
 
     def _rows(self) -> Any:
         """Return the rows: a file that opens, or Python objects."""
-        from airflow_provider_siliconflow.hooks.siliconflow import open_source
+        from airflow_provider_siliconflow.paths import open_source
 
         requests = rendered_list(self.requests)
-        return open_source(requests) if isinstance(requests, str) else requests
+        return open_source(requests, "requests") if isinstance(requests, str) else requests
 
     def _requests_name(self) -> str:
         requests = self.requests
@@ -346,7 +346,7 @@ class RunBatchOperator(SubmittingOperator):
                     ", ".join(ids[:5]),
                     ", ..." if len(ids) > 5 else "",
                 )
-                exc.retryable = True
+                exc.worth_a_retry()
             raise
 
     @contextlib.contextmanager
@@ -361,7 +361,7 @@ class RunBatchOperator(SubmittingOperator):
             raise
         except BatchWaitError as exc:
             # Failing for good would leave a person nothing but a clear, which pays for every batch again.
-            exc.retryable = True
+            exc.worth_a_retry()
             raise
 
     def on_kill(self) -> None:

@@ -539,3 +539,12 @@ def test_a_job_that_fails_by_its_verdict_leaves_its_manifest_to_the_tasks_after_
     manifest = context["ti"].pushed["return_value"]
     assert manifest == json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["rows"]["ok"] == 1
+
+
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_a_request_file_that_is_not_there_fails_for_good(make_context: MakeContext, tmp_path: Path) -> None:
+    task = RunBatchOperator(
+        task_id="t", requests=str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path / "out"), model="a"
+    )
+    with pytest.raises(AirflowFailException, match=r"rows\.jsonl does not exist; nothing was uploaded"):
+        task.execute(make_context(task))
