@@ -26,14 +26,14 @@ demo:
 test: lint test-newest test-oldest
 
 lint:
-	@$(call environment,$(NEWEST),lint$(comma)test$(comma)s3)
+	@$(call environment,$(NEWEST),lint$(comma)test$(comma)s3$(comma)lineage)
 	$(newest) -m ruff check .
 	$(newest) -m ruff format --check .
 	$(newest) -m mypy
 	$(newest) -m mypy scripts tests/conftest.py
 
 test-newest:
-	@$(call environment,$(NEWEST),lint$(comma)test$(comma)s3)
+	@$(call environment,$(NEWEST),lint$(comma)test$(comma)s3$(comma)lineage)
 	$(newest) -m pytest $(PYTEST_ARGS)
 
 test-oldest: matrix-$(OLDEST)
@@ -45,7 +45,7 @@ $(VERSIONS:%=matrix-%): matrix-%:
 	$(call python,$*) -m pytest -m "unit or every_airflow" $(PYTEST_ARGS)
 
 bench:
-	@$(call environment,$(NEWEST),lint$(comma)test$(comma)s3)
+	@$(call environment,$(NEWEST),lint$(comma)test$(comma)s3$(comma)lineage)
 	@for file in benchmarks/*.py; do echo "== $$file"; $(newest) "$$file" || exit 1; done
 
 clean:

@@ -15,8 +15,9 @@ def batch_retry_policy() -> ExceptionRetryPolicy:
     """
     Return a ``retry_policy`` for this provider's operators and sensor.
 
-    A wait that timed out goes on at once, since its batch does. An overloaded or unreachable service gets ten
-    minutes. Anything else follows the task's own ``retry_delay``; errors that no retry can mend never get here.
+    A wait that timed out goes on after a minute, since its batch does; one that cancelled its batch follows
+    ``retry_delay``, since a retry pays for another. An overloaded or unreachable service gets ten minutes. Anything
+    else follows the task's own ``retry_delay``; errors that no retry can mend never get here.
 
     .. code-block:: python
 
@@ -27,9 +28,14 @@ def batch_retry_policy() -> ExceptionRetryPolicy:
     return ExceptionRetryPolicy(
         rules=[
             RetryRule(
+                exception=f"{_ERRORS}.BatchCancelledAtTimeoutError",
+                action=RetryAction.DEFAULT,
+                reason="The batch was cancelled at its timeout; a retry pays for another",
+            ),
+            RetryRule(
                 exception=f"{_ERRORS}.BatchTimeoutError",
                 action=RetryAction.RETRY,
-                retry_delay=timedelta(0),
+                retry_delay=timedelta(minutes=1),
                 reason="The batch goes on, and so does the wait; nothing is paid again",
             ),
             RetryRule(

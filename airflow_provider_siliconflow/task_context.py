@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Set
+from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.jobs.submission import Ledger, Search, Submission
 
 log = logging.getLogger(__name__)
+
+#: Names in the task state store beside the keys of work: the generation it was there from the start of, and the batch
+#: recorded last.
+_GENERATION, _LAST = "generation", "last"
+#: Seconds to wait for the state of a task that is being ended; Airflow leaves it five.
+_STATE_PATIENCE = 1.5
+#: Entries outlive the longest batch and the files of the service, whatever the store's own default is.
+_RETENTION = timedelta(days=31)
 
 
 @cache
@@ -116,17 +125,34 @@ class TaskStateLedger:
     """
     The ledger over Airflow's task state store (3.3+), which survives retries, crashes and deferral.
 
+    It is complete where it was there from the first try of the generation on: an earlier try may have run before
+    Airflow was upgraded, or with the store switched off.
+
     :param store: ``context["task_state_store"]``.
+    :param generation: of the tries, see :class:`~.jobs.identity.Submitter`.
+    :param first: whether no earlier try of this generation can have submitted anything.
     """
 
-    complete = True
-
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Any, *, generation: int, first: bool) -> None:
         self._store = store
+        self._generation = generation
+        if first:
+            self.set(_GENERATION, {"number": generation})
+        self.complete = first or (self.get(_GENERATION) or {}).get("number") == generation
 
     @staticmethod
     def _name(key: str) -> str:
         return f"siliconflow.{key}"
+
+    def older_batches(self, key: str) -> Set[str]:
+        """Return none: a task that submits a single batch has no older one."""
+        return frozenset()
+
+    @property
+    def submitted(self) -> str | None:
+        """The batch that a try of this generation recorded last, whatever its request was."""
+        last = self.get(_LAST) or {}
+        return last.get("batch_id") if last.get("generation") == self._generation else None
 
     def get(self, key: str) -> dict[str, Any] | None:
         """Return the entry of a key."""
@@ -135,7 +161,10 @@ class TaskStateLedger:
 
     def set(self, key: str, entry: dict[str, Any]) -> None:
         """Write the entry of a key."""
-        self._store.set(self._name(key), entry)
+        self._store.set(self._name(key), entry, retention=_RETENTION)
+        if batch_id := entry.get("batch_id"):
+            last = {"batch_id": batch_id, "generation": self._generation}
+            self._store.set(self._name(_LAST), last, retention=_RETENTION)
 
     def delete(self, key: str) -> None:
         """Forget a key."""
@@ -149,7 +178,53 @@ def ledger_of(context: Context) -> Ledger:
     store = context.get("task_state_store")
     if store is None or not conf.getboolean("siliconflow", "task_state_store", fallback=True):
         return NoLedger()
-    return TaskStateLedger(store)
+    first = _search(context) in ("none", "once")
+    return TaskStateLedger(store, generation=context["ti"].max_tries or 0, first=first)
+
+
+def task_state(ti: Any) -> str | None:
+    """
+    Return the state that Airflow has of a task instance now; ``None`` where it has none.
+
+    :param ti: the task instance of a context or of a trigger.
+    """
+    if airflow_version() < (3, 0):
+        state = ti.current_state()
+    else:
+        from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+
+        states = RuntimeTaskInstance.get_task_states(
+            dag_id=ti.dag_id, task_ids=[ti.task_id], run_ids=[ti.run_id], map_index=ti.map_index
+        )
+        by_task = states.get(ti.run_id) or {}
+        # A mapped task is answered under "task_id_<map index>".
+        name = ti.task_id if ti.map_index is None or ti.map_index < 0 else f"{ti.task_id}_{ti.map_index}"
+        state = by_task.get(name, by_task.get(ti.task_id))
+    return None if state is None else str(getattr(state, "value", state))
+
+
+def only_the_worker_ends(ti: Any) -> bool:
+    """
+    Whether a task is being ended because its worker is: a deployment, an eviction. Nobody has touched the task then.
+
+    A signal tells both kinds of ending alike; the task's state does not: a person's makes it something else than
+    running, before the signal. Where that cannot be read in time, a person is assumed.
+
+    :param ti: the task instance of the context.
+    """
+    found: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            found.append(task_state(ti))
+        except Exception as exc:  # noqa: BLE001
+            log.warning("The task's state cannot be read (%s): it is taken to be ended by a person", exc)
+
+    # In a thread, since the signal may have come in the middle of the main one's own talk with Airflow.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_STATE_PATIENCE)
+    return found == ["running"]
 
 
 def may_end_in_trigger(operator: BaseOperator) -> bool:
@@ -172,25 +247,3 @@ def may_end_in_trigger(operator: BaseOperator) -> bool:
     except ImportError:
         from airflow.listeners.listener import get_listener_manager
     return not get_listener_manager().has_listeners
-
-
-def rendered_list(value: Any) -> Any:
-    """
-    Return a list that a template rendered to text as a list again; anything else as it is.
-
-    What a mapped task returned comes as a sequence of Airflow's own, which reads its items one by one.
-    """
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return list(value)
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value
-    import ast
-
-    for read in (json.loads, ast.literal_eval):
-        try:
-            items = read(value)
-        except (ValueError, SyntaxError):
-            continue
-        if isinstance(items, list):
-            return items
-    return value

@@ -53,7 +53,8 @@ def ours(source: Path, out: Path, url: str, models: list[str]) -> dict[str, int]
     from airflow_provider_siliconflow.api.client import SiliconFlowClient
     from airflow_provider_siliconflow.api.protocol import ClientSettings
     from airflow_provider_siliconflow.jobs.identity import Submitter
-    from airflow_provider_siliconflow.jobs.run import BatchRun, check_options
+    from airflow_provider_siliconflow.jobs.options import check_options
+    from airflow_provider_siliconflow.jobs.run import BatchRun
     from airflow_provider_siliconflow.jobs.submission import Submission
 
     options: dict[str, Any] = {

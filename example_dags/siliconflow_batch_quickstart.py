@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+import tempfile
+from datetime import datetime, timedelta
+from pathlib import Path
 
 from airflow.providers.common.compat.sdk import DAG, Param
 
@@ -13,15 +15,25 @@ from airflow_provider_siliconflow.operators.batch import (
 )
 from airflow_provider_siliconflow.sensors.batch import BatchSensor
 
+# For a first look. A DAG of yours gives a bucket, or a folder that all workers reach.
+REQUESTS = Path(__file__).parent / "data" / "requests.jsonl"
+RESULTS = Path(tempfile.gettempdir()) / "siliconflow_quickstart"
+
 with DAG(
     dag_id="siliconflow_batch_quickstart",
     start_date=datetime(2026, 1, 1),
     schedule=None,
     catchup=False,
+    # A retry takes up the file and the batch of the try before, and pays for nothing again.
+    default_args={"retries": 2, "retry_delay": timedelta(minutes=1)},
     tags=["siliconflow", "example"],
     params={
-        "input_path": Param("", type="string", description="Path or URI of a JSONL file of requests"),
-        "output_dir": Param("", type="string", description="Path or URI of the folder for the results"),
+        "input_path": Param(
+            str(REQUESTS), type="string", description="Path or URI of a JSONL file of requests"
+        ),
+        "output_dir": Param(
+            str(RESULTS), type="string", description="Path or URI of the folder for the results"
+        ),
         "model": Param("Qwen/Qwen3-32B", type="string"),
     },
 ):

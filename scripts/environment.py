@@ -34,6 +34,7 @@ TOOLS = {
     "test": ["pytest>=8", "pytest-mock", "hypothesis", "time-machine"],
     "lint": ["ruff==0.17.6", "mypy==2.4.1", "types-psutil", "types-requests"],
     "s3": ["moto[server]", "s3fs"],
+    "lineage": ["apache-airflow-providers-openlineage"],
 }
 
 

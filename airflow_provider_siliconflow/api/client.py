@@ -231,9 +231,10 @@ class SiliconFlowClient:
         """Read the account: name, status, balances. Costs nothing."""
         return self.call(protocol.get_account())
 
-    def list_models(self) -> list[str]:
-        """Return ids of chat models. Costs nothing."""
-        return self.call(protocol.list_models())
+    def list_models(self, *, repeat: bool = True) -> list[str]:
+        """Return ids of chat models. Costs nothing. ``repeat=False`` asks once."""
+        call = protocol.list_models()
+        return self.call(call) if repeat else self._send(call, None)
 
     def upload_file(self, source: Source, *, size: int, filename: str) -> UploadedFile:
         """

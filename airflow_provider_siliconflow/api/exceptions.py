@@ -28,6 +28,10 @@ class InvalidInputError(SiliconFlowError, ValueError):
     retryable = False
 
 
+class NoRowsError(InvalidInputError):
+    """The input holds no rows, so there is nothing to run."""
+
+
 @dataclass(frozen=True, slots=True)
 class LineProblem:
     """
@@ -225,6 +229,10 @@ class BatchPartialFailureError(BatchError):
 
 class BatchTimeoutError(BatchError):
     """The wait ended before the batch did. The batch is untouched unless the message says otherwise."""
+
+
+class BatchCancelledAtTimeoutError(BatchTimeoutError):
+    """The wait ended before the batch did, and the batch was cancelled, as ``cancel_on_timeout`` wants it."""
 
 
 class BatchWaitError(BatchError):

@@ -22,6 +22,7 @@ import msgspec
 
 from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError, InvalidInputError
 from airflow_provider_siliconflow.api.models import BatchResult, Outcome, valid_text
+from airflow_provider_siliconflow.batch_files.shards import iter_custom_ids
 from airflow_provider_siliconflow.batch_files.sources import ByteWriter, LineReader, Source
 from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 from airflow_provider_siliconflow.batch_files.verdicts import (
@@ -382,6 +383,21 @@ def _missing_line(custom_id: str) -> bytes:
     return msgspec.json.encode(
         {"id": None, "custom_id": custom_id, "response": None, "error": _MISSING_ERROR}
     )
+
+
+def refused_lines(shard: Source, *, status: int, message: str) -> Iterator[bytes]:
+    """
+    Make error lines for the rows of a shard whose batch the service did not take.
+
+    :param status: HTTP status of the refusal, the lines' error code.
+    :param message: what the service said.
+    """
+    error = {"code": str(status), "message": message}
+    for custom_id in iter_custom_ids(shard):
+        yield (
+            msgspec.json.encode({"id": None, "custom_id": custom_id, "response": None, "error": error})
+            + b"\n"
+        )
 
 
 def read_results(source: Source) -> Iterator[BatchResult]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+from airflow_provider_siliconflow.api.exceptions import InvalidInputError, NoRowsError
 from airflow_provider_siliconflow.batch_files.requests import (
     MAX_BYTES,
     MAX_ROWS,
@@ -148,7 +148,7 @@ def split_requests(
         custom_ids.name_duplicates(suspects, zip(numbers, written, strict=False), problems)
     problems.raise_if_any()
     if not shards:
-        raise InvalidInputError(f"{name} holds no rows; nothing was uploaded")
+        raise NoRowsError(f"{name} holds no rows; nothing was uploaded")
     return Split(
         shards=shards,
         rows=sum(shard.rows for shard in shards),

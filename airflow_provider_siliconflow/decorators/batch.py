@@ -50,7 +50,8 @@ class SiliconFlowBatchDecoratedOperator(DecoratedOperator, RunBatchOperator):
         op_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        kwargs.pop("multiple_outputs", None)
+        if kwargs.pop("multiple_outputs", None):
+            raise ValueError("multiple_outputs is not for @task.siliconflow_batch: its manifest is one value")
         super().__init__(
             python_callable=python_callable,
             op_args=op_args,
@@ -75,6 +76,10 @@ class SiliconFlowBatchDecoratedOperator(DecoratedOperator, RunBatchOperator):
         kwargs = determine_kwargs(self.python_callable, self.op_args, self._context)
         rows = self.python_callable(*self.op_args, **kwargs)
         return open_source(rows) if isinstance(rows, str) else rows
+
+    def lineage_input(self) -> Any:
+        """Return nothing: the rows come from a function."""
+        return None
 
     def _requests_name(self) -> str:
         return f"what {self.python_callable.__name__}() returned"

@@ -8,38 +8,41 @@ uploaded and created. A process may die anywhere; the next one opens the folder 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from airflow_provider_siliconflow.api import protocol
 from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
+    APIError,
     BatchFailedError,
-    BatchPartialFailureError,
+    IncompleteResultsError,
     InsufficientBalanceError,
     InvalidInputError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    SiliconFlowError,
 )
 from airflow_provider_siliconflow.api.models import DEAD_STATUSES, Batch, UploadedFile
 from airflow_provider_siliconflow.batch_files.manifest import (
     BatchSummary,
     ModelRun,
     build_manifest,
-    check_prices,
     model_slug,
     render_summary,
 )
-from airflow_provider_siliconflow.batch_files.results import BatchFiles, merge_shard
+from airflow_provider_siliconflow.batch_files.results import BatchFiles, merge_shard, refused_lines
 from airflow_provider_siliconflow.batch_files.shards import Shard, Split, select_rows, split_requests
 from airflow_provider_siliconflow.batch_files.tally import ModelTally
-from airflow_provider_siliconflow.batch_files.whole_file import local_path, write_json, write_whole
+from airflow_provider_siliconflow.batch_files.whole_file import write_json, write_whole
 from airflow_provider_siliconflow.jobs.downloads import downloaded
-from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, check_user_metadata, upload_name
+from airflow_provider_siliconflow.jobs.folder import FolderLedger, read_json, remove_tree
+from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, upload_name
+from airflow_provider_siliconflow.jobs.options import RunOptions
 from airflow_provider_siliconflow.jobs.submission import Submission
 
 log = logging.getLogger(__name__)
@@ -47,157 +50,13 @@ log = logging.getLogger(__name__)
 #: Folder below the output in which jobs keep what outlives a process.
 WORK_FOLDER = ".siliconflow"
 
+#: Batches of a model that the service refuses, taking none, before the others of the model are not sent either.
+_REFUSALS_OF_A_MODEL = 3
+
 #: Entry of the ledger that is no work but the try's own.
 _DEADLINE = "deadline"
 
-OpenSubmission = Callable[["FolderLedger"], Submission]
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """
-    What is asked of a job, checked.
-
-    :param models: models by ``replace``; empty where the rows name theirs.
-    :param max_rows: rows per batch.
-    :param max_bytes: bytes per batch.
-    :param max_in_flight: batches open at once; ``None`` for all.
-    :param max_row_attempts: how often a row is sent at most.
-    :param max_error_rate: share of rows (0 to 1) that may not succeed; ``None`` for any.
-    :param request_params: body parameters for rows that lack them.
-    """
-
-    models: tuple[str, ...] = ()
-    completion_window: str = "24h"
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    max_rows: int = protocol.MAX_FILE_LINES
-    max_bytes: int = protocol.MAX_FILE_BYTES
-    max_in_flight: int | None = None
-    max_row_attempts: int = 1
-    max_error_rate: float | None = None
-    fail_on_partial_error: bool = False
-    allow_all_failed: bool = False
-    prices: Mapping[str, Mapping[str, float]] | None = None
-    request_params: Mapping[str, Any] | None = None
-
-    @property
-    def replacements(self) -> tuple[str | None, ...]:
-        """The models to run over, ``None`` standing for what the rows name."""
-        return self.models or (None,)
-
-
-def check_options(
-    *,
-    model: Any,
-    models: Any,
-    completion_window: Any,
-    metadata: Any,
-    max_rows_per_batch: Any,
-    max_bytes_per_batch: Any,
-    max_in_flight: Any,
-    max_row_attempts: Any,
-    max_error_rate: Any,
-    prices: Any,
-    request_params: Any,
-    **rest: Any,
-) -> RunOptions:
-    """
-    Check the arguments of a job.
-
-    :raises InvalidInputError: one is wrong; the message names it.
-    """
-    if model is not None and models is not None:
-        raise InvalidInputError("give either model or models, not both")
-    names = [model] if model is not None else (models if models is not None else [])
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise InvalidInputError(f"models must be a list of model names; got {names!r}")
-    for name in names:
-        if not isinstance(name, str) or not name.strip():
-            raise InvalidInputError(f"a model must be a name such as 'Qwen/Qwen3-32B'; got {name!r}")
-    if len({name.strip() for name in names}) != len(names):
-        raise InvalidInputError(f"models names one twice: {names!r}")
-    if models is not None and not names:
-        raise InvalidInputError("models is empty; leave it out where the rows name their models")
-    for argument, value, most in (
-        ("max_rows_per_batch", max_rows_per_batch, protocol.MAX_FILE_LINES),
-        ("max_bytes_per_batch", max_bytes_per_batch, protocol.MAX_FILE_BYTES),
-        ("max_in_flight", max_in_flight, None),
-        ("max_row_attempts", max_row_attempts, 10),
-    ):
-        if value is None and argument == "max_in_flight":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
-            limit = f" of at most {most}" if most else ""
-            raise InvalidInputError(f"{argument} must be a whole number above 0{limit}; got {value!r}")
-    if max_error_rate is not None and (
-        isinstance(max_error_rate, bool)
-        or not isinstance(max_error_rate, int | float)
-        or not 0 <= max_error_rate <= 1
-    ):
-        raise InvalidInputError(f"max_error_rate must be a share from 0 to 1; got {max_error_rate!r}")
-    if request_params is not None and not isinstance(request_params, Mapping):
-        raise InvalidInputError(
-            f"request_params must be a mapping such as {{'temperature': 0.2}}; got {type(request_params).__name__}"
-        )
-    check_prices(prices)
-    return RunOptions(
-        models=tuple(name.strip() for name in names),
-        completion_window=protocol.check_completion_window(completion_window),
-        metadata=check_user_metadata(metadata),
-        max_rows=max_rows_per_batch,
-        max_bytes=max_bytes_per_batch,
-        max_in_flight=max_in_flight,
-        max_row_attempts=max_row_attempts,
-        max_error_rate=max_error_rate,
-        prices=prices,
-        request_params=request_params,
-        **rest,
-    )
-
-
-class FolderLedger:
-    """
-    A ledger in a file, written whole at each change.
-
-    :param path: the file.
-    :param complete: whether a key without an entry was certainly never sent.
-    """
-
-    def __init__(self, path: Any, *, complete: bool) -> None:
-        self._path = path
-        self.complete = complete
-        self.entries: dict[str, dict[str, Any]] = {}
-        try:
-            self.entries = read_json(path) or {}
-        except ValueError as exc:
-            # A store without atomic writes may leave a part of it: then the account is what is left to ask.
-            log.warning("%s is cut (%s); the account is searched for what was sent", path, exc)
-            self.complete = False
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        """Return the entry of a key."""
-        return self.entries.get(key)
-
-    def set(self, key: str, entry: dict[str, Any]) -> None:
-        """Write the entry of a key."""
-        self.update({key: entry})
-
-    def update(self, entries: Mapping[str, dict[str, Any]]) -> None:
-        """Write several entries at once."""
-        changed = {key: entry for key, entry in entries.items() if self._says_more(key, entry)}
-        if changed:
-            self.entries.update(changed)
-            write_json(self._path, self.entries)
-
-    def _says_more(self, key: str, entry: dict[str, Any]) -> bool:
-        """An intent after an intent says nothing that was not known."""
-        known = self.entries.get(key)
-        return known is None or known.keys() != entry.keys() or "intent" not in entry
-
-    def delete(self, key: str) -> None:
-        """Forget a key."""
-        if self.entries.pop(key, None) is not None:
-            write_json(self._path, self.entries)
+OpenSubmission = Callable[[FolderLedger], Submission]
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +103,8 @@ class BatchRun:
         self.options = options
         self._submitter = submitter
         self._client = client
-        self._where = {"conn_id": conn_id, "host": client.settings.base_url}
+        # Not the host: under another name of the same service the work is the same, and must not be paid again.
+        self._where = {"conn_id": conn_id}
         self.output_dir = output_dir
         self.key = submitter.key(run=str(output_dir), models=list(options.models), **self._where)
         self.folder = output_dir / WORK_FOLDER / self.key[:16]
@@ -252,6 +112,8 @@ class BatchRun:
         self._earlier_tries = earlier_tries
         self._tallies: dict[int, ModelTally] = {}
         self._rounds: list[list[Piece]] = []
+        self._worth_another_attempt = 0
+        self._told_of_refusals = False
         self._cancels_late = False
         self._stopped = False
 
@@ -260,14 +122,11 @@ class BatchRun:
     def finished_before(self) -> dict[str, Any] | None:
         """Return the manifest when an earlier try of this job wrote it, having done everything else."""
         manifest = self._manifest()
-        return manifest if manifest.get("run") == self.key else None
+        # On a first try it is of a run that was deleted and made again under the same id.
+        return manifest if self._earlier_tries and manifest.get("run") == self.key else None
 
     def _manifest(self) -> dict[str, Any]:
-        try:
-            return read_json(self.output_dir / "manifest.json") or {}
-        except ValueError as exc:
-            log.warning("%s/manifest.json is none of ours (%s); it will be replaced", self.output_dir, exc)
-            return {}
+        return read_json(self.output_dir / "manifest.json", or_cut="it will be replaced") or {}
 
     def _refuse_sibling(self) -> None:
         """
@@ -296,20 +155,13 @@ class BatchRun:
         self._refuse_sibling()
         if (manifest := self._manifest()) and manifest.get("unfinished") != self.key:
             log.warning("%s holds the results of another job; they will be replaced", self.output_dir)
-        if read_json(self.folder / "plan.json") is None:
-            split = plan(requests(), self.folder / "round-0", name=name, options=self.options)
-            write_json(
-                self.folder / "plan.json",
-                {
-                    "split": split.to_dict(),
-                    # What a batch is asked for is fixed here: a template such as now() renders anew at every
-                    # resumption, and the same work under another identity would be paid for again.
-                    "completion_window": self.options.completion_window,
-                    "metadata": dict(self.options.metadata),
-                    # An earlier try may have sent batches that this folder knows nothing of.
-                    "complete": not self._earlier_tries,
-                },
-            )
+        stored = self._plan()
+        if stored is not None and not self._earlier_tries:
+            log.warning("%s is left of a run that was deleted; it is not used", self.folder)
+            remove_tree(self.folder)
+            stored = None
+        if stored is None:
+            self._make_plan(requests(), name)
         else:
             log.info("Going on with the rows as an earlier try planned them")
         self.open()
@@ -322,18 +174,59 @@ class BatchRun:
             self.split.prompt_tokens,
         )
 
+    def _plan(self) -> dict[str, Any] | None:
+        return read_json(self.folder / "plan.json", or_cut="the plan is made anew")
+
+    def _make_plan(self, requests: Any, name: str) -> None:
+        try:
+            split = plan(requests, self.folder / "round-0", name=name, options=self.options)
+        except InvalidInputError:
+            remove_tree(self.folder)
+            raise
+        self._warn_of_unknown_models()
+        # Before the plan: a plan without a ledger tells that the ledger was lost.
+        write_json(self.folder / "ledger.json", {})
+        write_json(
+            self.folder / "plan.json",
+            {
+                "split": split.to_dict(),
+                # What a batch is asked for is fixed here: a template such as now() renders anew at every
+                # resumption, and the same work under another identity would be paid for again.
+                "completion_window": self.options.completion_window,
+                "metadata": dict(self.options.metadata),
+                # An earlier try may have sent batches that this folder knows nothing of.
+                "complete": not self._earlier_tries,
+            },
+        )
+
+    def _warn_of_unknown_models(self) -> None:
+        """Look the models up in the account's list, which costs nothing; the list does not say which batches take."""
+        if not self.options.models:
+            return
+        try:
+            known = set(self._client.list_models(repeat=False))
+        except SiliconFlowError as exc:
+            log.info("The account's models cannot be listed, so none is looked up: %s", exc)
+            return
+        unknown = [model for model in self.options.models if model not in known]
+        if known and unknown:
+            log.warning(
+                "The account does not list %s among its chat models; the service may refuse it",
+                ", ".join(unknown),
+            )
+
     def open(self) -> None:
         """
         Open a job that was prepared.
 
         :raises InvalidInputError: its folder is gone.
         """
-        stored = read_json(self.folder / "plan.json")
+        stored = self._plan()
         if stored is None:
             error = InvalidInputError(
                 f"{self.folder} holds no plan any more: output_dir must be seen by every worker, and render the "
-                "same, while the task waits; and the connection must keep its host. The batches are untouched. A "
-                "retry makes the plan anew, searches the account and adopts them; a clear would pay for all again."
+                "same, while the task waits. The batches are untouched. A retry makes the plan anew, searches the "
+                "account and adopts them; a clear would pay for all again."
             )
             error.retryable = True
             raise error
@@ -348,9 +241,12 @@ class BatchRun:
         if self._stopped:
             self._submission.stop()
         self._rounds = [self._pieces(0, dict.fromkeys(self._model_numbers, self.split.shards))]
-        while (planned := read_json(self.folder / f"round-{len(self._rounds)}.json")) is not None:
+        while (planned := self._planned_round(len(self._rounds))) is not None:
             shards = {int(i): tuple(map(Shard.from_dict, items)) for i, items in planned["shards"].items()}
             self._rounds.append(self._pieces(len(self._rounds), shards))
+
+    def _planned_round(self, number: int) -> dict[str, Any] | None:
+        return read_json(self.folder / f"round-{number}.json", or_cut="the round is planned anew")
 
     @property
     def deadline(self) -> float | None:
@@ -363,7 +259,7 @@ class BatchRun:
 
     def wake_after(self, open_batches: int) -> int | None:
         """Return how many batches must end before the next ones are submitted; ``None`` for all."""
-        waiting = sum(not self._batch_id(piece) for piece in self._current)
+        waiting = sum(self._is_waiting(piece) for piece in self._current)
         return max(open_batches // 4, 1) if waiting else None
 
     @property
@@ -405,13 +301,29 @@ class BatchRun:
 
     @property
     def _current(self) -> list[Piece]:
-        return self._rounds[-1]
+        """The batches of the last round, and those of earlier ones that have not ended, having been refused before."""
+        late = [piece for pieces in self._rounds[:-1] for piece in pieces if not self._ended(piece)]
+        return [*late, *self._rounds[-1]]
+
+    def _entry(self, piece: Piece) -> dict[str, Any]:
+        return self.ledger.get(piece.work_key) or {}
 
     def _batch_id(self, piece: Piece) -> str | None:
-        return (self.ledger.get(piece.work_key) or {}).get("batch_id")
+        return self._entry(piece).get("batch_id")
 
     def _ended(self, piece: Piece) -> dict[str, Any] | None:
-        return (self.ledger.get(piece.work_key) or {}).get("ended")
+        return self._entry(piece).get("ended")
+
+    def _refused(self, piece: Piece) -> dict[str, Any] | None:
+        """Return ``status`` and ``message`` where the service did not take the batch in this try."""
+        return self._entry(piece).get("refused")
+
+    def _is_waiting(self, piece: Piece) -> bool:
+        return not self._batch_id(piece) and not self._refused(piece)
+
+    def _dead(self, piece: Piece) -> list[dict[str, Any]]:
+        """Return ``batch_id`` and ``ended`` of batches that died before the present one; rows of theirs may be paid."""
+        return list((self.ledger.get(f"dead/{piece.work_key}") or {}).get("batches", ()))
 
     @property
     def open_batches(self) -> list[str]:
@@ -429,6 +341,10 @@ class BatchRun:
         for piece in self._current:
             ended = self._ended(piece)
             if ended and ended["status"] in DEAD_STATUSES:
+                dead = [*self._dead(piece), {"batch_id": self._batch_id(piece), "ended": ended}]
+                self.ledger.update({f"dead/{piece.work_key}": {"batches": dead}})
+                self.ledger.delete(piece.work_key)
+            elif self._refused(piece):
                 self.ledger.delete(piece.work_key)
             elif self._batch_id(piece) and not ended:
                 adopted.append(self._submission.submit(self._work(piece, self._file_id(piece))))
@@ -438,49 +354,70 @@ class BatchRun:
         """
         Submit as many batches as may be open at once, and return the ids of all open ones.
 
-        :raises InsufficientBalanceError: the account is empty; what was submitted goes on, and a retry submits
-            the rest.
+        A batch that the service refuses stops no other: those that were taken are paid, and their results wanted. The
+        job fails at its end then.
+
+        :raises SiliconFlowError: the service refuses, and has taken no batch of this job.
         """
         # What is adopted may have ended already, and makes room for more.
         while self._submit_some():
             pass
+        self.ledger.flush()
         return self.open_batches
 
     def _submit_some(self) -> bool:
         open_batches = self.open_batches
         limit = self.options.max_in_flight or len(self._current)
-        waiting = [piece for piece in self._current if not self._batch_id(piece)]
+        waiting = [piece for piece in self._current if self._is_waiting(piece)]
         now = waiting[: max(limit - len(open_batches), 0)]
-        if self.ledger.complete:
-            # One write for all of them: whoever finds an intent looks for the batch before it sends.
-            keys = {key for piece in now for key in (piece.upload_key, piece.work_key)}
-            new = [key for key in keys if self.ledger.get(key) is None]
-            self.ledger.update({key: {"intent": time.time()} for key in new})
-            self._submission.announce(new)
         for piece in now:
             try:
                 batch = self._submission.submit(self._work(piece, self._file_id(piece)))
             except InsufficientBalanceError as exc:
-                if sent := len(self.batch_ids):
-                    log.error(
-                        "The account is empty with %d batches submitted; those go on and are billed. Charge "
-                        "the account and let the task retry: it submits the rest only. A clear would pay for all.",
-                        sent,
-                    )
-                    exc.retryable = True
-                raise
+                self._refuse(filter(self._is_waiting, waiting), exc)
+                return False
+            except (InvalidRequestError, PermissionDeniedError) as exc:
+                self._refuse(self._refused_alike(piece), exc)
+                return True
             self.note([batch])
             if self._cancels_late:
                 # Ended while the request was on its way, when there was no batch to be found yet.
                 self._client.cancel_batch(batch.id)
-            log.info(
-                "Batch %s: shard %d of round %d%s",
-                batch.id,
-                piece.shard.index,
-                piece.round,
-                f", {self.options.replacements[piece.model]}" if self.options.models else "",
-            )
+            log.info("Batch %s: %s", batch.id, self._name(piece))
         return bool(now)
+
+    def _name(self, piece: Piece) -> str:
+        model = self.options.replacements[piece.model]
+        return f"shard {piece.shard.index} of round {piece.round}{f', {model}' if model else ''}"
+
+    def _refused_alike(self, piece: Piece) -> list[Piece]:
+        """Return a refused batch, and all others of its model once enough of them were refused and none was taken."""
+        same = [other for other in self._current if other.model == piece.model and other.round == piece.round]
+        tried = sum(self._refused(other) is not None for other in same) + 1
+        if tried < _REFUSALS_OF_A_MODEL or any(map(self._batch_id, same)):
+            return [piece]
+        return [piece, *(other for other in same if other != piece and self._is_waiting(other))]
+
+    def _refuse(self, pieces: Iterable[Piece], error: APIError) -> None:
+        """
+        Note batches that the service does not take, and go on to collect the others.
+
+        :raises SiliconFlowError: there are no others; nothing was paid, so there is nothing to lose.
+        """
+        refused = list(pieces)
+        message = {"status": error.status_code, "message": error.message}
+        self.ledger.update({piece.work_key: {"refused": message} for piece in refused})
+        if not self.batch_ids and not any(self._is_waiting(piece) for piece in self._current):
+            raise error
+        log.error("Refused: %s: %s", self._name(refused[0]), error)
+        if len(refused) > 1:
+            log.error("%d more like it are not sent in this try", len(refused) - 1)
+        if not self._told_of_refusals:
+            self._told_of_refusals = True
+            log.error(
+                "The batches that were taken go on. Their results are collected, and the task fails then; a retry "
+                "sends what was refused, and nothing else."
+            )
 
     def _work(self, piece: Piece, file_id: str) -> BatchWork:
         model = self.options.replacements[piece.model]
@@ -506,27 +443,19 @@ class BatchRun:
     def note(self, batches: Iterable[Batch]) -> None:
         """Take what became of batches: those that ended are not waited for any more."""
         by_id = {batch.id: batch for batch in batches if batch.is_terminal}
-        self.ledger.update(
-            {
-                piece.work_key: {
-                    "batch_id": batch_id,
-                    "ended": {
-                        "status": by_id[batch_id].status,
-                        "counts": by_id[batch_id].request_counts.model_dump(
-                            mode="json", include={"total", "completed", "failed"}
-                        ),
-                        "errors": by_id[batch_id].error_messages[:3],
-                    },
-                }
-                for piece in self._current
-                if (batch_id := self._batch_id(piece)) in by_id and batch_id and not self._ended(piece)
-            }
-        )
-        if by_id:
-            ended = sum(self._ended(piece) is not None for piece in self._current)
-            log.info(
-                "Round %d: %d of %d batches have ended", len(self._rounds) - 1, ended, len(self._current)
-            )
+        if not by_id:
+            return
+        for piece in self._current:
+            batch = by_id.get(self._batch_id(piece) or "")
+            if batch is None or self._ended(piece):
+                continue
+            counts = batch.request_counts.model_dump(mode="json", include={"total", "completed", "failed"})
+            ended = {"status": batch.status, "counts": counts, "errors": batch.error_messages[:3]}
+            self.ledger.set(piece.work_key, {"batch_id": batch.id, "ended": ended})
+        self.ledger.flush()
+        pieces = self._rounds[-1]
+        done = sum(self._ended(piece) is not None for piece in pieces)
+        log.info("Round %d: %d of %d batches have ended", len(self._rounds) - 1, done, len(pieces))
 
     # Results ----------------------------------------------------------------------------------------------
 
@@ -538,7 +467,8 @@ class BatchRun:
         """
         self._refuse_sibling()
         retries = {model: self._merge_model(model) for model in self._model_numbers}
-        if len(self._rounds) >= self.options.max_row_attempts or not any(map(any, _flat(retries))):
+        self._worth_another_attempt = sum(map(sum, _flat(retries)))
+        if len(self._rounds) >= self.options.max_row_attempts or not self._worth_another_attempt:
             return False
         if any(tally.balance_errors for tally in self._tallies.values()):
             log.error("Rows failed because the account is empty: no row is sent again")
@@ -580,17 +510,25 @@ class BatchRun:
         first = {piece.shard.index: piece for piece in self._rounds[0] if piece.model == model}
         with contextlib.ExitStack() as stack:
             later = [
-                stack.enter_context(self._download(piece, shared=True))
+                files
                 for pieces in self._rounds[1:]
                 for piece in pieces
                 if piece.model == model
+                for files in stack.enter_context(self._files(piece, shared=True))
             ]
             results = stack.enter_context(write_whole(folder / "results.jsonl"))
             errors = stack.enter_context(write_whole(folder / "errors.jsonl"))
             for shard in self.split.shards:
-                with self._download(first[shard.index]) as files:
+                piece = first[shard.index]
+                with self._files(piece) as files:
                     merged = merge_shard(
-                        self.folder / first[shard.index].path, [files, *later], results, errors, model=name
+                        self.folder / piece.path, [*files, *later], results, errors, model=name
+                    )
+                if merged.tally.rows != shard.rows:
+                    raise IncompleteResultsError(
+                        f"{self.folder / piece.path} has {merged.tally.rows} rows, but {shard.rows} were planned: the "
+                        "file is damaged. The batches are untouched, and so are the results of theirs at the service.",
+                        batch_id=self._batch_id(piece),
                     )
                 tally.add(merged.tally)
                 retries.append(merged.retry)
@@ -599,12 +537,36 @@ class BatchRun:
         return retries
 
     @contextlib.contextmanager
-    def _download(self, piece: Piece, *, shared: bool = False) -> Iterator[BatchFiles]:
-        batch_id = self._batch_id(piece)
-        if batch_id is None:
-            raise AssertionError(f"no batch for {piece}")
-        with downloaded(self._client, batch_id, number=piece.round, shared=shared) as (_, files):
-            yield files
+    def _files(self, piece: Piece, *, shared: bool = False) -> Iterator[list[BatchFiles]]:
+        """Download what a piece brought: its batch, the ones that died before it, or why it was refused."""
+        batch_id, refused = self._batch_id(piece), self._refused(piece)
+        found: list[BatchFiles] = []
+        with contextlib.ExitStack() as stack:
+
+            def download(one: str) -> BatchFiles:
+                files = downloaded(self._client, one, number=piece.round, shared=shared)
+                return stack.enter_context(files)[1]
+
+            for dead in self._dead(piece):
+                try:
+                    found.append(download(dead["batch_id"]))
+                except IncompleteResultsError as exc:
+                    log.warning(
+                        "%s Batch %s was replaced, so the job goes on without it.", exc, dead["batch_id"]
+                    )
+            if batch_id is not None:
+                found.append(download(batch_id))
+            elif refused is not None and piece.round == 0:
+                # In a later round the rows have a result already, which says more.
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="siliconflow-"))
+                lines = refused_lines(self.folder / piece.path, **refused)
+                path = Path(folder) / "error.jsonl"
+                with path.open("wb") as stream:
+                    stream.writelines(lines)
+                found.append(BatchFiles(None, path, shared=shared))
+            elif refused is None:
+                raise AssertionError(f"no batch for {piece}")
+            yield found
 
     def finish(self) -> dict[str, Any]:
         """
@@ -616,7 +578,13 @@ class BatchRun:
             ModelRun(
                 self.options.replacements[model],
                 self._tallies[model],
-                [self._summary(piece) for pieces in self._rounds for piece in pieces if piece.model == model],
+                [
+                    summary
+                    for pieces in self._rounds
+                    for piece in pieces
+                    if piece.model == model
+                    for summary in self._summaries(piece)
+                ],
                 {name: str(self._model_folder(model) / f"{name}.jsonl") for name in ("results", "errors")},
             )
             for model in self._model_numbers
@@ -624,48 +592,70 @@ class BatchRun:
         paths = {"output_dir": str(self.output_dir), "manifest": str(self.output_dir / "manifest.json")}
         manifest = build_manifest(runs, prices=self.options.prices, paths=paths)
         log.info("Results are in %s\n%s", self.output_dir, render_summary(manifest))
-        # The rows of a batch that failed in an earlier round went into the next one.
-        dead = [
-            (self._batch_id(piece), ended)
-            for piece in self._current
-            if (ended := self._ended(piece)) and ended["status"] in DEAD_STATUSES
-        ]
+        manifest["worth_another_attempt"] = self._worth_another_attempt
         manifest["task"] = asdict(self._submitter)
-        if dead:
+        if unfinished := self._unfinished():
             manifest["unfinished"] = self.key
             write_json(self.output_dir / "manifest.json", manifest)
-            said = [message for _, ended in dead for message in ended["errors"]]
-            named = ", ".join(f"{batch_id} ({ended['status']})" for batch_id, ended in dead[:5])
-            raise BatchFailedError(
-                f"{len(dead)} of {len(self._current)} batches failed or were cancelled: "
-                f"{named}"
-                f"{f'; the service says: {said[0]}' if said else ''}. The rows of the others are written to "
-                f"{self.output_dir}. A retry submits the failed batches anew and pays for nothing else.",
-                batch_id=dead[0][0],
-            )
+            raise unfinished
         # With this key the manifest says that nothing is left to do, whatever the verdict on it.
         manifest["run"] = self.key
         write_json(self.output_dir / "manifest.json", manifest)
         remove_tree(self.folder)
         return manifest
 
-    def _summary(self, piece: Piece) -> BatchSummary:
-        ended = self._ended(piece) or {}
-        return BatchSummary(
-            id=self._batch_id(piece) or "",
-            status=ended.get("status", ""),
-            rows=piece.shard.rows,
-            shard=piece.shard.index,
-            round=piece.round,
-            counts=ended.get("counts", {}),
+    def _unfinished(self) -> BatchFailedError | None:
+        """Return the error for batches that a retry has to submit (again); the results of the others are written."""
+        pieces = [piece for pieces in self._rounds for piece in pieces]
+        said: list[str] = []
+        first = None
+        # The rows of a batch that failed in an earlier round went into the next one.
+        dead = [
+            (self._batch_id(piece), ended)
+            for piece in self._rounds[-1]
+            if (ended := self._ended(piece)) and ended["status"] in DEAD_STATUSES
+        ]
+        if dead:
+            first = dead[0][0]
+            named = ", ".join(f"{batch_id} ({ended['status']})" for batch_id, ended in dead[:5])
+            reasons = [message for _, ended in dead for message in ended["errors"]]
+            reason = f"; the service says: {reasons[0]}" if reasons else ""
+            said.append(f"{len(dead)} of {len(pieces)} batches failed or were cancelled: {named}{reason}.")
+        if refused := [(piece, why) for piece in pieces if (why := self._refused(piece))]:
+            models = {
+                self.options.replacements[piece.model] or "the rows' own models" for piece, _ in refused
+            }
+            said.append(
+                f"{len(refused)} of {len(pieces)} batches were refused, of {', '.join(sorted(models))}: HTTP "
+                f"{refused[0][1]['status']}, {refused[0][1]['message'].rstrip('.')}."
+            )
+        if not said:
+            return None
+        also = " (of a cancelled one also the rows that were done)" if dead else ""
+        return BatchFailedError(
+            f"{' '.join(said)} The rows of the others are written to {self.output_dir}. A retry submits these "
+            f"batches{also} and pays for nothing else again; a clear would pay for all.",
+            batch_id=first,
         )
+
+    def _summaries(self, piece: Piece) -> Iterator[BatchSummary]:
+        present = {"batch_id": self._batch_id(piece), "ended": self._ended(piece) or {}}
+        for batch in [*self._dead(piece), present]:
+            if batch["batch_id"] is not None:
+                yield BatchSummary(
+                    id=batch["batch_id"],
+                    status=batch["ended"].get("status", ""),
+                    rows=piece.shard.rows,
+                    shard=piece.shard.index,
+                    round=piece.round,
+                    counts=batch["ended"].get("counts", {}),
+                )
 
     def stop(self, *, cancels: bool) -> list[str]:
         """
-        Send nothing from now on, and return the ids of the batches that are open, whether recorded or not.
+        Send nothing from now on, and return the ids of the batches that are known to be open.
 
         :param cancels: whether to cancel a batch that is being created right now, once its answer comes.
-        :raises SiliconFlowError: the account cannot be searched; nothing is sent all the same.
         """
         self._stopped = True
         self._cancels_late = cancels
@@ -676,9 +666,28 @@ class BatchRun:
             except InvalidInputError:
                 return []
         self._submission.stop()
-        unrecorded = [piece for piece in self._current if "intent" in (self.ledger.get(piece.work_key) or {})]
-        found = self._submission.find(self._work(piece, "") for piece in unrecorded) if unrecorded else []
-        return [*self.open_batches, *(batch.id for batch in found)]
+        return self.open_batches
+
+    def check_not_stopped(self) -> None:
+        """
+        Refuse to go on after :meth:`stop`.
+
+        :raises SiliconFlowError: the task was ended.
+        """
+        if self._stopped:
+            raise SiliconFlowError("The job does not go on: the task was ended from outside")
+
+    def find_unrecorded(self) -> list[str]:
+        """
+        Search the account for batches that were being created.
+
+        :raises SiliconFlowError: the account cannot be searched.
+        """
+        unrecorded = (
+            [piece for piece in self._current if "intent" in self._entry(piece)] if self._rounds else []
+        )
+        works = (self._work(piece, "") for piece in unrecorded)
+        return [batch.id for batch in self._submission.find(works)] if unrecorded else []
 
 
 def plan(requests: Any, folder: Any, *, name: str, options: RunOptions) -> Split:
@@ -734,67 +743,6 @@ def estimate(requests: Any, *, name: str, options: RunOptions) -> dict[str, Any]
         "models": models,
         "models_named_by_rows": list(split.models),
     }
-
-
-def judge_run(manifest: Mapping[str, Any], options: RunOptions) -> str | None:
-    """
-    Say whether a finished job is a success.
-
-    :returns: ``None`` for a flawless one, else a sentence to warn with.
-    :raises BatchPartialFailureError: it is a failure; the results are written.
-    """
-    rows = manifest["rows"]
-    lost = rows["total"] - rows["ok"]
-    if not lost:
-        return None
-    story = (
-        f"{rows['ok']} of {rows['total']} rows succeeded ({rows['error']} failed, {rows['expired']} expired, "
-        f"{rows['missing']} missing)"
-    )
-    if manifest["errors"]:
-        message, count = next(iter(manifest["errors"].items()))
-        story += f"; most often: {message} ({count} rows)"
-    story += f". The results are in {manifest['paths']['output_dir']}"
-    rate = options.max_error_rate
-    if rate is not None and lost > rate * rows["total"]:
-        raise BatchPartialFailureError(
-            f"{story}. {lost / rows['total']:.2%} is more than max_error_rate allows ({rate:.2%})."
-        )
-    if options.fail_on_partial_error and rate is None:
-        raise BatchPartialFailureError(f"{story}. fail_on_partial_error is set.")
-    if not rows["ok"] and not options.allow_all_failed:
-        raise BatchPartialFailureError(f"{story}. Not one row succeeded.")
-    return story
-
-
-def read_json(path: Any) -> dict[str, Any] | None:
-    """Return what a JSON file holds, or ``None`` where there is none."""
-    try:
-        with path.open("rb") as stream:
-            value = json.load(stream)
-    except FileNotFoundError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def remove_tree(folder: Any) -> None:
-    """Remove a job's folder, and the folder of all jobs when it was the last."""
-    local = local_path(folder)
-    if local is not None:
-        import shutil
-
-        try:
-            shutil.rmtree(local)
-        except OSError as exc:
-            log.warning("The job's folder %s is left behind: %s", folder, exc)
-        with contextlib.suppress(OSError):
-            local.parent.rmdir()
-        return
-    try:
-        folder.fs.rm(folder.path, recursive=True)
-    # Stores raise errors of their own kinds; all is done and paid for, and none of them may undo that.
-    except Exception as exc:  # noqa: BLE001
-        log.warning("The job's folder %s is left behind: %s", folder, exc)
 
 
 def _flat(retries: Mapping[int, Sequence[bytearray]]) -> Iterator[bytearray]:

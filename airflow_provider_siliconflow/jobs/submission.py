@@ -9,7 +9,7 @@ Uploads go the same way: they cost no money, but a gigabyte is not sent twice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any, Literal, Protocol, TypeVar
 
 from airflow_provider_siliconflow.api import protocol
@@ -71,12 +71,21 @@ class Ledger(Protocol):
 
     complete: bool
 
+    def older_batches(self, key: str) -> Set[str]:
+        """Return recorded batches that are certainly older than any batch of a key whose intent is recorded."""
+        ...
+
     def get(self, key: str) -> dict[str, Any] | None:
         """Return the entry of a key."""
         ...
 
     def set(self, key: str, entry: dict[str, Any]) -> None:
-        """Write the entry of a key; when it returns, the entry survives a crash."""
+        """
+        Write the entry of a key.
+
+        When it returns, an intent survives a crash. What came of it may be written with the next intent: whoever
+        finds the intent alone looks for what came of it.
+        """
         ...
 
     def delete(self, key: str) -> None:
@@ -88,6 +97,10 @@ class NoLedger:
     """Where nothing outlives a try: every retry searches the account."""
 
     complete = False
+
+    def older_batches(self, key: str) -> Set[str]:
+        """Return none."""
+        return frozenset()
 
     def get(self, key: str) -> dict[str, Any] | None:
         """Return nothing."""
@@ -129,14 +142,9 @@ class Submission:
         self._started = self._clock.time()
         self._stopped = False
         self._listing_read_at = float("-inf")
-        self._announced: set[str] = set()
         self._found: dict[str, list[Batch]] = {}
         self._seen: set[str] = set()
         self._listing_cut = False
-
-    def announce(self, keys: Iterable[str]) -> None:
-        """Say of keys that the intents recorded for them are this try's own, and nothing was sent yet."""
-        self._announced.update(keys)
 
     def stop(self) -> None:
         """
@@ -157,6 +165,11 @@ class Submission:
         if self._stopped:
             raise SiliconFlowError(f"{what} is not sent any more: the task was ended from outside")
 
+    @property
+    def recorded_before(self) -> str | None:
+        """The batch that an earlier try recorded, where the ledger tells."""
+        return getattr(self._ledger, "submitted", None)
+
     # Batches ----------------------------------------------------------------------------------------------
 
     def submit(self, work: BatchWork) -> Batch:
@@ -166,16 +179,19 @@ class Submission:
         :raises SubmissionUnknownError: it stayed open whether a batch exists; a retry searches again.
         :raises SiliconFlowError: the service refused; no batch was created.
         """
-        entry = self._entry(work.key)
+        entry = self._ledger.get(work.key)
         listed_at = self._listed_at(entry)
-        if entry and entry.get("batch_id"):
-            batch = self._read(entry["batch_id"])
+        recorded = (entry or {}).get("batch_id")
+        if recorded:
+            batch = self._read(recorded)
             if batch is not None and self._may_adopt(batch):
                 return batch
             # A try that submitted after this batch had died would have left an intent instead of its id.
             listed_at = self._started + LIST_LAG if batch is None else None
         if listed_at is not None:
-            batch = self._search(work, listed_at)
+            batch = self._search(work, listed_at, after_intent=bool(entry))
+            if batch is None and recorded:
+                raise _unreadable(work, recorded)
             if batch is not None:
                 self._ledger.set(work.key, {"batch_id": batch.id})
                 return batch
@@ -183,19 +199,11 @@ class Submission:
         batch = self._send_once(
             f"POST /batches for {work.label}",
             lambda: self._api.create_batch(**work.request()),
-            lambda: self._search(work, self._clock.time() + LIST_LAG),
+            lambda: self._search(work, self._clock.time() + LIST_LAG, after_intent=True),
             lambda: self._ledger.delete(work.key),
         )
         self._ledger.set(work.key, {"batch_id": batch.id})
         return batch
-
-    def _entry(self, key: str) -> dict[str, Any] | None:
-        """Return what an earlier try recorded, or this one after it sent."""
-        entry = self._ledger.get(key)
-        if key not in self._announced:
-            return entry
-        self._announced.remove(key)
-        return None if entry and entry.keys() == {"intent"} else entry
 
     def _listed_at(self, entry: dict[str, Any] | None) -> float | None:
         """Return when the account surely lists what an earlier try left; ``None`` when it left nothing."""
@@ -208,7 +216,7 @@ class Submission:
     def find(self, works: Iterable[BatchWork]) -> list[Batch]:
         """Search the account once for live batches of these works."""
         now = self._clock.time()
-        found = (self._search(work, now, watch=False) for work in works)
+        found = (self._search(work, now, watch=False, after_intent=True) for work in works)
         return [batch for batch in found if batch is not None]
 
     def _read(self, batch_id: str, *, watch: bool = True) -> Batch | None:
@@ -237,12 +245,16 @@ class Submission:
         )
         return True
 
-    def _search(self, work: BatchWork, listed_at: float, *, watch: bool = True) -> Batch | None:
+    def _search(
+        self, work: BatchWork, listed_at: float, *, after_intent: bool, watch: bool = True
+    ) -> Batch | None:
         """
         Search the account for the work, again and again until it must be listed if it exists.
 
         :param listed_at: epoch seconds from which on the listing can be trusted.
+        :param after_intent: whether an intent is recorded.
         :param watch: wait for the end of a batch that is being cancelled.
+        :raises SubmissionUnknownError: the account does not list batches that are old enough to be sure.
         """
         pauses = iter(_LIST_PAUSES)
         while True:
@@ -251,8 +263,9 @@ class Submission:
             live = [batch for batch in self._found.get(work.key, ()) if not batch.is_dead]
             # The listing may be behind: only the batch itself says whether it is still alive.
             for listed in sorted(live, key=lambda batch: batch.created_at or 0):
-                batch = self._read(listed.id, watch=watch)
-                if batch is not None and self._may_adopt(batch):
+                # Listed, it exists, whatever a gateway answers to its id for a moment.
+                batch = self._read(listed.id, watch=watch) or listed
+                if self._may_adopt(batch):
                     if len(live) > 1:
                         log.warning(
                             "The account has %d batches of this task (%s); going on with the oldest",
@@ -262,7 +275,7 @@ class Submission:
                     return batch
             left = listed_at - self._listing_read_at
             if left <= 0:
-                if self._listing_cut:
+                if self._listing_cut and not self._listed_far_enough(work, after_intent):
                     error = SubmissionUnknownError(
                         f"The account lists its newest {len(self._seen)} batches only, and none is {work.label}: it "
                         "may be an older one, paid for by an earlier try. Nothing was sent. Look on the console for "
@@ -274,6 +287,13 @@ class Submission:
             pause = min(next(pauses, LIST_LAG), left)
             log.info("No batch of an earlier try is listed; looking again in %.0f s, the list may lag", pause)
             self._clock.sleep(pause)
+
+    def _listed_far_enough(self, work: BatchWork, after_intent: bool) -> bool:
+        """Whether a listing that lacks the account's older batches would show the work all the same."""
+        if after_intent:
+            return bool(self._ledger.older_batches(work.key) & self._seen)
+        # Looked for once, there is hardly anything to be found: a person's clear has begun a new generation.
+        return self._earlier_tries != "patiently"
 
     def _read_listing(self) -> None:
         """
@@ -311,9 +331,8 @@ class Submission:
         :param size: size in bytes; a file of another size is not adopted.
         :param send: uploads.
         """
-        entry = self._entry(key)
+        entry = self._ledger.get(key)
         if entry and entry.get("file_id"):
-            log.info("Using file %s, which was uploaded before", entry["file_id"])
             return UploadedFile(id=entry["file_id"], filename=filename, bytes=size)
         if self._listed_at(entry) is not None:
             file = self._search_file(filename, size)
@@ -384,6 +403,17 @@ class Submission:
                 if open_sends >= MAX_OPEN_SENDS:
                     raise _unknown(what, open_sends, exc) from exc
                 log.warning("%s left nothing in the account; sending it again", what)
+
+
+def _unreadable(work: BatchWork, batch_id: str) -> SubmissionUnknownError:
+    """Return the error for a batch that an earlier try recorded and the account does not know."""
+    error = SubmissionUnknownError(
+        f"Batch {batch_id} was submitted for {work.label} by an earlier try, and the account neither answers to its id "
+        "nor lists it. Nothing was sent, since that would pay twice. Check that the connection leads to the account "
+        "that it was submitted with. A retry looks again; a clear submits anew."
+    )
+    error.retryable = True
+    return error
 
 
 def _unknown(what: str, sends: int, last: SiliconFlowError) -> SubmissionUnknownError:

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 EXPIRY_MARGIN = 3600.0
 #: Seconds for which an unknown batch may be one that is not visible yet.
 NOT_FOUND_GRACE = 600.0
+#: Looks in a row that must have missed a batch before it is given up.
+_MISSING_LOOKS = 3
 #: Seconds for which a batch that was never read may be refused as an invalid request.
 REFUSED_GRACE = 3600.0
 #: Longest pause between two polls while the service fails, in seconds.
@@ -53,6 +55,11 @@ _POLL_STEP = 0.05
 _PROGRESS_STEP, _PROGRESS_SECONDS = 0.05, 600.0
 #: Batches of one wait that are still told one by one.
 _FEW = 8
+
+
+_CLEAR = (
+    "Clearing a task that only waits goes on waiting; clearing one that submits would pay for a new batch."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,7 @@ class _Waiting:
     due: float
     faults: int = 0
     missing_since: float | None = None
+    fault: str | None = None
     seen: _Look | None = None
     said_at: float = 0.0
     said_done: int = -1
@@ -98,6 +106,7 @@ class BatchWait:
     :param poll_interval: seconds between two polls of one batch; 20 % jitter either way.
     :param deadline: epoch seconds at which the wait ends; by default an hour after the batches expire.
     :param enough: how many ended batches end the wait; by default all.
+    :param began: epoch seconds at which the wait began, where that was in another process; by default now.
     """
 
     batch_ids: Sequence[str]
@@ -105,11 +114,14 @@ class BatchWait:
     poll_interval: float
     deadline: float | None = None
     enough: int | None = None
+    began: float | None = None
     ended: dict[str, Batch] = field(default_factory=dict)
     _pending: dict[str, _Waiting] = field(default_factory=dict)
     _said: _Said | None = None
 
     def __post_init__(self) -> None:
+        if self.began is None:
+            self.began = self.now
         # The first polls of many batches are spread a little, so that they do not all fall due together.
         spread = min(self.poll_interval, 0.02 * len(self.batch_ids))
         self._pending = {
@@ -149,6 +161,11 @@ class BatchWait:
         for state in self._pending.values():
             state.due = min(state.due, now)
 
+    @property
+    def misses_some(self) -> bool:
+        """Whether the account did not know a batch when it was last looked at."""
+        return any(state.missing_since is not None for state in self._pending.values())
+
     def pause(self, now: float) -> float:
         """Return the seconds until the next poll is due or the deadline has come."""
         next_due = min((state.due for state in self._pending.values()), default=now)
@@ -167,16 +184,24 @@ class BatchWait:
         deadline = self.deadline if self.deadline is not None else self._default_deadline()
         if now < deadline:
             return
-        states = ", ".join(
-            f"{batch_id} ({state.seen.status if state.seen else 'never read'})"
-            for batch_id, state in list(self._pending.items())[:10]
-        )
+        states = ", ".join(map(self._state_of, list(self._pending)[:10]))
+        read = any(state.seen for state in self._pending.values())
         raise BatchTimeoutError(
             f"The wait ended at {_utc(deadline)}, its deadline, with {len(self._pending)} of "
-            f"{len(self.batch_ids)} batch(es) still open: {states}. They go on running and are billed; their "
-            "results can be fetched when they end. A retry goes on waiting and pays nothing again.",
+            f"{len(self.batch_ids)} batch(es) still open: {states}. "
+            + (
+                "They go on running and are billed; their results can be fetched when they end. Waiting again, by a "
+                "retry or by a sensor that is cleared, pays nothing."
+                if read
+                else "Whether they exist is not known; check the ids and the connection."
+            ),
             batch_id=next(iter(self._pending), None),
         )
+
+    def _state_of(self, batch_id: str) -> str:
+        state = self._pending[batch_id]
+        said = state.seen.status if state.seen else "never read"
+        return f"{batch_id} ({said}{f'; last look: {state.fault}' if state.fault else ''})"
 
     def _default_deadline(self) -> float:
         """Return an hour after the last expiry; without end while a pending batch was never read."""
@@ -190,7 +215,7 @@ class BatchWait:
         A status that is not known counts as pending: it must neither crash a wait nor end it.
         """
         state = self._pending[batch_id]
-        state.faults, state.missing_since = 0, None
+        state.faults, state.missing_since, state.fault = 0, None, None
         self._say_progress(state, batch, now)
         if batch.is_terminal:
             self.ended[batch_id] = batch
@@ -203,7 +228,7 @@ class BatchWait:
             counts.total,
             counts.completed,
             counts.failed,
-            default_deadline(batch, self.now),
+            default_deadline(batch, self.began or self.now),
         )
         state.due = _step_after(now + self.poll_interval * random.uniform(0.8, 1.2))
         return False
@@ -216,20 +241,27 @@ class BatchWait:
         """
         state = self._pending[batch_id]
         state.faults += 1
+        state.fault = str(error)[:300]
         refused = isinstance(error, InvalidRequestError) and state.seen is None and self.deadline is None
         if isinstance(error, NotFoundError) or refused:
-            state.missing_since = state.missing_since or now
-            if now - state.missing_since >= (REFUSED_GRACE if refused else NOT_FOUND_GRACE):
+            # Where each look is a process of its own, the first one's time counts.
+            state.missing_since = state.missing_since or (self.began if state.seen is None else None) or now
+            grace = REFUSED_GRACE if refused else NOT_FOUND_GRACE
+            if now - state.missing_since >= grace and state.faults >= _MISSING_LOOKS:
+                seen = (
+                    "It was read before, so it exists, is untouched and billed. "
+                    if state.seen
+                    else "Check the id. Where the batch exists, it is untouched. "
+                )
                 raise BatchWaitError(
-                    f"Batch {batch_id} is not known to this account: {error} Check the id, and that the "
-                    "connection is the one the batch was created with.",
+                    f"Batch {batch_id} is not known to this account: {error} {seen}Check that the connection is the "
+                    f"one the batch was created with. {_CLEAR}",
                     batch_id=batch_id,
                 ) from error
         elif isinstance(error, AuthenticationError | PermissionDeniedError):
             raise BatchWaitError(
                 f"Waiting for batch {batch_id} ended: {error} The batch is untouched: it goes on running, is "
-                "billed, and its results can be fetched once the connection is right. Clearing a task that only "
-                "waits goes on waiting; clearing one that submits would pay for a new batch.",
+                f"billed, and its results can be fetched once the connection is right. {_CLEAR}",
                 batch_id=batch_id,
             ) from error
         elif not protocol.is_transient(error) and not isinstance(error, APIError):
@@ -283,10 +315,16 @@ def _step_after(when: float) -> float:
     return math.ceil(when / _POLL_STEP) * _POLL_STEP
 
 
-def default_deadline(batch: Batch, now: float) -> float:
-    """Return when a wait without a timeout ends: an hour after the batch expires, in epoch seconds."""
-    expiry = batch.expires_at or (batch.created_at or now) + protocol.MAX_WINDOW_HOURS * 3600.0
-    return expiry + EXPIRY_MARGIN
+def default_deadline(batch: Batch, began: float) -> float:
+    """
+    Return when a wait without a timeout ends, in epoch seconds: an hour after the batch expires.
+
+    A wait that begins later, a retry's, has an hour of its own: a batch may be late.
+
+    :param began: epoch seconds at which the wait began.
+    """
+    expiry = batch.expires_at or (batch.created_at or began) + protocol.MAX_WINDOW_HOURS * 3600.0
+    return max(expiry, began) + EXPIRY_MARGIN
 
 
 def _utc(epoch: float) -> str:
@@ -411,7 +449,8 @@ def judge_batch(
             "the task to submit anew, with a longer completion_window.",
             batch_id=batch.id,
         )
-        error.retryable = False
+        # Without counts it is the missing output file that tells, and that may come late.
+        error.retryable = not counts.total
         raise error
     if counts.total and counts.completed == 0 and not allow_all_failed:
         error = BatchFailedError(

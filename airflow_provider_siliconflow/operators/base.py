@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from airflow.providers.common.compat.sdk import AirflowTaskTimeout, BaseOperator
 
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.links.batch import BatchConsoleLink
+from airflow_provider_siliconflow.task_context import only_the_worker_ends
+from airflow_provider_siliconflow.templating import is_late, rendered_seconds
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.api.models import Batch
@@ -39,33 +42,112 @@ class SiliconFlowOperator(BaseOperator):
         """Return the hook for the connection."""
         return SiliconFlowHook(conn_id=self.conn_id)
 
+
+class FileOperator(SiliconFlowOperator):
+    """What the operators share that read a request file or write result files: they tell OpenLineage of them."""
+
+    #: What the task made, once it did; also where it fails by its verdict on it.
+    _manifest: dict[str, Any] | None = None
+
+    def lineage_input(self) -> Any:
+        """Return the request file, or ``None``."""
+        return None
+
+    def get_openlineage_facets_on_start(self) -> Any:
+        """Return the request file."""
+        from airflow_provider_siliconflow.lineage import lineage
+
+        return lineage(self.lineage_input())
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
+        """Return the request file and the result files."""
+        from airflow_provider_siliconflow.lineage import lineage
+
+        return lineage(self.lineage_input(), self._manifest)
+
+    #: A task that fails by its verdict on the rows has written them.
+    get_openlineage_facets_on_failure = get_openlineage_facets_on_complete
+
+
+class SubmittingOperator(FileOperator):
+    """
+    What the operators share that pay for batches and wait for them.
+
+    :param deferrable: wait in the triggerer, without a worker slot.
+    :param poll_interval: seconds between two looks at a batch, or a ``timedelta``.
+    :param timeout: seconds to wait, or a ``timedelta``.
+    :param cancel_on_kill: cancel the batches when a person ends the task.
+    :param cancel_on_timeout: cancel the batches when the wait times out.
+    :param durable: whether a retry takes the batches up.
+    """
+
+    def __init__(
+        self,
+        *,
+        deferrable: bool,
+        poll_interval: float | timedelta | str,
+        timeout: float | timedelta | str | None,
+        cancel_on_kill: bool,
+        cancel_on_timeout: bool,
+        durable: bool,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_wait_arguments(poll_interval=poll_interval, timeout=timeout)
+        self.deferrable = deferrable
+        self.poll_interval = poll_interval
+        self.timeout = timeout
+        self.cancel_on_kill = cancel_on_kill
+        self.cancel_on_timeout = cancel_on_timeout
+        self.durable = durable
+        self._ti: Any = None
+        self._killed = False
+
+    def wait_arguments(self) -> tuple[float, float | None]:
+        """
+        Return ``poll_interval`` and ``timeout`` in seconds.
+
+        :raises InvalidInputError: what a template rendered is none.
+        """
+        interval, timeout = rendered_seconds(self.poll_interval), rendered_seconds(self.timeout)
+        check_wait_arguments(poll_interval=interval, timeout=timeout)
+        return interval, timeout
+
     def kill_cancels(self) -> bool:
         """
         Whether ``on_kill`` is to cancel.
 
-        ``execution_timeout`` comes this way too; that is a timeout, and follows ``cancel_on_timeout``.
+        ``execution_timeout`` comes this way too; that is a timeout, and follows ``cancel_on_timeout``. So does the end
+        of the worker: there the batches are left for the retry.
         """
-        timed_out = isinstance(sys.exc_info()[1], AirflowTaskTimeout)
-        return bool(getattr(self, "cancel_on_timeout" if timed_out else "cancel_on_kill"))
+        if isinstance(sys.exc_info()[1], AirflowTaskTimeout):
+            return self.cancel_on_timeout
+        if not self.cancel_on_kill:
+            return False
+        if self.durable and self._ti is not None and only_the_worker_ends(self._ti):
+            self.log.warning(
+                "The worker is ending, and the task with it; its batches go on, and a retry takes them up"
+            )
+            return False
+        return True
 
-    def cancel_quietly(self, batch_ids: Iterable[str]) -> None:
+    def cancel(self, batch_ids: Sequence[str]) -> None:
         """Ask for batches to be cancelled where a failure to do so must not hide what happened before."""
-        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+        from dataclasses import replace
 
-        for batch_id in batch_ids:
-            try:
-                self.hook.cancel_batch(batch_id)
-            except SiliconFlowError as exc:
-                self.log.warning(
-                    "Batch %s could not be cancelled; it may go on and be billed: %s", batch_id, exc
-                )
+        from airflow_provider_siliconflow.api.client import SiliconFlowClient
+        from airflow_provider_siliconflow.jobs.cancelling import cancel_all
+
+        # Airflow leaves a task that is ended five seconds.
+        settings = replace(self.hook.settings, max_retries=min(self.hook.settings.max_retries, 2))
+        cancel_all(batch_ids, lambda: SiliconFlowClient(settings))
 
     def cancelled_at_timeout(self, batch_ids: Sequence[str]) -> Exception:
         """Cancel batches whose wait timed out, and return the error that says so."""
-        from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError
+        from airflow_provider_siliconflow.api.exceptions import BatchCancelledAtTimeoutError
 
-        self.cancel_quietly(batch_ids)
-        return BatchTimeoutError(
+        self.cancel(batch_ids)
+        return BatchCancelledAtTimeoutError(
             f"The wait timed out and cancel_on_timeout is set: {', '.join(batch_ids[:10])} ({len(batch_ids)} in "
             "all) were asked to be cancelled. Rows that are done are billed and can be downloaded for 30 days; a "
             "retry submits the cancelled batches anew and pays for them again.",
@@ -75,15 +157,20 @@ class SiliconFlowOperator(BaseOperator):
 
 def check_wait_arguments(*, poll_interval: Any, timeout: Any) -> None:
     """
-    Refuse waiting arguments that cannot work, when the DAG is parsed.
+    Refuse waiting arguments that cannot work; what a template will say is left out.
 
-    :raises ValueError: one is not a positive number.
+    :raises InvalidInputError: one is not a positive time.
     """
-    for name, value in (("poll_interval", poll_interval), ("timeout", timeout)):
-        if value is None and name == "timeout":
+    for name, given in (("poll_interval", poll_interval), ("timeout", timeout)):
+        value = given if is_late(given) else rendered_seconds(given)
+        if is_late(value) or (value is None and name == "timeout"):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ValueError(f"{name} must be a number of seconds above 0; got {value!r}")
+            from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+
+            raise InvalidInputError(
+                f"{name} must be a number of seconds above 0, or a timedelta; got {given!r}"
+            )
 
 
 def wait_deadline(batch: Batch, timeout: float | None) -> float:
@@ -103,10 +190,17 @@ def finish_batch(
     :returns: a warning, or ``None``.
     :raises BatchError: the batch is a failure.
     """
-    from airflow_provider_siliconflow.jobs.downloads import commonest_error
+    from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+    from airflow_provider_siliconflow.jobs.downloads import ResultFiles, commonest_error
     from airflow_provider_siliconflow.jobs.waiting import is_flawless, judge_batch
 
     hook.log.info("Batch %s has ended: %s", batch.id, batch.status)
+    if not batch.request_counts.total and not batch.is_dead:
+        # Counts and files may come a moment after the status; judged without them, paid rows would pass for none.
+        try:
+            batch = ResultFiles(hook.get_conn(), batch.id).batch
+        except SiliconFlowError as exc:
+            hook.log.warning("Batch %s cannot be read again, and is judged as it is: %s", batch.id, exc)
     reason = None if is_flawless(batch) else commonest_error(hook.get_conn(), batch)
     return judge_batch(
         batch, fail_on_partial_error=fail_on_partial_error, allow_all_failed=allow_all_failed, reason=reason

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ from airflow.providers.common.compat.sdk import conf
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.operators.base import (
     DEFERRAL_BACKSTOP,
+    FileOperator,
     SiliconFlowOperator,
-    check_wait_arguments,
+    SubmittingOperator,
     finish_batch,
     wait_deadline,
 )
@@ -23,6 +25,12 @@ from airflow_provider_siliconflow.task_context import (
     open_submission,
     submitter_of,
     task_errors,
+)
+from airflow_provider_siliconflow.templating import (
+    refuse_both,
+    rendered_mapping,
+    rendered_number,
+    rendered_text,
 )
 from airflow_provider_siliconflow.triggers.batch import BatchTrigger
 
@@ -44,7 +52,7 @@ __all__ = [
 ]
 
 
-class UploadBatchFileOperator(SiliconFlowOperator):
+class UploadBatchFileOperator(FileOperator):
     """
     Check a batch input file and upload it once; a retry finds the file that an earlier try uploaded.
 
@@ -60,6 +68,10 @@ class UploadBatchFileOperator(SiliconFlowOperator):
     def __init__(self, *, input_path: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.input_path = input_path
+
+    def lineage_input(self) -> Any:
+        """Return the file."""
+        return self.input_path
 
     def execute(self, context: Context) -> str:
         """Upload, and return the file id."""
@@ -88,7 +100,7 @@ def upload_once(
 
     source, summary = _checked(input_path, needs_model=needs_model)
     client = hook.get_conn()
-    key = submitter.key(upload=summary.sha256, conn_id=hook.conn_id, host=client.settings.base_url)
+    key = submitter.key(upload=summary.sha256, conn_id=hook.conn_id)
     name = upload_name(str(input_path), key)
     file = submission.upload(
         key, name, summary.bytes, lambda: client.upload_file(source, size=summary.bytes, filename=name)
@@ -111,7 +123,7 @@ def _checked(input_path: Any, *, needs_model: bool) -> tuple[Source, RequestFile
     return source, summary
 
 
-class CreateBatchOperator(SiliconFlowOperator):
+class CreateBatchOperator(SubmittingOperator):
     """
     Create a batch exactly once and, if told to, wait until it has ended.
 
@@ -129,8 +141,8 @@ class CreateBatchOperator(SiliconFlowOperator):
     :param wait_for_completion: wait until the batch has ended, and fail if it did not succeed.
     :param deferrable: wait in the triggerer, without a worker slot. Default: ``[operators]
         default_deferrable``.
-    :param poll_interval: seconds between two looks at the batch.
-    :param timeout: seconds to wait; by default until an hour after the batch expires.
+    :param poll_interval: seconds between two looks at the batch, or a ``timedelta``. (templated)
+    :param timeout: seconds to wait, or a ``timedelta``; by default until an hour after the batch expires. (templated)
     :param cancel_on_kill: cancel the batch when a person ends the task. While the task is deferred this needs
         Airflow 3.3; on older versions the batch goes on.
     :param cancel_on_timeout: cancel the batch when the wait times out. By default it is left alone: a retry
@@ -150,6 +162,8 @@ class CreateBatchOperator(SiliconFlowOperator):
         "metadata",
         "replace",
         "conn_id",
+        "poll_interval",
+        "timeout",
     )
     template_fields_renderers = {"metadata": "json", "replace": "json"}  # noqa: RUF012
 
@@ -160,12 +174,12 @@ class CreateBatchOperator(SiliconFlowOperator):
         input_path: str | None = None,
         endpoint: str = "/v1/chat/completions",
         completion_window: str | int | timedelta = "24h",
-        metadata: dict[str, str] | None = None,
-        replace: dict[str, Any] | None = None,
+        metadata: dict[str, str] | str | None = None,
+        replace: dict[str, Any] | str | None = None,
         wait_for_completion: bool = False,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
-        poll_interval: float = 60,
-        timeout: float | None = None,
+        poll_interval: float | timedelta | str = 60,
+        timeout: float | timedelta | str | None = None,
         cancel_on_kill: bool = True,
         cancel_on_timeout: bool = False,
         fail_on_partial_error: bool = False,
@@ -173,8 +187,16 @@ class CreateBatchOperator(SiliconFlowOperator):
         durable: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        check_wait_arguments(poll_interval=poll_interval, timeout=timeout)
+        super().__init__(
+            deferrable=deferrable,
+            poll_interval=poll_interval,
+            timeout=timeout,
+            cancel_on_kill=cancel_on_kill,
+            cancel_on_timeout=cancel_on_timeout,
+            durable=durable,
+            **kwargs,
+        )
+        refuse_both(input_file_id=input_file_id, input_path=input_path)
         self.input_file_id = input_file_id
         self.input_path = input_path
         self.endpoint = endpoint
@@ -182,47 +204,68 @@ class CreateBatchOperator(SiliconFlowOperator):
         self.metadata = metadata
         self.replace = replace
         self.wait_for_completion = wait_for_completion
-        self.deferrable = deferrable
-        self.poll_interval = poll_interval
-        self.timeout = timeout
-        self.cancel_on_kill = cancel_on_kill
-        self.cancel_on_timeout = cancel_on_timeout
         self.fail_on_partial_error = fail_on_partial_error
         self.allow_all_failed = allow_all_failed
-        self.durable = durable
         self.batch_id: str | None = None
         self._submission: Submission | None = None
         self._work: BatchWork | None = None
         self._is_ended = False
-        self._killed = False
+
+    def lineage_input(self) -> Any:
+        """Return the file, where the operator uploads one."""
+        return self.input_path
 
     def execute(self, context: Context) -> str:
         """Create the batch or adopt it, and wait if told to."""
-        with task_errors(fail_fast=self.fail_fast):
+        self._ti = context["ti"]
+        with task_errors(fail_fast=self.fail_fast), self._paid_batch():
+            poll_interval, timeout = self.wait_arguments()
             batch = self._submit(context)
             self.batch_id = batch.id
             if self._is_ended:
                 # Ended while the request was on its way, when there was no batch to be found yet.
-                self.cancel_quietly([batch.id])
+                self.cancel([batch.id])
             context["ti"].xcom_push(key="batch_id", value=batch.id)
             if not self.wait_for_completion:
                 return batch.id
             if batch.is_terminal:
                 return self._finish(batch)
-            deadline = wait_deadline(batch, self.timeout)
+            deadline = wait_deadline(batch, timeout)
             if self.deferrable:
-                self._defer(context, batch.id, deadline)
+                self._defer(context, batch.id, poll_interval, deadline)
             try:
                 batch = self.hook.wait_for_batches(
-                    [batch.id], poll_interval=self.poll_interval, deadline=deadline
+                    [batch.id], poll_interval=poll_interval, deadline=deadline
                 )[0]
             except Exception as exc:
                 self._after_timeout(exc)
                 raise
             return self._finish(batch)
 
+    @contextlib.contextmanager
+    def _paid_batch(self) -> Iterator[None]:
+        """
+        Leave an error to the task's retries where an earlier try has paid for a batch that this one cannot reach.
+
+        Failing for good would leave a person nothing but a clear, which pays for another.
+        """
+        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+
+        try:
+            yield
+        except SiliconFlowError as exc:
+            paid = self._submission.recorded_before if self._submission is not None else None
+            if not exc.retryable and self.batch_id is None and paid is not None:
+                exc.args = (
+                    f"{exc} Batch {paid} was submitted by an earlier try, and stays as it is. Mend what is wrong and "
+                    "let the task retry: it takes the batch up. A clear would pay for another.",
+                )
+                exc.retryable = True
+            raise
+
     def execute_complete(self, context: Context, event: Any = None) -> str:
         """Resume after the trigger."""
+        self._ti = context["ti"]
         from airflow_provider_siliconflow.jobs.waiting import read_event
 
         with task_errors(fail_fast=self.fail_fast):
@@ -243,31 +286,31 @@ class CreateBatchOperator(SiliconFlowOperator):
         from airflow_provider_siliconflow.api.exceptions import InvalidInputError
         from airflow_provider_siliconflow.jobs.identity import BatchWork, check_user_metadata
 
-        if (self.input_file_id is None) == (self.input_path is None):
+        input_file_id, input_path = rendered_text(self.input_file_id), rendered_text(self.input_path)
+        if (input_file_id is None) == (input_path is None):
             raise InvalidInputError("give either input_file_id or input_path: one of them, not both")
         # Everything is checked before anything is sent.
-        window = protocol.check_completion_window(self.completion_window)
+        window = protocol.check_completion_window(rendered_number(self.completion_window))
         endpoint = protocol.check_endpoint(self.endpoint)
-        metadata = (
-            check_user_metadata(self.metadata) if self.durable else protocol.check_metadata(self.metadata)
-        )
-        replace = protocol.check_replace(self.replace)
-        client = self.hook.get_conn()
+        given = rendered_mapping(self.metadata)
+        metadata = check_user_metadata(given) if self.durable else protocol.check_metadata(given)
+        replace = protocol.check_replace(rendered_mapping(self.replace))
         submitter = submitter_of(context)
+        client = self.hook.get_conn()
         submission = self._submission = open_submission(context, client)
         if self._killed:
             submission.stop()
-        if self.input_path is not None:
+        if input_path is not None:
             needs_model = not (replace or {}).get("model")
             if self.durable:
                 file_id, content = upload_once(
-                    self.hook, submission, submitter, self.input_path, needs_model=needs_model
+                    self.hook, submission, submitter, input_path, needs_model=needs_model
                 )
             else:
-                source, _ = _checked(self.input_path, needs_model=needs_model)
+                source, _ = _checked(input_path, needs_model=needs_model)
                 file_id = self.hook.upload_file(source).id
         else:
-            file_id = content = protocol.check_identifier("input_file_id", self.input_file_id)
+            file_id = content = protocol.check_identifier("input_file_id", input_file_id)
         if not self.durable:
             submission.check_not_stopped("POST /batches")
             batch = self.hook.create_batch(
@@ -283,7 +326,6 @@ class CreateBatchOperator(SiliconFlowOperator):
                 replace=replace,
                 # Not the metadata: a time in it would make every try another piece of work.
                 conn_id=self.conn_id,
-                host=client.settings.base_url,
             ),
             label=submitter.label,
             input_file_id=file_id,
@@ -304,7 +346,7 @@ class CreateBatchOperator(SiliconFlowOperator):
         )
         return batch
 
-    def _defer(self, context: Context, batch_id: str, deadline: float) -> None:
+    def _defer(self, context: Context, batch_id: str, poll_interval: float, deadline: float) -> None:
         end_in_trigger = may_end_in_trigger(self)
         if end_in_trigger and self.do_xcom_push:
             # No worker will come to push it.
@@ -313,7 +355,7 @@ class CreateBatchOperator(SiliconFlowOperator):
             trigger=BatchTrigger(
                 batch_ids=[batch_id],
                 conn_id=self.conn_id,
-                poll_interval=self.poll_interval,
+                poll_interval=poll_interval,
                 deadline=deadline,
                 cancel_on_kill=self.cancel_on_kill,
                 end_in_trigger=end_in_trigger,
@@ -361,10 +403,10 @@ class CreateBatchOperator(SiliconFlowOperator):
                 return
             batch_id = found[0].id if found else None
         if batch_id is not None:
-            self.cancel_quietly([batch_id])
+            self.cancel([batch_id])
 
 
-class DownloadBatchResultsOperator(SiliconFlowOperator):
+class DownloadBatchResultsOperator(FileOperator):
     """
     Download the results of an ended batch: completed, expired or cancelled.
 
@@ -392,7 +434,7 @@ class DownloadBatchResultsOperator(SiliconFlowOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         """Download, and return the manifest."""
         with task_errors(fail_fast=self.fail_fast):
-            manifest = self.hook.download_results(self.batch_id, self.output_dir)
+            manifest = self._manifest = self.hook.download_results(self.batch_id, self.output_dir)
             if self.fail_on_partial_error:
                 from airflow_provider_siliconflow.jobs.downloads import refuse_partial
 

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from airflow.providers.common.compat.sdk import conf
+from airflow.providers.common.compat.sdk import AirflowSkipException, conf
 
 from airflow_provider_siliconflow.operators.base import (
     DEFERRAL_BACKSTOP,
-    SiliconFlowOperator,
-    check_wait_arguments,
+    SubmittingOperator,
 )
-from airflow_provider_siliconflow.task_context import (
-    open_submission,
+from airflow_provider_siliconflow.task_context import open_submission, submitter_of, task_errors
+from airflow_provider_siliconflow.templating import (
+    refuse_both,
     rendered_list,
-    submitter_of,
-    task_errors,
+    rendered_mapping,
+    rendered_number,
+    rendered_text,
 )
 from airflow_provider_siliconflow.triggers.batch import BatchTrigger
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
-    from airflow_provider_siliconflow.jobs.run import BatchRun, RunOptions
+    from airflow_provider_siliconflow.jobs.options import RunOptions
+    from airflow_provider_siliconflow.jobs.run import BatchRun
 
 
-class RunBatchOperator(SiliconFlowOperator):
+class RunBatchOperator(SubmittingOperator):
     """
     Run rows of any number over one model or several, and write the results in the order of the rows.
 
@@ -51,22 +54,23 @@ class RunBatchOperator(SiliconFlowOperator):
     :param conn_id: the connection. (templated)
     :param completion_window: ``"24h"`` to ``"336h"``, a number of hours or a ``timedelta``. (templated)
     :param metadata: pairs of strings for every batch, at most 15. (templated)
-    :param max_rows_per_batch: at most 5,000.
-    :param max_bytes_per_batch: at most 10**9.
-    :param max_in_flight: batches that are open at once; by default all.
+    :param max_rows_per_batch: at most 5,000. (templated)
+    :param max_bytes_per_batch: at most 10**9. (templated)
+    :param max_in_flight: batches that are open at once; by default all. (templated)
     :param max_row_attempts: how often a row is sent at most. Only rows that expired, vanished or failed for a
-        passing reason (429, 5xx) are sent again, and none once the account is empty.
-    :param max_error_rate: share of rows (0 to 1) that may not succeed before the task fails.
+        passing reason (429, 5xx) are sent again, and none once the account is empty. (templated)
+    :param max_error_rate: share of rows (0 to 1) that may not succeed before the task fails. (templated)
     :param fail_on_partial_error: fail when any row did not succeed; ``max_error_rate`` takes its place.
     :param allow_all_failed: let a job pass of which not one row succeeded.
     :param prices: CNY per million tokens by model: ``{model: {"prompt": ..., "completion": ...}}``. (templated)
     :param ordered: write results in the order of the rows. It is the only order there is.
-    :param dry_run: check and plan, return what it would take, and send nothing.
+    :param dry_run: check and plan, log and return what it would take, and send nothing.
+    :param skip_if_empty: skip the task when there are no rows; by default that is an error.
     :param deferrable: wait in the triggerer, without a worker slot. Default: ``[operators]
         default_deferrable``.
-    :param poll_interval: seconds between two looks at a batch.
-    :param timeout: seconds to wait in all, from the start of the try; by default until an hour after the
-        batches expire.
+    :param poll_interval: seconds between two looks at a batch, or a ``timedelta``. (templated)
+    :param timeout: seconds to wait in all, from the start of the try, or a ``timedelta``; by default until an hour
+        after the batches expire. (templated)
     :param cancel_on_kill: cancel the open batches when a person ends the task. While the task is deferred this
         needs Airflow 3.3.
     :param cancel_on_timeout: cancel the open batches when the wait times out.
@@ -85,6 +89,13 @@ class RunBatchOperator(SiliconFlowOperator):
         "completion_window",
         "metadata",
         "prices",
+        "max_rows_per_batch",
+        "max_bytes_per_batch",
+        "max_in_flight",
+        "max_row_attempts",
+        "max_error_rate",
+        "poll_interval",
+        "timeout",
     )
     template_fields_renderers: ClassVar[dict[str, str]] = {
         "request_params": "json",
@@ -99,29 +110,38 @@ class RunBatchOperator(SiliconFlowOperator):
         output_dir: str,
         model: str | None = None,
         models: Sequence[str] | None = None,
-        request_params: dict[str, Any] | None = None,
+        request_params: dict[str, Any] | str | None = None,
         completion_window: str | int | timedelta = "24h",
-        metadata: dict[str, str] | None = None,
-        max_rows_per_batch: int = 5000,
-        max_bytes_per_batch: int = 10**9,
-        max_in_flight: int | None = None,
-        max_row_attempts: int = 1,
-        max_error_rate: float | None = None,
+        metadata: dict[str, str] | str | None = None,
+        max_rows_per_batch: int | str = 5000,
+        max_bytes_per_batch: int | str = 10**9,
+        max_in_flight: int | str | None = None,
+        max_row_attempts: int | str = 1,
+        max_error_rate: float | str | None = None,
         fail_on_partial_error: bool = False,
         allow_all_failed: bool = False,
-        prices: dict[str, dict[str, float]] | None = None,
+        prices: dict[str, dict[str, float]] | str | None = None,
         ordered: bool = True,
         dry_run: bool = False,
+        skip_if_empty: bool = False,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
-        poll_interval: float = 60,
-        timeout: float | None = None,
+        poll_interval: float | timedelta | str = 60,
+        timeout: float | timedelta | str | None = None,
         cancel_on_kill: bool = True,
         cancel_on_timeout: bool = False,
         durable: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        check_wait_arguments(poll_interval=poll_interval, timeout=timeout)
+        super().__init__(
+            deferrable=deferrable,
+            poll_interval=poll_interval,
+            timeout=timeout,
+            cancel_on_kill=cancel_on_kill,
+            cancel_on_timeout=cancel_on_timeout,
+            durable=durable,
+            **kwargs,
+        )
+        refuse_both(model=model, models=models)
         if not durable or not ordered:
             raise ValueError("RunBatchOperator is always durable and its results are always ordered")
         self.requests = requests
@@ -139,115 +159,143 @@ class RunBatchOperator(SiliconFlowOperator):
         self.fail_on_partial_error = fail_on_partial_error
         self.allow_all_failed = allow_all_failed
         self.prices = prices
-        self.ordered = ordered
-        self.dry_run = dry_run
-        self.deferrable = deferrable
-        self.poll_interval = poll_interval
-        self.timeout = timeout
-        self.cancel_on_kill = cancel_on_kill
-        self.cancel_on_timeout = cancel_on_timeout
-        self.durable = durable
+        self.skip_if_empty = skip_if_empty
+        # `dry_run` is a method of every operator, which Airflow 2.11 calls for `airflow tasks test --dry-run`.
+        self.plans_only = dry_run
         self._run: BatchRun | None = None
+
+    def lineage_input(self) -> Any:
+        """Return the rows' file, where they come from one."""
+        return self.requests
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Plan, submit and wait; or take up what an earlier try left."""
-        from airflow_provider_siliconflow.jobs.run import estimate, judge_run
+        from airflow_provider_siliconflow.api.exceptions import NoRowsError
+        from airflow_provider_siliconflow.jobs.run import estimate
 
+        self._ti = context["ti"]
         with task_errors(fail_fast=self.fail_fast):
             options = self._options()
-            if self.dry_run:
-                return estimate(self._rows(), name=self._requests_name(), options=options)
-            run = self._run = self._open_run(context, options)
-            manifest = run.finished_before()
-            if manifest is not None:
-                self.log.info("An earlier try did everything but say so")
-                return self._judged(manifest, judge_run(manifest, options))
-            with self._paid_batches(run):
-                run.prepare(self._rows, self._requests_name())
-                run.set_deadline(None if self.timeout is None else time.time() + self.timeout)
-                run.revive()
-                return self._advance(context, run)
+            _, timeout = self.wait_arguments()
+            try:
+                if self.plans_only:
+                    found = estimate(self._rows(), name=self._requests_name(), options=options)
+                    self.log.info("Dry run, nothing is sent: %s", json.dumps(found, ensure_ascii=False))
+                    return found
+                run = self._open_run(context, options)
+                manifest = run.finished_before()
+                if manifest is not None:
+                    self.log.info("An earlier try did everything but say so")
+                    return self._judged(context, manifest, options)
+                with self._paid_batches(run):
+                    run.prepare(self._rows, self._requests_name())
+                    run.set_deadline(None if timeout is None else time.time() + timeout)
+                    run.revive()
+                    return self._advance(context, run)
+            except NoRowsError as exc:
+                if self.skip_if_empty:
+                    raise AirflowSkipException(f"Skipping, since skip_if_empty is set: {exc}") from None
+                raise
 
     def execute_complete(self, context: Context, event: Any = None) -> dict[str, Any]:
         """Resume after the trigger: note what ended, submit what is due, or finish."""
         from airflow_provider_siliconflow.jobs.waiting import read_event
 
+        self._ti = context["ti"]
         with task_errors(fail_fast=self.fail_fast):
-            run = self._run = self._open_run(context, self._options())
+            run = self._open_run(context, self._options(), opened=True)
             with self._paid_batches(run):
-                run.open()
                 with self._failed_waits(run):
                     run.note(read_event(event))
                 return self._advance(context, run)
 
     def _advance(self, context: Context, run: BatchRun) -> dict[str, Any]:
-        from airflow_provider_siliconflow.jobs.run import judge_run
-
+        poll_interval, _ = self.wait_arguments()
         while True:
             while open_batches := run.submit_due():
                 context["ti"].xcom_push(key="batch_ids", value=run.batch_ids)
                 enough = run.wake_after(len(open_batches))
                 if self.deferrable:
-                    self._defer(run, open_batches, enough)
+                    self._defer(run, open_batches, enough, poll_interval)
                 with self._failed_waits(run):
                     ended = self.hook.wait_for_batches(
-                        open_batches, poll_interval=self.poll_interval, deadline=run.deadline, enough=enough
+                        open_batches, poll_interval=poll_interval, deadline=run.deadline, enough=enough
                     )
                 run.note(ended)
             if not run.merge():
                 break
-        manifest = run.finish()
-        return self._judged(manifest, judge_run(manifest, run.options))
+        return self._judged(context, run.finish(), run.options)
 
-    def _judged(self, manifest: dict[str, Any], warning: str | None) -> dict[str, Any]:
+    def _judged(self, context: Context, manifest: dict[str, Any], options: RunOptions) -> dict[str, Any]:
+        from airflow_provider_siliconflow.api.exceptions import BatchPartialFailureError
+        from airflow_provider_siliconflow.jobs.options import judge_run
+
+        self._manifest = manifest
+        try:
+            warning = judge_run(manifest, options)
+        except BatchPartialFailureError:
+            # A task that fails returns nothing, and its results are there and paid all the same.
+            context["ti"].xcom_push(key="return_value", value=manifest)
+            raise
         if warning:
             self.log.warning("%s", warning)
         return manifest
 
-    def _defer(self, run: BatchRun, open_batches: list[str], enough: int | None) -> None:
+    def _defer(
+        self, run: BatchRun, open_batches: list[str], enough: int | None, poll_interval: float
+    ) -> None:
         from airflow_provider_siliconflow.api.protocol import MAX_WINDOW_HOURS
+        from airflow_provider_siliconflow.jobs.waiting import EXPIRY_MARGIN
 
-        longest = MAX_WINDOW_HOURS * 3600.0 if run.deadline is None else max(run.deadline - time.time(), 0.0)
+        now = time.time()
+        longest = MAX_WINDOW_HOURS * 3600.0 if run.deadline is None else max(run.deadline - now, 0.0)
         self.defer(
             trigger=BatchTrigger(
                 batch_ids=open_batches,
                 conn_id=self.conn_id,
-                poll_interval=self.poll_interval,
+                poll_interval=poll_interval,
                 deadline=run.deadline,
                 cancel_on_kill=self.cancel_on_kill,
                 wake_after=enough,
+                began=now,
                 brief=True,
             ),
             method_name="execute_complete",
-            # Without a deadline of its own the trigger stops an hour after the batches expire.
-            timeout=timedelta(seconds=longest + 3600.0 + DEFERRAL_BACKSTOP),
+            # Without a deadline of its own the trigger stops a while after the batches expire.
+            timeout=timedelta(seconds=longest + EXPIRY_MARGIN + DEFERRAL_BACKSTOP),
         )
 
     def _options(self) -> RunOptions:
-        from airflow_provider_siliconflow.jobs.run import check_options
+        from airflow_provider_siliconflow.jobs.options import check_options
 
         return check_options(
-            model=self.model,
+            model=rendered_text(self.model),
             models=rendered_list(self.models),
-            completion_window=self.completion_window,
-            metadata=self.metadata,
-            max_rows_per_batch=self.max_rows_per_batch,
-            max_bytes_per_batch=self.max_bytes_per_batch,
-            max_in_flight=self.max_in_flight,
-            max_row_attempts=self.max_row_attempts,
-            max_error_rate=self.max_error_rate,
-            prices=self.prices,
-            request_params=self.request_params,
+            completion_window=rendered_number(self.completion_window),
+            metadata=rendered_mapping(self.metadata),
+            max_rows_per_batch=rendered_number(self.max_rows_per_batch),
+            max_bytes_per_batch=rendered_number(self.max_bytes_per_batch),
+            max_in_flight=rendered_number(self.max_in_flight),
+            max_row_attempts=rendered_number(self.max_row_attempts),
+            max_error_rate=rendered_number(self.max_error_rate),
+            prices=rendered_mapping(self.prices),
+            request_params=rendered_mapping(self.request_params),
             fail_on_partial_error=self.fail_on_partial_error,
             allow_all_failed=self.allow_all_failed,
         )
 
-    def _open_run(self, context: Context, options: RunOptions) -> BatchRun:
+    def _open_run(self, context: Context, options: RunOptions, *, opened: bool = False) -> BatchRun:
+        """
+        Return the job.
+
+        :param opened: take up one that was prepared before.
+        :raises SiliconFlowError: the task was ended before it came as far as this.
+        """
         from airflow_provider_siliconflow.hooks.siliconflow import open_folder
         from airflow_provider_siliconflow.jobs.run import BatchRun
 
         client = self.hook.get_conn()
-        return BatchRun(
+        run = BatchRun(
             options,
             submitter=submitter_of(context),
             client=client,
@@ -256,6 +304,14 @@ class RunBatchOperator(SiliconFlowOperator):
             open_submission=lambda ledger: open_submission(context, client, ledger),
             earlier_tries=context["ti"].try_number > 1,
         )
+        self._run = run
+        if self._killed:
+            # The signal came while there was no job yet to be stopped by it.
+            self._stop(run)
+            run.check_not_stopped()
+        if opened:
+            run.open()
+        return run
 
     def _rows(self) -> Any:
         """Return the rows: a file that opens, or Python objects."""
@@ -310,17 +366,22 @@ class RunBatchOperator(SiliconFlowOperator):
 
     def on_kill(self) -> None:
         """Cancel the open batches when the running task is ended from outside; in any case create none any more."""
+        self._killed = True
+        if self._run is not None:
+            self._stop(self._run)
+
+    def _stop(self, run: BatchRun) -> None:
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
 
-        if self._run is None:
-            return
         cancels = self.kill_cancels()
+        known = run.stop(cancels=cancels)
+        if not cancels:
+            if known:
+                self.log.warning("Batches %s are left alone; they go on and are billed", known)
+            return
+        # What is known goes first: there are five seconds, and a search may take more.
+        self.cancel(known)
         try:
-            open_batches = self._run.stop(cancels=cancels)
+            self.cancel(run.find_unrecorded())
         except SiliconFlowError as exc:
             self.log.warning("Batches that were being created cannot be looked up: %s", exc)
-            open_batches = self._run.open_batches
-        if cancels:
-            self.cancel_quietly(open_batches)
-        elif open_batches:
-            self.log.warning("Batches %s are left alone; they go on and are billed", open_batches)

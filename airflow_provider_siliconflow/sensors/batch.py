@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ from airflow.triggers.base import StartTriggerArgs
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.links.batch import BatchConsoleLink
 from airflow_provider_siliconflow.operators.base import DEFERRAL_BACKSTOP, finish_batch
-from airflow_provider_siliconflow.task_context import airflow_version, rendered_list, task_errors
+from airflow_provider_siliconflow.task_context import airflow_version, task_errors
+from airflow_provider_siliconflow.templating import rendered_list
 from airflow_provider_siliconflow.triggers.batch import BatchTrigger
 
 if TYPE_CHECKING:
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 #: Longest life of a batch and a day more, in seconds: how long the sensor waits when nothing else is said.
 _LONGEST_WAIT = 15 * 86400.0
+
+#: Seconds before a sensor in reschedule mode looks again at a batch that the account did not know.
+_SECOND_LOOKS = (2.0, 5.0)
 
 
 class BatchSensor(BaseSensorOperator):
@@ -120,43 +125,67 @@ class BatchSensor(BaseSensorOperator):
             method_name="execute_complete",
             timeout=timedelta(seconds=self.timeout + DEFERRAL_BACKSTOP),
         )
-        return None
+        raise AssertionError("unreachable")
 
     def execute_complete(self, context: Context, event: Any = None) -> Any:
         """Resume after the trigger."""
-        from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError
         from airflow_provider_siliconflow.jobs.waiting import read_event
 
-        with task_errors(fail_fast=self.fail_fast, soft_fail=self.soft_fail):
-            try:
-                batches = read_event(event)
-            except BatchTimeoutError as exc:
-                if self.soft_fail:
-                    raise
-                raise AirflowSensorTimeout(str(exc)) from exc
-            return self._finish(batches)
+        with task_errors(fail_fast=self.fail_fast, soft_fail=self.soft_fail), self._timeouts():
+            return self._finish(read_event(event))
 
     def poke(self, context: Context) -> bool | PokeReturnValue:
         """Look once at every batch that has not ended."""
-        from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError
         from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
-        with task_errors(fail_fast=self.fail_fast, soft_fail=self.soft_fail):
-            now = time.time()
+        with task_errors(fail_fast=self.fail_fast, soft_fail=self.soft_fail), self._timeouts():
             if self._wait is None:
-                self._wait = BatchWait(self._batch_ids(), now, self.poke_interval)
-            self._wait.make_all_due(now)
-            try:
-                while self._wait.due(now):
-                    self.hook.poll_once(self._wait)
-                if not self._wait.finished:
-                    self._wait.check_deadline(time.time())
-                    return False
-            except BatchTimeoutError as exc:
-                if self.soft_fail:
-                    raise
-                raise AirflowSensorTimeout(str(exc)) from exc
+                self._wait = BatchWait(
+                    self._batch_ids(), time.time(), self.poke_interval, began=self._first_poke(context)
+                )
+            self._look(self._wait)
+            if self.reschedule:
+                # A look by a process of its own must not take a moment's 404 for the last word.
+                for pause in _SECOND_LOOKS:
+                    if not self._wait.misses_some:
+                        break
+                    time.sleep(pause)
+                    self._look(self._wait)
+            if not self._wait.finished:
+                self._wait.check_deadline(time.time())
+                return False
             return PokeReturnValue(is_done=True, xcom_value=self._finish(self._wait.batches))
+
+    def _look(self, wait: BatchWait) -> None:
+        now = time.time()
+        wait.make_all_due(now)
+        while wait.due(now):
+            self.hook.poll_once(wait)
+
+    @contextlib.contextmanager
+    def _timeouts(self) -> Iterator[None]:
+        """Let a wait that timed out end as every sensor's does."""
+        from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError
+
+        try:
+            yield
+        except BatchTimeoutError as exc:
+            if self.soft_fail:
+                raise
+            raise AirflowSensorTimeout(str(exc)) from exc
+
+    def _first_poke(self, context: Context) -> float | None:
+        """Return when the wait began, where each poke is a process of its own; ``None`` elsewhere, and at first."""
+        if not self.reschedule:
+            return None
+        ti = context["ti"]
+        if airflow_version() < (3, 0):
+            from airflow.sensors.base import _orig_start_date
+
+            began = _orig_start_date(ti.dag_id, ti.task_id, ti.run_id, ti.map_index, ti.try_number)
+        else:
+            began = ti.get_first_reschedule_date(context)
+        return None if began is None else began.timestamp()
 
     def _batch_ids(self) -> list[str]:
         from airflow_provider_siliconflow.api.protocol import check_identifiers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,8 @@ _FIRST_PAUSE = 3.0
 #: and first polls would hold up its loop, and every other trigger in it.
 _BEGUN_PER_SECOND = 400
 
-#: How often a connection that cannot be read is tried again, and how many seconds apart.
-_CONNECTION_TRIES, _CONNECTION_PAUSE = 5, 15.0
+#: Seconds after which a connection that Airflow could not hand out is read again: at first, and at most.
+_CONNECTION_PAUSE, _LONGEST_CONNECTION_PAUSE = 5.0, 300.0
 
 
 class BatchTrigger(BaseTrigger):
@@ -45,6 +46,7 @@ class BatchTrigger(BaseTrigger):
     :param wake_after: how many ended batches end the wait; by default all. Those still open are not in the event.
     :param end_in_trigger: whether to end the task right here, without a worker, when every row of every batch
         succeeded.
+    :param began: epoch seconds at which the task began to wait; a triggerer that restarts does not start it anew.
     :param brief: whether the event holds of each batch only its id, status, counts and errors.
     """
 
@@ -59,6 +61,7 @@ class BatchTrigger(BaseTrigger):
         cancel_on_kill: bool = False,
         end_in_trigger: bool = False,
         wake_after: int | None = None,
+        began: float | None = None,
         brief: bool = False,
     ) -> None:
         super().__init__()
@@ -69,6 +72,7 @@ class BatchTrigger(BaseTrigger):
         self.cancel_on_kill = cancel_on_kill
         self.end_in_trigger = end_in_trigger
         self.wake_after = wake_after
+        self.began = began
         self.brief = brief
         self._settings: ClientSettings | None = None
         self._wait: BatchWait | None = None
@@ -85,6 +89,7 @@ class BatchTrigger(BaseTrigger):
                 "cancel_on_kill": self.cancel_on_kill,
                 "end_in_trigger": self.end_in_trigger,
                 "wake_after": self.wake_after,
+                "began": self.began,
                 "brief": self.brief,
             },
         )
@@ -94,14 +99,16 @@ class BatchTrigger(BaseTrigger):
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
         from airflow_provider_siliconflow.api.protocol import check_identifiers
         from airflow_provider_siliconflow.jobs.waiting import BatchWait, ended_event, error_event, is_flawless
-        from airflow_provider_siliconflow.task_context import rendered_list
+        from airflow_provider_siliconflow.templating import rendered_list
 
         batch_ids: list[str] = []
         await _FIRST_PAUSES.pause()
         try:
             batch_ids = check_identifiers("batch_id", rendered_list(self.batch_id))
             self._settings = await self._read_connection()
-            self._wait = BatchWait(batch_ids, time.time(), self.poll_interval, self.deadline, self.wake_after)
+            self._wait = BatchWait(
+                batch_ids, time.time(), self.poll_interval, self.deadline, self.wake_after, self.began
+            )
             async with shared_client(self._settings) as client:
                 # Thousands of waits need one copy of it.
                 self._settings = client.settings
@@ -121,10 +128,11 @@ class BatchTrigger(BaseTrigger):
         from airflow.providers.common.compat.connection import get_async_connection, get_async_extra_dejson
         from airflow.providers.common.compat.sdk import AirflowNotFoundException
 
-        from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+        from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError, InvalidInputError
         from airflow_provider_siliconflow.hooks.siliconflow import settings_from_connection
 
-        for attempt in range(1, _CONNECTION_TRIES + 1):
+        pause = _CONNECTION_PAUSE
+        while True:
             try:
                 connection = await get_async_connection(self.conn_id)
                 extra = await get_async_extra_dejson(connection)
@@ -132,13 +140,18 @@ class BatchTrigger(BaseTrigger):
                 raise InvalidInputError(f"connection {self.conn_id!r} is not defined: {exc}") from exc
             except Exception as exc:
                 # Whatever kept Airflow from answering, a wait of days must not end by it.
-                if attempt == _CONNECTION_TRIES:
-                    raise
-                self.log.warning("Reading connection %r failed (%s); trying again", self.conn_id, exc)
-                await asyncio.sleep(_CONNECTION_PAUSE)
+                if self.deadline is not None and time.time() >= self.deadline:
+                    raise BatchTimeoutError(
+                        f"The wait ended at its deadline: connection {self.conn_id!r} could not be read ({exc}). The "
+                        "batches are untouched."
+                    ) from exc
+                self.log.warning(
+                    "Reading connection %r failed (%s); trying again in %.0f s", self.conn_id, exc, pause
+                )
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_CONNECTION_PAUSE)
             else:
                 return settings_from_connection(connection, extra)
-        raise AssertionError("unreachable")
 
     async def _until_ended(self, wait: BatchWait, client: AsyncSiliconFlowClient) -> None:
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
@@ -179,15 +192,18 @@ class BatchTrigger(BaseTrigger):
         await asyncio.shield(task)
 
     async def _cancel_if_killed(self) -> None:
+        from asgiref.sync import sync_to_async
+
         from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
         from airflow_provider_siliconflow.api.protocol import check_identifiers
-        from airflow_provider_siliconflow.task_context import rendered_list
+        from airflow_provider_siliconflow.task_context import task_state
+        from airflow_provider_siliconflow.templating import rendered_list
 
         batch_ids = check_identifiers("batch_id", rendered_list(self.batch_id))
         open_ids = [one for one in batch_ids if self._wait is None or one not in self._wait.ended]
         try:
-            state = await self._task_state()
+            state = await sync_to_async(task_state)(self.task_instance)
             # After a clear the next try may be deferred already, over other batches than these.
             current = await self._batches_of_task() if state == "deferred" else set()
             # Ended in its first seconds, the wait may not have got as far as reading its connection.
@@ -229,20 +245,6 @@ class BatchTrigger(BaseTrigger):
             pushed.update([value] if isinstance(value, str) else value or ())
         return pushed or None
 
-    async def _task_state(self) -> str | None:
-        from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
-        from asgiref.sync import sync_to_async
-
-        ti = self.task_instance
-        states = await sync_to_async(RuntimeTaskInstance.get_task_states)(
-            dag_id=ti.dag_id, task_ids=[ti.task_id], run_ids=[ti.run_id], map_index=ti.map_index
-        )
-        by_task = states.get(ti.run_id) or {}
-        # A mapped task is answered under "task_id_<map index>".
-        name = ti.task_id if ti.map_index is None or ti.map_index < 0 else f"{ti.task_id}_{ti.map_index}"
-        state = by_task.get(name, by_task.get(ti.task_id))
-        return None if state is None else str(getattr(state, "value", state))
-
 
 class _FirstPauses:
     """The pauses before waits begin: the more start together, the longer the later ones."""
@@ -261,53 +263,33 @@ class _FirstPauses:
 _FIRST_PAUSES = _FirstPauses()
 
 
-class _SharedClients:
-    """One client per event loop and connection, for as long as anybody waits over it."""
-
-    def __init__(self) -> None:
-        self._open: dict[tuple[Any, ...], tuple[AsyncSiliconFlowClient, int]] = {}
-
-    def acquire(self, key: tuple[Any, ...], settings: ClientSettings) -> AsyncSiliconFlowClient:
-        from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
-
-        client, users = self._open.get(key) or (AsyncSiliconFlowClient(settings), 0)
-        self._open[key] = (client, users + 1)
-        return client
-
-    async def release(self, key: tuple[Any, ...]) -> None:
-        client, users = self._open[key]
-        if users > 1:
-            self._open[key] = (client, users - 1)
-            return
-        del self._open[key]
-        await client.close()
+#: One client per event loop and connection, and how many waits use it.
+_CLIENTS: dict[tuple[int, str], tuple[AsyncSiliconFlowClient, int]] = {}
 
 
-_CLIENTS = _SharedClients()
-
-
-class shared_client:  # noqa: N801 - it is used like a function
+@contextlib.asynccontextmanager
+async def shared_client(settings: ClientSettings) -> AsyncIterator[AsyncSiliconFlowClient]:
     """
-    Share one client among all waits of this event loop over the same connection.
+    Share one client among all waits of this event loop over the same connection; the last one closes it.
 
     A client per trigger would cost some 800 KiB each, and a TLS handshake per poll.
 
     :param settings: the connection.
     """
+    from dataclasses import replace
 
-    def __init__(self, settings: ClientSettings) -> None:
-        from dataclasses import replace
+    from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
 
-        # The wait itself is the retry: a client that repeats calls of its own would only hide what happens.
-        self._settings = replace(settings, max_retries=0)
-
-    async def __aenter__(self) -> AsyncSiliconFlowClient:
-        """Return the shared client."""
-        self._key = (id(asyncio.get_running_loop()), self._settings.fingerprint)
-        client = _CLIENTS.acquire(self._key, self._settings)
-        self._settings = client.settings
-        return client
-
-    async def __aexit__(self, *_: object) -> None:
-        """Close the client when nobody uses it any more."""
-        await _CLIENTS.release(self._key)
+    key = (id(asyncio.get_running_loop()), settings.fingerprint)
+    # The wait itself is the retry: a client that repeats calls of its own would only hide what happens.
+    client, users = _CLIENTS.get(key) or (AsyncSiliconFlowClient(replace(settings, max_retries=0)), 0)
+    _CLIENTS[key] = (client, users + 1)
+    try:
+        yield client
+    finally:
+        client, users = _CLIENTS[key]
+        if users > 1:
+            _CLIENTS[key] = (client, users - 1)
+        else:
+            del _CLIENTS[key]
+            await client.close()

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,3 +182,29 @@ def test_the_examples_are_parsed_without_a_warning(tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.skipif(
+    find_spec("airflow.providers.openlineage") is None, reason="needs apache-airflow-providers-openlineage"
+)
+def test_openlineage_is_told_which_files_were_read_and_written(
+    dag_test: DagTest, tmp_path: Path, make_input: Callable[..., str]
+) -> None:
+    folder, events = tmp_path / "out", tmp_path / "events"
+    requests = make_input("Hi", "Ho", "[[emulator:error=400]]")
+    transport = {"type": "file", "log_file_path": str(events), "append": True}
+    run = dag_test(
+        EXAMPLES / "siliconflow_batch_quickstart.py",
+        "siliconflow_batch_quickstart",
+        {"input_path": requests, "output_dir": str(folder)},
+        {"AIRFLOW__OPENLINEAGE__TRANSPORT": json.dumps(transport)},
+    )
+    assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
+    read: set[tuple[str, str]] = set()
+    written: dict[str, int] = {}
+    for event in map(json.loads, events.read_text().splitlines()):
+        read |= {(each["namespace"], each["name"]) for each in event["inputs"]}
+        for each in event["outputs"]:
+            written[each["name"]] = each["outputFacets"]["outputStatistics"]["rowCount"]
+    assert read == {("file", requests)}
+    assert written == {str(folder / "results.jsonl"): 3, str(folder / "errors.jsonl"): 1}

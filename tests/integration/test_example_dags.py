@@ -1,4 +1,4 @@
-"""The larger examples, each by ``airflow dags test`` against an emulator that knows the answers."""
+"""The examples, each by ``airflow dags test`` against an emulator that knows the answers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ DagTest = Callable[..., subprocess.CompletedProcess[str]]
 pytestmark = pytest.mark.every_airflow
 
 
-def run(dag_test: DagTest, dag_id: str, conf: Mapping[str, Any]) -> str:
-    done = dag_test(EXAMPLES / f"{dag_id}.py", dag_id, conf, QUICK)
+def run(
+    dag_test: DagTest, dag_id: str, conf: Mapping[str, Any] | None, env: Mapping[str, str] | None = None
+) -> str:
+    done = dag_test(EXAMPLES / f"{dag_id}.py", dag_id, conf, {**QUICK, **(env or {})})
     told = done.stdout + done.stderr
     assert done.returncode == 0, told[-3000:]
     return told
@@ -41,6 +43,15 @@ def rightly_answered(results: Path, key: Mapping[str, set[str]]) -> int:
         text = row["response"]["body"]["choices"][0]["message"]["content"]
         right += text.rpartition("Answer: ")[2] in key[row["custom_id"]]
     return right
+
+
+def test_quickstart_with_its_defaults(dag_test: DagTest, emulator: Emulator, tmp_path: Path) -> None:
+    run(dag_test, "siliconflow_batch_quickstart", None, {"TMPDIR": str(tmp_path)})
+    assert emulator.request_counts["POST /batches"] == 1
+    asked = [row["custom_id"] for row in lines(EXAMPLES / "data" / "requests.jsonl")]
+    answered = lines(tmp_path / "siliconflow_quickstart" / "results.jsonl")
+    assert sorted(row["custom_id"] for row in answered) == sorted(asked)
+    assert all(row["response"]["body"]["model"] == "Qwen/Qwen3-32B" for row in answered)
 
 
 @pytest.mark.emulator(speed=1000.0, answers=QUESTIONS, row_error_rate=0.05)

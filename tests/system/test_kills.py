@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from scripts.live_airflow import LiveAirflow
 
 DEFERRED = ("deferred-failed", "deferred-cleared", "deferred-keep", "sensor")
-RUNNING = ("running-failed", "running-cleared", "running-keep")
+RUNNING = ("running-failed", "running-cleared", "running-keep", "running-evicted")
 
 
 class Kills:
@@ -153,6 +155,19 @@ def test_clearing_a_running_task_cancels_and_starts_afresh(kills: Kills) -> None
     kills.airflow.clear("kills", kills.run_id, "running-cleared")
     eventually(lambda: kills.cancelled("running-cleared"))
     eventually(lambda: kills.statuses("running-cleared") == ["cancelled", "in_queue"], 90)
+
+
+def test_the_orderly_end_of_a_worker_cancels_nothing(kills: Kills) -> None:
+    """A deployment or an eviction sends the signal that a person's kill sends, and nobody has touched the task."""
+    task_id = "running-evicted"
+    pids = kills.airflow.task_pids("kills", kills.run_id, task_id)
+    os.kill(pids.supervisor, signal.SIGTERM)
+    eventually(lambda: "The worker is ending" in kills.airflow.task_log("kills", kills.run_id, task_id))
+    # Whoever ends workers waits a while, and then ends them for good.
+    os.kill(pids.task, signal.SIGKILL)
+    eventually(lambda: kills.airflow.try_numbers("kills", kills.run_id)[task_id] == 2, 60)
+    eventually(lambda: "Adopting batch" in kills.airflow.task_log("kills", kills.run_id, task_id), 60)
+    assert kills.statuses(task_id) == ["in_queue"]
 
 
 def test_mapped_tasks_over_one_file_have_batches_of_their_own(kills: Kills) -> None:

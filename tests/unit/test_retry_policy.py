@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 
 from airflow_provider_siliconflow.api.exceptions import (
+    BatchCancelledAtTimeoutError,
     BatchFailedError,
     BatchTimeoutError,
     NotSentError,
@@ -24,13 +25,15 @@ def test_delays_follow_what_went_wrong() -> None:
         type(error).__name__: policy.evaluate(error, 1, 3).retry_delay
         for error in (
             BatchTimeoutError("late"),
+            BatchCancelledAtTimeoutError("late, and cancelled"),
             RateLimitedError("slow down", status_code=429),
             NotSentError("no route"),
             BatchFailedError("rejected"),
         )
     }
     assert delays == {
-        "BatchTimeoutError": timedelta(0),
+        "BatchTimeoutError": timedelta(minutes=1),
+        "BatchCancelledAtTimeoutError": None,
         "RateLimitedError": timedelta(minutes=10),
         "NotSentError": timedelta(minutes=10),
         "BatchFailedError": None,

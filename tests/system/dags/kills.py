@@ -27,7 +27,7 @@ with DAG(
     for task_id in ("deferred-failed", "deferred-cleared"):
         CreateBatchOperator(task_id=task_id, deferrable=True, **COMMON)
     CreateBatchOperator(task_id="deferred-keep", deferrable=True, **COMMON | {"cancel_on_kill": False})
-    for task_id in ("running-failed", "running-cleared"):
+    for task_id in ("running-failed", "running-cleared", "running-evicted"):
         CreateBatchOperator(task_id=task_id, deferrable=False, **COMMON)
     CreateBatchOperator(task_id="running-keep", deferrable=False, **COMMON | {"cancel_on_kill": False})
     # The request for the batch is held while the task is marked failed.

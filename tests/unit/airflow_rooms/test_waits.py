@@ -7,7 +7,7 @@ import json
 import time
 from collections import UserList
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -290,7 +290,7 @@ def test_many_waits_share_one_client_and_give_it_back_when_they_are_cancelled(
         async with asyncio.timeout(20):
             while emulator.request_counts.get("GET /batches/*", 0) < 5:  # noqa: ASYNC110 - another thread counts
                 await asyncio.sleep(0.01)
-        shared.extend(trigger_module._CLIENTS._open.values())
+        shared.extend(trigger_module._CLIENTS.values())
         for wait in waits:
             wait.cancel()
         await asyncio.gather(*waits, return_exceptions=True)
@@ -298,7 +298,35 @@ def test_many_waits_share_one_client_and_give_it_back_when_they_are_cancelled(
     asyncio.run(run())
     ((client, users),) = shared
     assert users == 5
-    assert trigger_module._CLIENTS._open == {}
+    assert trigger_module._CLIENTS == {}
     assert client._session is None, "closed by the last one"
     # A triggerer that stops is no kill.
     assert "POST /batches/*/cancel" not in emulator.request_counts
+
+
+@pytest.mark.usefixtures("siliconflow_connection")
+@pytest.mark.parametrize("known", [True, False])
+def test_a_rescheduled_sensor_gives_an_unknown_batch_up_as_any_other_does(
+    make_batch: Callable[..., str],
+    make_context: MakeContext,
+    emulator: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+    known: bool,
+) -> None:
+    """Each look is by a process of its own, and knows of the ones before only when the first was."""
+    emulator.service.configure({"speed": 0.001})
+    monkeypatch.setattr("airflow_provider_siliconflow.sensors.batch._SECOND_LOOKS", (0.01, 0.01))
+    batch_id = make_batch("Hi")
+    sensor = BatchSensor(task_id="t", batch_id=batch_id if known else "batch_unknown", mode="reschedule")
+    began = datetime.now(UTC)
+    monkeypatch.setattr(BatchSensor, "_first_poke", lambda *_: began.timestamp())
+    context = make_context(sensor)
+    assert not sensor.poke(context)
+    began -= timedelta(minutes=11)
+    emulator.faults.add("GET /batches/*:status=404,times=2")
+    sensor = BatchSensor(task_id="t", batch_id=sensor.batch_id, mode="reschedule")
+    if known:
+        assert not sensor.poke(context), "two answers are not the last word"
+    else:
+        with pytest.raises(AirflowFailException, match="batch_unknown is not known to this account"):
+            sensor.poke(context)

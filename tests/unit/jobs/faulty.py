@@ -93,6 +93,9 @@ class FaultyAPI:
         page = self._run("list", lambda: self.service.list_batches(limit=100))
         yield from (Batch.model_validate(item) for item in page["data"])
 
+    def list_models(self, *, repeat: bool = True) -> list[str]:
+        return [item["id"] for item in self.service.models("chat")["data"]]
+
     def list_files(self) -> list[UploadedFile]:
         page = self._run("list files", lambda: self.service.list_files(purpose="batch"))
         return [UploadedFile.model_validate(item) for item in page["data"]["data"]]

@@ -10,24 +10,23 @@ from typing import Any
 
 import pytest
 
+from airflow_provider_siliconflow.api import protocol
 from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
     BatchFailedError,
     BatchPartialFailureError,
+    IncompleteResultsError,
     InsufficientBalanceError,
     InvalidInputError,
+    InvalidRequestError,
     InvalidRequestFileError,
 )
 from airflow_provider_siliconflow.api.protocol import ClientSettings
 from airflow_provider_siliconflow.emulator.server import Emulator
+from airflow_provider_siliconflow.jobs.folder import FolderLedger
 from airflow_provider_siliconflow.jobs.identity import Submitter
-from airflow_provider_siliconflow.jobs.run import (
-    BatchRun,
-    FolderLedger,
-    check_options,
-    estimate,
-    judge_run,
-)
+from airflow_provider_siliconflow.jobs.options import check_options, judge_run
+from airflow_provider_siliconflow.jobs.run import BatchRun, estimate
 from airflow_provider_siliconflow.jobs.submission import Submission
 
 MODELS = ["Qwen/Qwen3-32B", "THUDM/GLM-4-9B-0414"]
@@ -80,6 +79,7 @@ class Job:
         self.options = options(**changes)
         self.tries = 0
         self.map_index = -1
+        self.host = emulator.base_url
         self.after: Callable[[str], None] = lambda _: None
 
     def _client(self) -> SiliconFlowClient:
@@ -91,7 +91,7 @@ class Job:
                 job.after(call.name)
                 return answer
 
-        return Client(ClientSettings("sk-test", self.emulator.base_url, backoff=0.01))
+        return Client(ClientSettings("sk-test", self.host, backoff=0.01))
 
     def attempt(self) -> dict[str, Any]:
         self.tries += 1
@@ -157,13 +157,21 @@ def test_only_rows_worth_it_are_sent_again(emulator: Emulator, tmp_path: Path) -
     assert json.loads((tmp_path / "errors.jsonl").read_text())["custom_id"] == "q11"
 
 
+def test_a_row_that_another_attempt_may_mend_is_told(emulator: Emulator, tmp_path: Path) -> None:
+    marks = {3: "[[emulator:once=429]]", 4: "[[emulator:error=400]]"}
+    job = Job(emulator, tmp_path, rows(6, lambda i: marks.get(i, "")), models=MODELS[:1])
+    assert "1 of them failed for a passing reason: with max_row_attempts above 1" in (
+        judge_run(job.attempt(), job.options) or ""
+    )
+
+
 def fail_first_of(emulator: Emulator) -> Callable[[str], None]:
     """Let the first batch that is created fail as a whole."""
     failed: list[str] = []
 
     def fail(name: str) -> None:
         if name == "POST /batches" and not failed:
-            failed.append(emulator.service.state()["batches"][0]["id"])
+            failed.append(emulator.service.state()["batches"][-1]["id"])
             emulator.service.force_status(failed[0], "failed")
 
     return fail
@@ -189,9 +197,11 @@ def test_rows_of_a_failed_batch_go_into_the_next_round(emulator: Emulator, tmp_p
 def test_an_empty_account_keeps_what_was_submitted_for_a_retry(emulator: Emulator, tmp_path: Path) -> None:
     job = Job(emulator, tmp_path, rows(15), models=MODELS[:1])
     emulator.faults.add("POST /batches:status=402,skip=2")
-    with pytest.raises(InsufficientBalanceError) as caught:
+    with pytest.raises(BatchFailedError, match="HTTP 402, Sorry, your account balance") as caught:
         job.attempt()
     assert caught.value.retryable
+    found = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["error"] is None for row in found] == [True] * 10 + [False] * 5, "what was paid is there"
     assert job.attempt()["rows"]["ok"] == 15
     assert posts(emulator) == (3, 4)
 
@@ -202,7 +212,8 @@ def test_bad_rows_are_refused_before_anything_is_sent(emulator: Emulator, tmp_pa
         Job(emulator, tmp_path, bad).attempt()
     with pytest.raises(InvalidInputError, match="3 of 3 rows name no model"):
         Job(emulator, tmp_path, rows(3), models=None).attempt()
-    assert not emulator.requests
+    assert not posts(emulator)[0]
+    assert not list(tmp_path.iterdir()), "and nothing is left of the attempt"
 
 
 def test_verdicts_come_after_the_results(emulator: Emulator, tmp_path: Path) -> None:
@@ -260,7 +271,7 @@ def test_metadata_that_renders_anew_pays_nothing_again(emulator: Emulator, tmp_p
 def test_an_empty_account_after_batches_that_ended_leaves_a_retry(emulator: Emulator, tmp_path: Path) -> None:
     job = Job(emulator, tmp_path, rows(15), models=MODELS[:1], max_in_flight=1)
     emulator.faults.add("POST /batches:status=402,skip=2")
-    with pytest.raises(InsufficientBalanceError) as caught:
+    with pytest.raises(BatchFailedError, match="HTTP 402") as caught:
         job.attempt()
     assert caught.value.retryable
     assert job.attempt()["rows"]["ok"] == 15
@@ -292,3 +303,140 @@ def test_map_indexes_do_not_write_over_each_other(emulator: Emulator, tmp_path: 
     with pytest.raises(InvalidInputError, match="results of map index 0"):
         second.attempt()
     assert posts(emulator) == sent
+
+
+def test_an_account_that_is_empty_from_the_start_is_told_at_once(emulator: Emulator, tmp_path: Path) -> None:
+    emulator.service.configure({"balance": 0.0})
+    with pytest.raises(InsufficientBalanceError):
+        Job(emulator, tmp_path, rows(15)).attempt()
+    assert posts(emulator) == (1, 1)
+
+
+def test_a_model_that_is_refused_stops_no_other(emulator: Emulator, tmp_path: Path) -> None:
+    job = Job(emulator, tmp_path, rows(10), models=[MODELS[0], "nope/none"])
+    for _ in range(2):
+        words = "2 of 4 batches were refused, of nope/none: HTTP 400, Model does not exist"
+        with pytest.raises(BatchFailedError, match=words) as caught:
+            job.attempt()
+        assert caught.value.retryable
+        assert [row["error"] for row in results(tmp_path)] == [None] * 10
+        refused = results(tmp_path, "nope/none")
+        assert [row["custom_id"] for row in refused] == [f"q{i}" for i in range(10)]
+        assert all("Model does not exist" in row["error"]["message"] for row in refused)
+        assert len(emulator.service.state()["batches"]) == 2, "what was taken is paid once"
+    assert posts(emulator) == (2, 6)
+    with pytest.raises(InvalidRequestError, match="Model does not exist"):
+        Job(emulator, tmp_path / "all", rows(10), models=["nope/none"]).attempt()
+
+
+def test_a_refused_model_of_many_shards_is_not_asked_for_each(emulator: Emulator, tmp_path: Path) -> None:
+    job = Job(emulator, tmp_path, rows(50), models=[MODELS[0], "nope/none"], max_in_flight=4)
+    with pytest.raises(BatchFailedError, match="10 of 20 batches were refused"):
+        job.attempt()
+    assert posts(emulator) == (10, 13)
+    assert len(results(tmp_path, "nope/none")) == 50
+
+
+def test_rows_of_a_cancelled_batch_outlive_a_worse_replacement(emulator: Emulator, tmp_path: Path) -> None:
+    emulator.service.configure({"speed": 1.0, "queue_seconds": 0.0, "rows_per_second": 100.0})
+    job = Job(emulator, tmp_path, rows(20), models=MODELS[:1], max_rows_per_batch=20)
+    ends = iter(["cancelled", "expired"])
+
+    def end(call: str) -> None:
+        if call == "POST /batches":
+            status = next(ends)
+            emulator.service.advance(0.1 if status == "cancelled" else 0.0)
+            emulator.service.force_status(emulator.service.state()["batches"][-1]["id"], status)
+
+    job.after = end
+    with pytest.raises(BatchFailedError, match="cancelled"):
+        job.attempt()
+    found = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    done = sum(not row["error"] for row in found)
+    assert 0 < done < 20
+    manifest = job.attempt()
+    assert manifest["rows"]["ok"] >= done
+    assert [batch["status"] for batch in manifest["models"][0]["batches"]] == ["cancelled", "expired"]
+
+
+def test_a_damaged_shard_fails_the_job_rather_than_lose_rows(emulator: Emulator, tmp_path: Path) -> None:
+    job = Job(emulator, tmp_path, rows(10), models=MODELS[:1])
+
+    def damage(call: str) -> None:
+        for shard in tmp_path.glob(".siliconflow/*/round-0/shard-00001.jsonl"):
+            if call.startswith("GET /batches/"):
+                shard.write_bytes(b"")
+
+    job.after = damage
+    with pytest.raises(IncompleteResultsError, match="has 0 rows, but 5 were planned"):
+        job.attempt()
+    assert list(tmp_path.glob(".siliconflow/*/plan.json")), "what a person needs to mend it is kept"
+
+
+@pytest.mark.parametrize("name", ["plan.json", "ledger.json", "round-1.json"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_file_of_the_job_that_is_cut_or_lost_blocks_nothing_and_costs_nothing(
+    emulator: Emulator, tmp_path: Path, name: str, cut: bool
+) -> None:
+    requests = rows(10, lambda row: "[[emulator:once=429]]" if row == 3 else "")
+    job = Job(emulator, tmp_path, requests, models=MODELS[:1], max_row_attempts=2)
+    sent = 0
+
+    def die(call: str) -> None:
+        nonlocal sent
+        sent += call == "POST /batches"
+        if call == "POST /batches" and sent == 3:
+            raise KeyboardInterrupt
+
+    job.after = die
+    with pytest.raises(KeyboardInterrupt):
+        job.attempt()
+    (path,) = tmp_path.glob(f".siliconflow/*/{name}")
+    if cut:
+        path.write_text(path.read_text()[:20])
+    else:
+        path.unlink()
+    assert job.attempt()["rows"]["ok"] == 10
+    assert len(emulator.service.state()["batches"]) == 3
+
+
+def test_a_new_run_under_an_old_run_id_gets_its_own_rows(emulator: Emulator, tmp_path: Path) -> None:
+    Job(emulator, tmp_path, rows(3), models=MODELS[:1]).attempt()
+    unfinished = Job(emulator, tmp_path, rows(4), models=MODELS[:1])
+    unfinished.after = fail_first_of(emulator)
+    with pytest.raises(BatchFailedError):
+        unfinished.attempt()
+    new = Job(emulator, tmp_path, rows(5), models=MODELS[:1])
+    assert new.attempt()["rows"] == {"total": 5, "ok": 5, "error": 0, "expired": 0, "missing": 0}
+
+
+def test_another_name_of_the_host_pays_nothing_again(emulator: Emulator, tmp_path: Path) -> None:
+    job = Job(emulator, tmp_path, rows(10), models=MODELS[:1])
+    job.after = fail_first_of(emulator)
+    with pytest.raises(BatchFailedError):
+        job.attempt()
+    job.host = emulator.base_url.replace("127.0.0.1", "localhost")
+    assert job.attempt()["rows"]["ok"] == 10
+    assert posts(emulator) == (2, 3)
+
+
+def test_a_crash_in_a_job_larger_than_the_listing_is_taken_up(
+    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol.list_batches, "__defaults__", (None, 4))
+    emulator.service.configure({"ignore_cursor": True})
+    job = Job(emulator, tmp_path, rows(60), models=MODELS[:1])
+    sent = 0
+
+    def die(call: str) -> None:
+        nonlocal sent
+        sent += call == "POST /batches"
+        if call == "POST /batches" and sent in (8, 10):
+            raise KeyboardInterrupt
+
+    job.after = die
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            job.attempt()
+    assert job.attempt()["rows"]["ok"] == 60
+    assert len(emulator.service.state()["batches"]) == 12

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from airflow_provider_siliconflow.api.exceptions import (
     NoAnswerError,
+    NotFoundError,
     RateLimitedError,
     SiliconFlowError,
     SubmissionUnknownError,
@@ -19,7 +20,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 from airflow_provider_siliconflow.api.models import Batch, UploadedFile
 from airflow_provider_siliconflow.emulator.service import EmulatedService
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork, Submitter
-from airflow_provider_siliconflow.jobs.submission import NoLedger, Submission
+from airflow_provider_siliconflow.jobs.submission import NoLedger, Search, Submission
 from tests.unit.jobs.faulty import FAULTS, Crash, FakeClock, FaultyAPI, make_service
 
 ROW = {"custom_id": "a", "body": {"model": "Qwen/Qwen3-32B", "messages": [{"role": "user", "content": "hi"}]}}
@@ -47,6 +48,9 @@ class FaultyLedger:
 
     def delete(self, key: str) -> None:
         self.entries.pop(key, None)
+
+    def older_batches(self, key: str) -> frozenset[str]:
+        return frozenset()
 
 
 def make_work(service: EmulatedService, task_id: str = "create") -> BatchWork:
@@ -267,3 +271,57 @@ def test_an_upload_is_found_again_by_name_and_size(tmp_path: Any) -> None:
     again = Submission(api, ledger=NoLedger(), earlier_tries="patiently", since=0.0, clock=clock)
     assert again.upload("key", "rows-key.jsonl", len(content), send).id == file.id
     assert len(api.list_files()) == 1
+
+
+class Cut(FaultyAPI):
+    """Lists the newest batches only, as a service does whose listing has no pages."""
+
+    newest = 3
+    listing_cut = True
+
+    def list_batches(self) -> Iterator[Batch]:
+        page = self._run("list", lambda: self.service.list_batches(limit=self.newest))
+        yield from (Batch.model_validate(item) for item in page["data"])
+
+
+def test_a_listing_without_pages_stops_no_first_try_of_a_generation(tmp_path: Any) -> None:
+    clock = FakeClock()
+    service = make_service(tmp_path, clock)
+    service.seed_foreign_batches(10, age_seconds=1.0)
+    work, api = make_work(service), Cut(service, iter(()), clock)
+
+    def submit(search: Search) -> Batch:
+        since = clock.time() - 7200.0
+        return Submission(api, ledger=NoLedger(), earlier_tries=search, since=since, clock=clock).submit(work)
+
+    with pytest.raises(SubmissionUnknownError, match="newest 3 batches only"):
+        submit("patiently")
+    assert not batches_of(service, work)
+    assert submit("once").id == batches_of(service, work)[0]["id"]
+
+
+def test_a_batch_that_is_listed_is_adopted_whatever_its_id_answers(tmp_path: Any) -> None:
+    clock = FakeClock()
+    service = make_service(tmp_path, clock)
+    work, ledger = make_work(service), FaultyLedger(iter(()))
+
+    class Lost(FaultyAPI):
+        def get_batch(self, batch_id: str) -> Batch:
+            raise NotFoundError("404 page not found", status_code=404)
+
+    def submit(api: FaultyAPI) -> Batch:
+        return Submission(
+            api, ledger=ledger, earlier_tries="patiently", since=clock.time(), clock=clock
+        ).submit(work)
+
+    first = submit(FaultyAPI(service, iter(()), clock))
+    assert submit(Lost(service, iter(()), clock)).id == first.id
+
+    class Other(Lost):
+        def list_batches(self) -> Iterator[Batch]:
+            yield from ()
+
+    with pytest.raises(SubmissionUnknownError, match=f"{first.id} was submitted") as caught:
+        submit(Other(service, iter(()), clock))
+    assert caught.value.retryable
+    assert created(service) == 1

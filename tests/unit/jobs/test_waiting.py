@@ -36,7 +36,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 )
 from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES, Batch
 from airflow_provider_siliconflow.jobs import waiting
-from airflow_provider_siliconflow.jobs.waiting import BatchWait, judge_batch
+from airflow_provider_siliconflow.jobs.waiting import BatchWait, default_deadline, judge_batch
 
 START = 1_800_000_000.0
 PENDING = (
@@ -347,7 +347,7 @@ def test_a_completed_batch_without_counts(counts: Any) -> None:
         (batch("failed", errors=["line 3: no messages"]), BatchFailedError, True, "line 3: no messages"),
         (batch("cancelled", **numbers(9, 4, 0)), BatchCancelledError, True, "4 of 9 rows"),
         (batch("expired", **numbers(9, 0, 9)), BatchExpiredError, False, "0 of 9 rows"),
-        (batch("expired"), BatchExpiredError, False, "longer completion_window"),
+        (batch("expired"), BatchExpiredError, True, "longer completion_window"),
         (batch("completed", **numbers(9, 0, 9), **ERRORS), BatchFailedError, False, "0 of 9 rows"),
     ],
 )
@@ -376,3 +376,15 @@ def test_all_rows_may_fail_where_the_author_allows_it(status: str) -> None:
 
 def test_rows_that_nobody_counted_as_failed_did_not_succeed_either() -> None:
     assert "7 of 9 rows succeeded, 2 did not" in (judged(batch("completed", **numbers(9, 7, 0), **URL)) or "")
+
+
+def test_a_wait_that_begins_late_has_an_hour_of_its_own() -> None:
+    """A batch may end later than it expires; a retry that gave it up at once would burn all the others."""
+    expired = batch("finalizing", expires_at=START - 5 * 3600)
+    wait = BatchWait(["batch_1"], START + 50.0, 60.0, began=START)
+    wait.observe("batch_1", expired, START + 50.0)
+    wait.check_deadline(START + 3599)
+    with pytest.raises(BatchTimeoutError, match="finalizing"):
+        # Counted from where the wait began, not from where a triggerer started again.
+        wait.check_deadline(START + 3601)
+    assert default_deadline(expired, START) == START + 3600

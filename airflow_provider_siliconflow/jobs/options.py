@@ -1,0 +1,151 @@
+"""What is asked of a job, and whether what came of it is a success."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from airflow_provider_siliconflow.api import protocol
+from airflow_provider_siliconflow.api.exceptions import BatchPartialFailureError, InvalidInputError
+from airflow_provider_siliconflow.batch_files.manifest import check_prices
+from airflow_provider_siliconflow.jobs.identity import check_user_metadata
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """
+    What is asked of a job, checked.
+
+    :param models: models by ``replace``; empty where the rows name theirs.
+    :param max_rows: rows per batch.
+    :param max_bytes: bytes per batch.
+    :param max_in_flight: batches open at once; ``None`` for all.
+    :param max_row_attempts: how often a row is sent at most.
+    :param max_error_rate: share of rows (0 to 1) that may not succeed; ``None`` for any.
+    :param request_params: body parameters for rows that lack them.
+    """
+
+    models: tuple[str, ...] = ()
+    completion_window: str = "24h"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    max_rows: int = protocol.MAX_FILE_LINES
+    max_bytes: int = protocol.MAX_FILE_BYTES
+    max_in_flight: int | None = None
+    max_row_attempts: int = 1
+    max_error_rate: float | None = None
+    fail_on_partial_error: bool = False
+    allow_all_failed: bool = False
+    prices: Mapping[str, Mapping[str, float]] | None = None
+    request_params: Mapping[str, Any] | None = None
+
+    @property
+    def replacements(self) -> tuple[str | None, ...]:
+        """The models to run over, ``None`` standing for what the rows name."""
+        return self.models or (None,)
+
+
+def check_options(
+    *,
+    model: Any,
+    models: Any,
+    completion_window: Any,
+    metadata: Any,
+    max_rows_per_batch: Any,
+    max_bytes_per_batch: Any,
+    max_in_flight: Any,
+    max_row_attempts: Any,
+    max_error_rate: Any,
+    prices: Any,
+    request_params: Any,
+    **rest: Any,
+) -> RunOptions:
+    """
+    Check the arguments of a job.
+
+    :raises InvalidInputError: one is wrong; the message names it.
+    """
+    if model is not None and models is not None:
+        raise InvalidInputError("give either model or models, not both")
+    names = [model] if model is not None else (models if models is not None else [])
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise InvalidInputError(f"models must be a list of model names; got {names!r}")
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise InvalidInputError(f"a model must be a name such as 'Qwen/Qwen3-32B'; got {name!r}")
+    # Folders are named after them, and some file systems do not tell case.
+    if len({name.strip().casefold() for name in names}) != len(names):
+        raise InvalidInputError(f"models names one twice: {names!r}")
+    if models is not None and not names:
+        raise InvalidInputError("models is empty; leave it out where the rows name their models")
+    for argument, value, most in (
+        ("max_rows_per_batch", max_rows_per_batch, protocol.MAX_FILE_LINES),
+        ("max_bytes_per_batch", max_bytes_per_batch, protocol.MAX_FILE_BYTES),
+        ("max_in_flight", max_in_flight, None),
+        ("max_row_attempts", max_row_attempts, 10),
+    ):
+        if value is None and argument == "max_in_flight":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
+            limit = f" of at most {most}" if most else ""
+            raise InvalidInputError(f"{argument} must be a whole number above 0{limit}; got {value!r}")
+    if max_error_rate is not None and (
+        isinstance(max_error_rate, bool)
+        or not isinstance(max_error_rate, int | float)
+        or not 0 <= max_error_rate <= 1
+    ):
+        raise InvalidInputError(f"max_error_rate must be a share from 0 to 1; got {max_error_rate!r}")
+    if request_params is not None and not isinstance(request_params, Mapping):
+        raise InvalidInputError(
+            f"request_params must be a mapping such as {{'temperature': 0.2}}; got {type(request_params).__name__}"
+        )
+    check_prices(prices)
+    return RunOptions(
+        models=tuple(name.strip() for name in names),
+        completion_window=protocol.check_completion_window(completion_window),
+        metadata=check_user_metadata(metadata),
+        max_rows=max_rows_per_batch,
+        max_bytes=max_bytes_per_batch,
+        max_in_flight=max_in_flight,
+        max_row_attempts=max_row_attempts,
+        max_error_rate=max_error_rate,
+        prices=prices,
+        request_params=request_params,
+        **rest,
+    )
+
+
+def judge_run(manifest: Mapping[str, Any], options: RunOptions) -> str | None:
+    """
+    Say whether a finished job is a success.
+
+    :returns: ``None`` for a flawless one, else a sentence to warn with.
+    :raises BatchPartialFailureError: it is a failure; the results are written.
+    """
+    rows = manifest["rows"]
+    lost = rows["total"] - rows["ok"]
+    if not lost:
+        return None
+    story = (
+        f"{rows['ok']} of {rows['total']} rows succeeded ({rows['error']} failed, {rows['expired']} expired, "
+        f"{rows['missing']} missing)"
+    )
+    if manifest["errors"]:
+        message, count = next(iter(manifest["errors"].items()))
+        story += f"; most often: {message} ({count} rows)"
+    if worth := manifest.get("worth_another_attempt"):
+        story += (
+            f". {worth} of them failed for a passing reason: with max_row_attempts above "
+            f"{options.max_row_attempts} the task would have sent them again"
+        )
+    story += f". The results are in {manifest['paths']['output_dir']}"
+    rate = options.max_error_rate
+    if rate is not None and lost > rate * rows["total"]:
+        raise BatchPartialFailureError(
+            f"{story}. {lost / rows['total']:.2%} is more than max_error_rate allows ({rate:.2%})."
+        )
+    if options.fail_on_partial_error and rate is None:
+        raise BatchPartialFailureError(f"{story}. fail_on_partial_error is set.")
+    if not rows["ok"] and not options.allow_all_failed:
+        raise BatchPartialFailureError(f"{story}. Not one row succeeded.")
+    return story

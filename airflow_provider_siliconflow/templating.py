@@ -1,0 +1,87 @@
+"""Arguments that a template turned into text, back as what they stand for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+
+def is_late(value: Any) -> bool:
+    """Whether the value of an argument is known only when the task runs: a template, or another task's output."""
+    if isinstance(value, str):
+        return "{{" in value or "{%" in value
+    return hasattr(value, "resolve")
+
+
+def refuse_both(**given: Any) -> None:
+    """
+    Refuse two arguments of which only one makes sense, where that is known when the DAG is parsed.
+
+    :raises ValueError: both are given.
+    """
+    if all(value is not None and not is_late(value) for value in given.values()):
+        raise ValueError(f"give either {' or '.join(given)}, not both")
+
+
+def rendered_list(value: Any) -> Any:
+    """
+    Return a list that a template rendered to text as a list again; anything else as it is.
+
+    What a mapped task returned comes as a sequence of Airflow's own, which reads its items one by one.
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return list(value)
+    return _read(value, "[", list)
+
+
+def rendered_mapping(value: Any) -> Any:
+    """Return a mapping that a template rendered to text as a mapping again; anything else as it is."""
+    if isinstance(value, Mapping):
+        return value
+    return _read(value, "{", dict)
+
+
+def _read(value: Any, first: str, kind: type) -> Any:
+    if _is_nothing(value):
+        return None
+    if not isinstance(value, str) or not value.lstrip().startswith(first):
+        return value
+    import ast
+
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(value)
+        except (ValueError, SyntaxError):
+            continue
+        if isinstance(found, kind):
+            return found
+    return value
+
+
+def rendered_text(value: Any) -> Any:
+    """Return ``None`` for a text that a template rendered to nothing; anything else as it is."""
+    return None if _is_nothing(value) else value
+
+
+def rendered_number(value: Any) -> Any:
+    """Return a number that a template rendered to text as a number again; anything else as it is."""
+    if _is_nothing(value):
+        return None
+    if isinstance(value, str):
+        for read in (int, float):
+            try:
+                return read(value)
+            except ValueError:
+                continue
+    return value
+
+
+def rendered_seconds(value: Any) -> Any:
+    """Return a time as seconds, whether it came as a number, a ``timedelta`` or a text; anything else as it is."""
+    return value.total_seconds() if isinstance(value, timedelta) else rendered_number(value)
+
+
+def _is_nothing(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() in ("", "None", "null")

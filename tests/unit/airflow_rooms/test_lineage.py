@@ -1,0 +1,29 @@
+"""What OpenLineage is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airflow_provider_siliconflow.lineage import lineage
+
+pytest.importorskip("airflow.providers.openlineage", reason="needs apache-airflow-providers-openlineage")
+
+
+@pytest.mark.parametrize(
+    ("requests", "named"),
+    [
+        ("s3://conn@evals/in/rows.jsonl", ("s3://evals", "in/rows.jsonl")),
+        ("file:///data/rows.jsonl", ("file", "/data/rows.jsonl")),
+        (Path("/data/rows.jsonl"), ("file", "/data/rows.jsonl")),
+        ('["a prompt"]', None),
+        ([{"custom_id": "a"}], None),
+    ],
+)
+def test_a_file_is_named_without_its_connection_and_rows_are_none(
+    requests: Any, named: tuple[str, str] | None
+) -> None:
+    found = [(each.namespace, each.name) for each in lineage(requests).inputs]
+    assert found == ([named] if named else [])
