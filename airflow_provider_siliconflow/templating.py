@@ -15,6 +15,15 @@ def is_late(value: Any) -> bool:
     return hasattr(value, "resolve")
 
 
+def is_late_inside(value: Any) -> bool:
+    """Whether a mapping or list holds anything that is known only when the task runs."""
+    if isinstance(value, Mapping):
+        return any(is_late(each) or is_late_inside(each) for pair in value.items() for each in pair)
+    if isinstance(value, list | tuple):
+        return any(is_late(each) or is_late_inside(each) for each in value)
+    return False
+
+
 def refuse_both(**given: Any) -> None:
     """
     Refuse two arguments of which only one makes sense, where that is known when the DAG is parsed.

@@ -21,7 +21,7 @@ from typing import Annotated, Any, BinaryIO, Literal, NoReturn
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from airflow_provider_siliconflow.api import protocol
+from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.api.exceptions import (
     InvalidInputError,
     InvalidRequestFileError,
@@ -31,11 +31,11 @@ from airflow_provider_siliconflow.api.models import valid_text
 from airflow_provider_siliconflow.batch_files.sources import LONGEST_LINE, ByteReader, LineReader, Source
 
 #: The service's limits for one input file.
-MAX_ROWS = protocol.MAX_FILE_LINES
-MAX_BYTES = protocol.MAX_FILE_BYTES
+MAX_ROWS = arguments.MAX_FILE_LINES
+MAX_BYTES = arguments.MAX_FILE_BYTES
 
 #: The only endpoint and method the service takes in a batch.
-ENDPOINT = protocol.CHAT_COMPLETIONS
+ENDPOINT = arguments.CHAT_COMPLETIONS
 METHOD = "POST"
 
 #: Problems collected before the search stops.

@@ -167,16 +167,16 @@ class SiliconFlowHook(BaseHook):
         :raises SubmissionUnknownError: it is open whether the batch exists.
         :raises InvalidInputError: an argument is wrong.
         """
-        from airflow_provider_siliconflow.api import protocol
+        from airflow_provider_siliconflow.api import arguments, protocol
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError, SubmissionUnknownError
 
         try:
             return self._client.create_batch(
-                input_file_id=protocol.check_identifier("input_file_id", input_file_id),
-                endpoint=protocol.check_endpoint(endpoint),
-                completion_window=protocol.check_completion_window(completion_window),
-                metadata=protocol.check_metadata(metadata),
-                replace=protocol.check_replace(replace),
+                input_file_id=arguments.check_identifier("input_file_id", input_file_id),
+                endpoint=arguments.check_endpoint(endpoint),
+                completion_window=arguments.check_completion_window(completion_window),
+                metadata=arguments.check_metadata(metadata),
+                replace=arguments.check_replace(replace),
             )
         except SiliconFlowError as exc:
             if not protocol.leaves_effect_open(exc):
@@ -193,7 +193,7 @@ class SiliconFlowHook(BaseHook):
 
         :param batch_id: the batch.
         """
-        from airflow_provider_siliconflow.api.protocol import check_identifier
+        from airflow_provider_siliconflow.api.arguments import check_identifier
 
         return self._client.get_batch(check_identifier("batch_id", batch_id))
 
@@ -210,7 +210,7 @@ class SiliconFlowHook(BaseHook):
         :param batch_id: the batch.
         :returns: the batch, which may still show its old status.
         """
-        from airflow_provider_siliconflow.api.protocol import check_identifier
+        from airflow_provider_siliconflow.api.arguments import check_identifier
         from airflow_provider_siliconflow.jobs.cancelling import cancel
 
         return cancel(self._client, check_identifier("batch_id", batch_id))
@@ -245,7 +245,7 @@ class SiliconFlowHook(BaseHook):
         :param enough: return once so many have ended; by default all.
         :returns: the ended batches.
         """
-        from airflow_provider_siliconflow.api.protocol import check_identifiers
+        from airflow_provider_siliconflow.api.arguments import check_identifiers
         from airflow_provider_siliconflow.jobs.progress import ProgressBar
         from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
@@ -303,7 +303,7 @@ class SiliconFlowHook(BaseHook):
         :returns: the manifest.
         :raises IncompleteResultsError: the files hold fewer rows than the batch counts as successful.
         """
-        from airflow_provider_siliconflow.api.protocol import check_identifier
+        from airflow_provider_siliconflow.api.arguments import check_identifier
         from airflow_provider_siliconflow.jobs.downloads import download_results
 
         batch_id = check_identifier("batch_id", batch_id)

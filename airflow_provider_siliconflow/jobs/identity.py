@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from airflow_provider_siliconflow.api import protocol
+from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 from airflow_provider_siliconflow.api.models import Batch
 
@@ -43,7 +43,7 @@ class Submitter:
     def label(self) -> str:
         """``dag/task/run`` for people who look at the account's batches."""
         mapped = f"[{self.map_index}]" if self.map_index >= 0 else ""
-        return f"{self.dag_id}/{self.task_id}{mapped}/{self.run_id}"[: protocol.MAX_METADATA_VALUE]
+        return f"{self.dag_id}/{self.task_id}{mapped}/{self.run_id}"[: arguments.MAX_METADATA_VALUE]
 
     def key(self, **content: Any) -> str:
         """
@@ -72,7 +72,7 @@ class BatchWork:
     def tagged_metadata(self) -> dict[str, str]:
         """The author's metadata with the identity, and with the readable name where there is room."""
         tagged = {**self.metadata, WORK_KEY: self.key}
-        if len(tagged) < protocol.MAX_METADATA_PAIRS:
+        if len(tagged) < arguments.MAX_METADATA_PAIRS:
             tagged[WORK_LABEL] = self.label
         return tagged
 
@@ -97,7 +97,7 @@ def check_user_metadata(value: Any) -> dict[str, str]:
 
     :raises InvalidInputError: it does not, uses a key of ours, or the service would not take it.
     """
-    metadata = protocol.check_metadata(value, reserved=1)
+    metadata = arguments.check_metadata(value, reserved=1)
     for key in (WORK_KEY, WORK_LABEL):
         if key in metadata:
             raise InvalidInputError(f"metadata key {key!r} is used by this provider; choose another")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from airflow_provider_siliconflow.api import protocol
+from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.api.exceptions import BatchPartialFailureError, InvalidInputError
 from airflow_provider_siliconflow.batch_files.manifest import check_prices
 from airflow_provider_siliconflow.jobs.identity import check_user_metadata
@@ -29,8 +29,8 @@ class RunOptions:
     models: tuple[str, ...] = ()
     completion_window: str = "24h"
     metadata: Mapping[str, str] = field(default_factory=dict)
-    max_rows: int = protocol.MAX_FILE_LINES
-    max_bytes: int = protocol.MAX_FILE_BYTES
+    max_rows: int = arguments.MAX_FILE_LINES
+    max_bytes: int = arguments.MAX_FILE_BYTES
     max_in_flight: int | None = None
     max_row_attempts: int = 1
     max_error_rate: float | None = None
@@ -78,23 +78,13 @@ def check_options(
         raise InvalidInputError(f"models names one twice: {names!r}")
     if models is not None and not names:
         raise InvalidInputError("models is empty; leave it out where the rows name their models")
-    for argument, value, most in (
-        ("max_rows_per_batch", max_rows_per_batch, protocol.MAX_FILE_LINES),
-        ("max_bytes_per_batch", max_bytes_per_batch, protocol.MAX_FILE_BYTES),
-        ("max_in_flight", max_in_flight, None),
-        ("max_row_attempts", max_row_attempts, 10),
-    ):
-        if value is None and argument == "max_in_flight":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
-            limit = f" of at most {most}" if most else ""
-            raise InvalidInputError(f"{argument} must be a whole number above 0{limit}; got {value!r}")
-    if max_error_rate is not None and (
-        isinstance(max_error_rate, bool)
-        or not isinstance(max_error_rate, int | float)
-        or not 0 <= max_error_rate <= 1
-    ):
-        raise InvalidInputError(f"max_error_rate must be a share from 0 to 1; got {max_error_rate!r}")
+    arguments.check_limits(
+        max_rows_per_batch=max_rows_per_batch,
+        max_bytes_per_batch=max_bytes_per_batch,
+        max_in_flight=max_in_flight,
+        max_row_attempts=max_row_attempts,
+        max_error_rate=max_error_rate,
+    )
     if request_params is not None and not isinstance(request_params, Mapping):
         raise InvalidInputError(
             f"request_params must be a mapping such as {{'temperature': 0.2}}; got {type(request_params).__name__}"
@@ -102,7 +92,7 @@ def check_options(
     check_prices(prices)
     return RunOptions(
         models=tuple(name.strip() for name in names),
-        completion_window=protocol.check_completion_window(completion_window),
+        completion_window=arguments.check_completion_window(completion_window),
         metadata=check_user_metadata(metadata),
         max_rows=max_rows_per_batch,
         max_bytes=max_bytes_per_batch,

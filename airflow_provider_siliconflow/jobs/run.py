@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from airflow_provider_siliconflow.api import protocol
+from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
     APIError,
@@ -424,7 +424,7 @@ class BatchRun:
             key=piece.work_key,
             label=self._submitter.label,
             input_file_id=file_id,
-            endpoint=protocol.CHAT_COMPLETIONS,
+            endpoint=arguments.CHAT_COMPLETIONS,
             completion_window=self.options.completion_window,
             metadata=self.options.metadata,
             replace={"model": model} if model else None,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from airflow_provider_siliconflow.api import protocol
+from airflow_provider_siliconflow.api import arguments, protocol
 from airflow_provider_siliconflow.api.exceptions import (
     APIError,
     AuthenticationError,
@@ -323,7 +323,7 @@ def default_deadline(batch: Batch, began: float) -> float:
 
     :param began: epoch seconds at which the wait began.
     """
-    expiry = batch.expires_at or (batch.created_at or began) + protocol.MAX_WINDOW_HOURS * 3600.0
+    expiry = batch.expires_at or (batch.created_at or began) + arguments.MAX_WINDOW_HOURS * 3600.0
     return max(expiry, began) + EXPIRY_MARGIN
 
 

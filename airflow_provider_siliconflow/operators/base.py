@@ -11,10 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowTaskTimeout, BaseOperator
 
+from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.links.batch import BatchConsoleLink
 from airflow_provider_siliconflow.task_context import only_the_worker_ends
-from airflow_provider_siliconflow.templating import is_late, rendered_seconds
+from airflow_provider_siliconflow.templating import (
+    is_late,
+    is_late_inside,
+    rendered_mapping,
+    rendered_number,
+    rendered_seconds,
+)
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.api.models import Batch
@@ -78,6 +85,8 @@ class SubmittingOperator(FileOperator):
     :param timeout: seconds to wait, or a ``timedelta``.
     :param cancel_on_kill: cancel the batches when a person ends the task.
     :param cancel_on_timeout: cancel the batches when the wait times out.
+    :param completion_window: ``"24h"`` to ``"336h"``, a number of hours or a ``timedelta``.
+    :param metadata: pairs of strings for the batches.
     :param durable: whether a retry takes the batches up.
     """
 
@@ -89,11 +98,22 @@ class SubmittingOperator(FileOperator):
         timeout: float | timedelta | str | None,
         cancel_on_kill: bool,
         cancel_on_timeout: bool,
+        completion_window: str | int | timedelta,
+        metadata: dict[str, str] | str | None,
         durable: bool,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_wait_arguments(poll_interval=poll_interval, timeout=timeout)
+        if not is_late(poll_interval):
+            arguments.check_seconds("poll_interval", rendered_seconds(poll_interval))
+        if timeout is not None and not is_late(timeout):
+            arguments.check_seconds("timeout", rendered_seconds(timeout))
+        if not is_late(completion_window):
+            arguments.check_completion_window(rendered_number(completion_window))
+        if metadata is not None and not is_late(metadata) and not is_late_inside(metadata):
+            arguments.check_metadata(rendered_mapping(metadata), reserved=1 if durable else 0)
+        self.completion_window = completion_window
+        self.metadata = metadata
         self.deferrable = deferrable
         self.poll_interval = poll_interval
         self.timeout = timeout
@@ -110,7 +130,9 @@ class SubmittingOperator(FileOperator):
         :raises InvalidInputError: what a template rendered is none.
         """
         interval, timeout = rendered_seconds(self.poll_interval), rendered_seconds(self.timeout)
-        check_wait_arguments(poll_interval=interval, timeout=timeout)
+        arguments.check_seconds("poll_interval", interval)
+        if timeout is not None:
+            arguments.check_seconds("timeout", timeout)
         return interval, timeout
 
     def kill_cancels(self) -> bool:
@@ -153,24 +175,6 @@ class SubmittingOperator(FileOperator):
             "retry submits the cancelled batches anew and pays for them again.",
             batch_id=batch_ids[0] if batch_ids else None,
         )
-
-
-def check_wait_arguments(*, poll_interval: Any, timeout: Any) -> None:
-    """
-    Refuse waiting arguments that cannot work; what a template will say is left out.
-
-    :raises InvalidInputError: one is not a positive time.
-    """
-    for name, given in (("poll_interval", poll_interval), ("timeout", timeout)):
-        value = given if is_late(given) else rendered_seconds(given)
-        if is_late(value) or (value is None and name == "timeout"):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-
-            raise InvalidInputError(
-                f"{name} must be a number of seconds above 0, or a timedelta; got {given!r}"
-            )
 
 
 def wait_deadline(batch: Batch, timeout: float | None) -> float:

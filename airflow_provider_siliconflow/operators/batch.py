@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import conf
 
+from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.operators.base import (
     DEFERRAL_BACKSTOP,
@@ -27,6 +28,8 @@ from airflow_provider_siliconflow.task_context import (
     task_errors,
 )
 from airflow_provider_siliconflow.templating import (
+    is_late,
+    is_late_inside,
     refuse_both,
     rendered_mapping,
     rendered_number,
@@ -194,15 +197,19 @@ class CreateBatchOperator(SubmittingOperator):
             timeout=timeout,
             cancel_on_kill=cancel_on_kill,
             cancel_on_timeout=cancel_on_timeout,
+            completion_window=completion_window,
+            metadata=metadata,
             durable=durable,
             **kwargs,
         )
         refuse_both(input_file_id=input_file_id, input_path=input_path)
+        if not is_late(endpoint):
+            arguments.check_endpoint(endpoint)
+        if not is_late(replace) and not is_late_inside(replace):
+            arguments.check_replace(rendered_mapping(replace))
         self.input_file_id = input_file_id
         self.input_path = input_path
         self.endpoint = endpoint
-        self.completion_window = completion_window
-        self.metadata = metadata
         self.replace = replace
         self.wait_for_completion = wait_for_completion
         self.fail_on_partial_error = fail_on_partial_error
@@ -283,7 +290,6 @@ class CreateBatchOperator(SubmittingOperator):
             return self._finish(batch)
 
     def _submit(self, context: Context) -> Batch:
-        from airflow_provider_siliconflow.api import protocol
         from airflow_provider_siliconflow.api.exceptions import InvalidInputError
         from airflow_provider_siliconflow.jobs.identity import BatchWork, check_user_metadata
 
@@ -291,11 +297,11 @@ class CreateBatchOperator(SubmittingOperator):
         if (input_file_id is None) == (input_path is None):
             raise InvalidInputError("give either input_file_id or input_path: one of them, not both")
         # Everything is checked before anything is sent.
-        window = protocol.check_completion_window(rendered_number(self.completion_window))
-        endpoint = protocol.check_endpoint(self.endpoint)
+        window = arguments.check_completion_window(rendered_number(self.completion_window))
+        endpoint = arguments.check_endpoint(self.endpoint)
         given = rendered_mapping(self.metadata)
-        metadata = check_user_metadata(given) if self.durable else protocol.check_metadata(given)
-        replace = protocol.check_replace(rendered_mapping(self.replace))
+        metadata = check_user_metadata(given) if self.durable else arguments.check_metadata(given)
+        replace = arguments.check_replace(rendered_mapping(self.replace))
         submitter = submitter_of(context)
         client = self.hook.get_conn()
         submission = self._submission = open_submission(context, client)
@@ -311,7 +317,7 @@ class CreateBatchOperator(SubmittingOperator):
                 source, _ = _checked(input_path, needs_model=needs_model)
                 file_id = self.hook.upload_file(source).id
         else:
-            file_id = content = protocol.check_identifier("input_file_id", input_file_id)
+            file_id = content = arguments.check_identifier("input_file_id", input_file_id)
         if not self.durable:
             submission.check_not_stopped("POST /batches")
             batch = self.hook.create_batch(

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.providers.common.compat.sdk import AirflowSkipException, conf
 
+from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.operators.base import (
     DEFERRAL_BACKSTOP,
     SubmittingOperator,
 )
 from airflow_provider_siliconflow.task_context import open_submission, submitter_of, task_errors
 from airflow_provider_siliconflow.templating import (
+    is_late,
     refuse_both,
     rendered_list,
     rendered_mapping,
@@ -138,10 +140,21 @@ class RunBatchOperator(SubmittingOperator):
             timeout=timeout,
             cancel_on_kill=cancel_on_kill,
             cancel_on_timeout=cancel_on_timeout,
+            completion_window=completion_window,
+            metadata=metadata,
             durable=durable,
             **kwargs,
         )
         refuse_both(model=model, models=models)
+        limits = {
+            "max_rows_per_batch": max_rows_per_batch,
+            "max_bytes_per_batch": max_bytes_per_batch,
+            "max_in_flight": max_in_flight,
+            "max_row_attempts": max_row_attempts,
+            "max_error_rate": max_error_rate,
+        }
+        known = {name: rendered_number(value) for name, value in limits.items() if not is_late(value)}
+        arguments.check_limits(**known)
         if not durable or not ordered:
             raise ValueError("RunBatchOperator is always durable and its results are always ordered")
         self.requests = requests
@@ -149,8 +162,6 @@ class RunBatchOperator(SubmittingOperator):
         self.model = model
         self.models = models
         self.request_params = request_params
-        self.completion_window = completion_window
-        self.metadata = metadata
         self.max_rows_per_batch = max_rows_per_batch
         self.max_bytes_per_batch = max_bytes_per_batch
         self.max_in_flight = max_in_flight
@@ -244,7 +255,7 @@ class RunBatchOperator(SubmittingOperator):
     def _defer(
         self, run: BatchRun, open_batches: list[str], enough: int | None, poll_interval: float
     ) -> None:
-        from airflow_provider_siliconflow.api.protocol import MAX_WINDOW_HOURS
+        from airflow_provider_siliconflow.api.arguments import MAX_WINDOW_HOURS
         from airflow_provider_siliconflow.jobs.waiting import EXPIRY_MARGIN
 
         now = time.time()

@@ -188,7 +188,7 @@ class BatchSensor(BaseSensorOperator):
         return None if began is None else began.timestamp()
 
     def _batch_ids(self) -> list[str]:
-        from airflow_provider_siliconflow.api.protocol import check_identifiers
+        from airflow_provider_siliconflow.api.arguments import check_identifiers
 
         return check_identifiers("batch_id", rendered_list(self.batch_id))
 

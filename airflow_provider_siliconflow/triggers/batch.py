@@ -96,8 +96,8 @@ class BatchTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Wait, and yield one event."""
+        from airflow_provider_siliconflow.api.arguments import check_identifiers
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
-        from airflow_provider_siliconflow.api.protocol import check_identifiers
         from airflow_provider_siliconflow.jobs.waiting import BatchWait, ended_event, error_event, is_flawless
         from airflow_provider_siliconflow.templating import rendered_list
 
@@ -194,9 +194,9 @@ class BatchTrigger(BaseTrigger):
     async def _cancel_if_killed(self) -> None:
         from asgiref.sync import sync_to_async
 
+        from airflow_provider_siliconflow.api.arguments import check_identifiers
         from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
-        from airflow_provider_siliconflow.api.protocol import check_identifiers
         from airflow_provider_siliconflow.task_context import task_state
         from airflow_provider_siliconflow.templating import rendered_list
 

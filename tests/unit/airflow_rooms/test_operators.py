@@ -96,18 +96,31 @@ def test_arguments_are_kept_as_they_came(operator: type) -> None:
     assert task.upstream_task_ids == {"upstream"}
 
 
+BOTH = [CreateBatchOperator, RunBatchOperator]
+
+
 @pytest.mark.parametrize(
-    ("operator", "both"),
+    ("operators", "given", "named"),
     [
-        (CreateBatchOperator, {"input_file_id": "file-1", "input_path": "x"}),
-        (RunBatchOperator, {"model": "a", "models": ["b"]}),
+        ([CreateBatchOperator], {"input_file_id": "file-1", "input_path": "x"}, "not both"),
+        ([RunBatchOperator], {"model": "a", "models": ["b"]}, "not both"),
+        (BOTH, {"completion_window": "12h"}, "completion_window"),
+        (BOTH, {"completion_window": timedelta(days=15)}, "completion_window"),
+        (BOTH, {"metadata": {str(n): "" for n in range(16)}}, "metadata"),
+        ([CreateBatchOperator], {"endpoint": "/v1/embeddings"}, "endpoint"),
+        ([CreateBatchOperator], {"replace": "Qwen/Qwen3-32B"}, "replace"),
+        ([CreateBatchOperator], {"replace": {"model": ""}}, "replace"),
+        ([RunBatchOperator], {"max_rows_per_batch": 6000}, "max_rows_per_batch"),
+        ([RunBatchOperator], {"max_in_flight": 0}, "max_in_flight"),
+        ([RunBatchOperator], {"max_error_rate": 5}, "max_error_rate"),
     ],
 )
-def test_two_arguments_for_one_thing_fail_when_the_dag_is_parsed(
-    operator: type, both: dict[str, Any]
+def test_what_cannot_work_fails_when_the_dag_is_parsed(
+    operators: list[type], given: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(ValueError, match="not both"):
-        operator(task_id="t", **OPERATORS[operator] | both)
+    for operator in operators:
+        with pytest.raises(ValueError, match=named):
+            operator(task_id="t", **OPERATORS[operator] | given)
 
 
 @pytest.mark.usefixtures("siliconflow_connection")
@@ -183,12 +196,10 @@ def test_operators_and_sensor_can_be_mapped() -> None:
         ({"input_file_id": "None"}, "input_file_id"),
         ({"input_path": ""}, "path"),
         ({"input_path": "/nowhere/rows.jsonl"}, "does not exist"),
-        ({"input_file_id": "file-1", "completion_window": "12h"}, "completion_window"),
-        ({"input_file_id": "file-1", "completion_window": timedelta(days=15)}, "completion_window"),
-        ({"input_file_id": "file-1", "endpoint": "/v1/embeddings"}, "endpoint"),
-        ({"input_file_id": "file-1", "metadata": {str(n): "" for n in range(16)}}, "metadata"),
-        ({"input_file_id": "file-1", "replace": "Qwen/Qwen3-32B"}, "replace"),
-        ({"input_file_id": "file-1", "replace": {"model": ""}}, "replace"),
+        ({"input_file_id": "file-1", "completion_window": "{{ '12h' }}"}, "completion_window"),
+        ({"input_file_id": "file-1", "endpoint": "{{ '/v1/embeddings' }}"}, "endpoint"),
+        ({"input_file_id": "file-1", "metadata": "{{ 'team' }}"}, "metadata"),
+        ({"input_file_id": "file-1", "replace": {"model": "{{ '' }}"}}, "replace"),
     ],
 )
 @pytest.mark.usefixtures("siliconflow_connection")
@@ -196,6 +207,7 @@ def test_a_wrong_argument_fails_for_good_before_any_request(
     make_context: MakeContext, emulator: Emulator, arguments: dict[str, Any], named: str
 ) -> None:
     task = CreateBatchOperator(task_id="t", **arguments)
+    task.render_template_fields({})
     with pytest.raises(AirflowFailException, match=named):
         task.execute(make_context(task))
     assert emulator.request_counts == {}

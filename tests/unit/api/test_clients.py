@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from airflow_provider_siliconflow.api import protocol
+from airflow_provider_siliconflow.api import arguments, protocol
 from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
     APIError,
@@ -45,7 +45,7 @@ def batch_id(emulator: Emulator, rows: Any) -> str:
 def creation(file_id: str) -> protocol.Call[Any]:
     return protocol.create_batch(
         input_file_id=file_id,
-        endpoint=protocol.CHAT_COMPLETIONS,
+        endpoint=arguments.CHAT_COMPLETIONS,
         completion_window="24h",
         metadata={"团队": "评测"},
         replace=None,

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from airflow_provider_siliconflow.api import protocol
+from airflow_provider_siliconflow.api import arguments, protocol
 from airflow_provider_siliconflow.api.exceptions import (
     APIError,
     AuthenticationError,
@@ -305,7 +305,7 @@ def test_where_the_key_may_go(url: str, own: bool) -> None:
     [("24h", "24h"), (24, "24h"), (" 336 h ", "336h"), ("48", "48h"), (timedelta(days=14), "336h")],
 )
 def test_completion_window(value: Any, window: str) -> None:
-    assert protocol.check_completion_window(value) == window
+    assert arguments.check_completion_window(value) == window
 
 
 @pytest.mark.parametrize(
@@ -314,13 +314,13 @@ def test_completion_window(value: Any, window: str) -> None:
 )
 def test_completion_window_is_refused(value: Any) -> None:
     with pytest.raises(InvalidInputError, match="completion_window"):
-        protocol.check_completion_window(value)
+        arguments.check_completion_window(value)
 
 
 def test_metadata_at_its_limits() -> None:
     fits = {f"{n:02d}" + "k" * 62: "v" * 512 for n in range(16)}
-    assert protocol.check_metadata(fits) == fits
-    assert protocol.check_metadata(None) == {}
+    assert arguments.check_metadata(fits) == fits
+    assert arguments.check_metadata(None) == {}
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_metadata_at_its_limits() -> None:
 )
 def test_metadata_is_refused(value: Any) -> None:
     with pytest.raises(InvalidInputError, match="metadata"):
-        protocol.check_metadata(value)
+        arguments.check_metadata(value)
 
 
 @pytest.mark.parametrize(
@@ -358,20 +358,20 @@ def test_metadata_is_refused(value: Any) -> None:
 )
 def test_replace_is_refused(value: Any) -> None:
     with pytest.raises(InvalidInputError, match="replace"):
-        protocol.check_replace(value)
+        arguments.check_replace(value)
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", "None", "null", 7, ["a"]])
 def test_an_id_that_is_none(value: Any) -> None:
     with pytest.raises(InvalidInputError, match="input_file_id"):
-        protocol.check_identifier("input_file_id", value)
+        arguments.check_identifier("input_file_id", value)
 
 
 def test_several_ids() -> None:
-    assert protocol.check_identifiers("batch_id", ["b", " a", "b"]) == ["b", "a"]
-    assert protocol.check_identifiers("batch_id", "a") == ["a"]
+    assert arguments.check_identifiers("batch_id", ["b", " a", "b"]) == ["b", "a"]
+    assert arguments.check_identifiers("batch_id", "a") == ["a"]
     with pytest.raises(InvalidInputError, match="batch_id"):
-        protocol.check_identifiers("batch_id", [])
+        arguments.check_identifiers("batch_id", [])
 
 
 def test_an_id_stays_one_part_of_the_path() -> None:

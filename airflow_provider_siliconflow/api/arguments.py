@@ -1,0 +1,189 @@
+"""
+What the service takes as arguments: its limits, and checks that name the argument.
+
+Imports nothing heavy, since what is known when a DAG is parsed is checked then.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+
+from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+
+#: The only endpoint that batches are offered for.
+CHAT_COMPLETIONS = "/v1/chat/completions"
+
+#: The service's limits.
+MIN_WINDOW_HOURS, MAX_WINDOW_HOURS = 24, 336
+MAX_METADATA_PAIRS, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
+MAX_FILE_BYTES = 10**9
+MAX_FILE_LINES = 5000
+
+
+def check_completion_window(value: Any) -> str:
+    """
+    Return a completion window as the service takes it (``"<n>h"``).
+
+    :param value: ``"24h"``, a whole number of hours, or a ``timedelta`` of whole hours.
+    :raises InvalidInputError: it is none of these, or outside 24 to 336 hours.
+    """
+    hours: float | None = None
+    if isinstance(value, timedelta):
+        hours = value.total_seconds() / 3600
+    elif isinstance(value, int) and not isinstance(value, bool):
+        hours = value
+    elif isinstance(value, str) and (match := re.fullmatch(r"\s*(\d{1,9})\s*h?\s*", value)):
+        hours = int(match[1])
+    if hours is None or hours != int(hours) or not MIN_WINDOW_HOURS <= hours <= MAX_WINDOW_HOURS:
+        raise InvalidInputError(
+            f"completion_window must be '<n>h', a whole number of hours or a timedelta, from "
+            f"{MIN_WINDOW_HOURS}h to {MAX_WINDOW_HOURS}h; got {value!r}"
+        )
+    return f"{int(hours)}h"
+
+
+def check_metadata(value: Any, *, reserved: int = 0) -> dict[str, str]:
+    """
+    Return metadata that the service will take.
+
+    :param value: a mapping of strings, or ``None``.
+    :param reserved: pairs that are needed besides.
+    :raises InvalidInputError: too many pairs, or a key or value that is too long or no string.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise InvalidInputError(f"metadata must be a mapping of strings; got {type(value).__name__}")
+    room = MAX_METADATA_PAIRS - reserved
+    if len(value) > room:
+        extra = (
+            f" ({reserved} of the service's {MAX_METADATA_PAIRS} is taken by the identity that keeps a retry "
+            "from paying twice; durable=False gives it up)"
+            if reserved
+            else ""
+        )
+        raise InvalidInputError(f"metadata may hold at most {room} pairs{extra}; got {len(value)}")
+    for key, item in value.items():
+        if not isinstance(key, str) or not 1 <= len(key) <= MAX_METADATA_KEY or not _can_be_sent(key):
+            raise InvalidInputError(
+                f"metadata key {key!r} must be a string of 1 to {MAX_METADATA_KEY} characters"
+            )
+        if isinstance(item, str) and not _can_be_sent(item):
+            raise InvalidInputError(f"metadata[{key!r}] is not text that can be sent (a lone surrogate)")
+        if not isinstance(item, str) or len(item) > MAX_METADATA_VALUE:
+            raise InvalidInputError(
+                f"metadata[{key!r}] must be a string of at most {MAX_METADATA_VALUE} characters; "
+                f"got {type(item).__name__}{f' of {len(item)}' if isinstance(item, str) else ''}"
+            )
+    return dict(value)
+
+
+def _can_be_sent(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_replace(value: Any) -> dict[str, Any] | None:
+    """
+    Return a ``replace`` object that the service will take.
+
+    :param value: a mapping such as ``{"model": "..."}``, or ``None``.
+    :raises InvalidInputError: it is no mapping, is not JSON, or its model is not a name.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise InvalidInputError(
+            f"replace must be an object such as {{'model': 'Qwen/Qwen3-32B'}}; got {type(value).__name__}"
+        )
+    if "model" in value and not (isinstance(value["model"], str) and value["model"].strip()):
+        raise InvalidInputError(f"replace['model'] must be the name of a model; got {value['model']!r}")
+    try:
+        # UTF-8 has no lone surrogates.
+        json.dumps(dict(value), allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise InvalidInputError(f"replace must be JSON: {exc}") from exc
+    return dict(value) or None
+
+
+def check_endpoint(value: Any) -> str:
+    """
+    Return the endpoint.
+
+    :raises InvalidInputError: it is not the one the service offers batches for.
+    """
+    if value != CHAT_COMPLETIONS:
+        raise InvalidInputError(f"endpoint must be {CHAT_COMPLETIONS!r}, the only one; got {value!r}")
+    return CHAT_COMPLETIONS
+
+
+#: Most attempts a row may get.
+MAX_ROW_ATTEMPTS = 10
+
+_MOST = {
+    "max_rows_per_batch": MAX_FILE_LINES,
+    "max_bytes_per_batch": MAX_FILE_BYTES,
+    "max_in_flight": None,
+    "max_row_attempts": MAX_ROW_ATTEMPTS,
+}
+
+
+def check_limits(**limits: Any) -> None:
+    """
+    Check the limits of a job, as many of them as are given.
+
+    :param limits: by name; ``max_in_flight`` and ``max_error_rate`` may be ``None``.
+    :raises InvalidInputError: one is not a whole number in its range, or not a share.
+    """
+    for name, value in limits.items():
+        if value is None and name in ("max_in_flight", "max_error_rate"):
+            continue
+        if name == "max_error_rate":
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise InvalidInputError(f"max_error_rate must be a share from 0 to 1; got {value!r}")
+            continue
+        most = _MOST[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
+            limit = f" of at most {most}" if most else ""
+            raise InvalidInputError(f"{name} must be a whole number above 0{limit}; got {value!r}")
+
+
+def check_seconds(name: str, value: Any) -> None:
+    """
+    Check a time.
+
+    :raises InvalidInputError: it is not a number of seconds above 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise InvalidInputError(f"{name} must be a number of seconds above 0, or a timedelta; got {value!r}")
+
+
+def check_identifier(name: str, value: Any) -> str:
+    """
+    Return an id of a batch or a file.
+
+    :param name: the argument, for the message.
+    :raises InvalidInputError: it is empty or no string (often: the upstream task pushed no XCom).
+    """
+    if not isinstance(value, str) or not value.strip() or value.strip() in ("None", "null"):
+        raise InvalidInputError(
+            f"{name} must be an id such as 'batch_...' or 'file-...'; got {value!r}. "
+            "If it is templated, check that the upstream task pushed it."
+        )
+    return value.strip()
+
+
+def check_identifiers(name: str, value: Any) -> list[str]:
+    """Return a list of ids from one id or several; see :func:`check_identifier`."""
+    values: Iterable[Any] = value if isinstance(value, list | tuple | set | frozenset) else [value]
+    ids = list(dict.fromkeys(check_identifier(name, item) for item in values))
+    if not ids:
+        raise InvalidInputError(f"{name} must name at least one batch; got an empty list")
+    return ids
