@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 #: Names in the task state store beside the keys of work: the generation it was there from the start of, and the batch
 #: recorded last.
 _GENERATION, _LAST = "generation", "last"
+#: States of a task that no person has ended.
+_UNTOUCHED_STATES = frozenset({"running", "up_for_retry", "scheduled", "queued"})
 #: Seconds to wait for the state of a task that is being ended; Airflow leaves it five.
 _STATE_PATIENCE = 1.5
 #: Entries outlive the longest batch and the files of the service, whatever the store's own default is.
@@ -205,10 +207,11 @@ def task_state(ti: Any) -> str | None:
 
 def only_the_worker_ends(ti: Any) -> bool:
     """
-    Whether a task is being ended because its worker is: a deployment, an eviction. Nobody has touched the task then.
+    Whether a task is being ended though nobody has touched it: by a deployment, an eviction, or by Airflow, which took
+    it for dead and is about to try again.
 
-    A signal tells both kinds of ending alike; the task's state does not: a person's makes it something else than
-    running, before the signal. Where that cannot be read in time, a person is assumed.
+    A signal tells all endings alike; the task's state does not: a person's makes it failed, success, skipped or
+    restarting, before the signal. Where that cannot be read in time, a person is assumed.
 
     :param ti: the task instance of the context.
     """
@@ -224,7 +227,7 @@ def only_the_worker_ends(ti: Any) -> bool:
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_STATE_PATIENCE)
-    return found == ["running"]
+    return bool(found) and found[0] in _UNTOUCHED_STATES
 
 
 def may_end_in_trigger(operator: BaseOperator) -> bool:

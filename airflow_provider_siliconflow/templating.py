@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+#: How templates begin: Jinja's own marks, and those that DAGs choose in their place.
+_MARKS = ("{{", "{%", "[[", "[%", "<<", "<%", "${")
+
 
 def is_late(value: Any) -> bool:
     """Whether the value of an argument is known only when the task runs: a template, or another task's output."""
     if isinstance(value, str):
-        return "{{" in value or "{%" in value
+        return any(mark in value for mark in _MARKS)
     return hasattr(value, "resolve")
 
 
@@ -62,7 +65,7 @@ def _read(value: Any, first: str, kind: type) -> Any:
     for read in (json.loads, ast.literal_eval):
         try:
             found = read(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
         if isinstance(found, kind):
             return found
@@ -79,12 +82,12 @@ def rendered_number(value: Any) -> Any:
     if _is_nothing(value):
         return None
     if isinstance(value, str):
-        for read in (int, float):
-            try:
-                return read(value)
-            except ValueError:
-                continue
-    return value
+        try:
+            value = float(value) if any(mark in value for mark in ".eEnN") else int(value)
+        except ValueError:
+            return value
+    # JSON and native templates know no whole numbers.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def rendered_seconds(value: Any) -> Any:

@@ -124,6 +124,9 @@ def check_endpoint(value: Any) -> str:
     return CHAT_COMPLETIONS
 
 
+#: Seconds of the longest time that may be given: three centuries.
+_LONGEST_TIME = 1e10
+
 #: Most attempts a row may get.
 MAX_ROW_ATTEMPTS = 10
 
@@ -159,10 +162,12 @@ def check_seconds(name: str, value: Any) -> None:
     """
     Check a time.
 
-    :raises InvalidInputError: it is not a number of seconds above 0.
+    :raises InvalidInputError: it is not a number of seconds above 0, or no time that a calendar can hold.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise InvalidInputError(f"{name} must be a number of seconds above 0, or a timedelta; got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LONGEST_TIME:
+        raise InvalidInputError(
+            f"{name} must be a number of seconds above 0 (and below {_LONGEST_TIME:.0e}), or a timedelta; got {value!r}"
+        )
 
 
 def check_identifier(name: str, value: Any) -> str:

@@ -154,7 +154,7 @@ class InsufficientBalanceError(APIError):
     """402 (or code 30001): the account cannot pay. Batches are paid from the charged balance only."""
 
     retryable = False
-    hint = "Batches are paid from the charged balance only; charge the account, then clear the task."
+    hint = "Batches are paid from the charged balance only: charge the account."
 
 
 class PermissionDeniedError(APIError):

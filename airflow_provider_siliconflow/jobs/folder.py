@@ -69,6 +69,11 @@ class FolderLedger:
         """Write what is not written yet."""
         self.update({})
 
+    def replace(self, key: str, other: str, entry: dict[str, Any]) -> None:
+        """Forget a key and write the entry of another, in one."""
+        self.entries.pop(key, None)
+        self.update({other: entry})
+
     def delete(self, key: str) -> None:
         """Forget a key."""
         if self.entries.pop(key, None) is not None:

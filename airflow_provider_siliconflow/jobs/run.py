@@ -24,10 +24,11 @@ from airflow_provider_siliconflow.api.exceptions import (
     InsufficientBalanceError,
     InvalidInputError,
     InvalidRequestError,
+    NotFoundError,
     PermissionDeniedError,
     SiliconFlowError,
 )
-from airflow_provider_siliconflow.api.models import DEAD_STATUSES, Batch, UploadedFile
+from airflow_provider_siliconflow.api.models import DEAD_STATUSES, Batch, BatchStatus, UploadedFile
 from airflow_provider_siliconflow.batch_files.manifest import (
     BatchSummary,
     ModelRun,
@@ -115,6 +116,7 @@ class BatchRun:
         self._worth_another_attempt = 0
         self._told_of_refusals = False
         self._short: set[str] = set()
+        self._alive: set[str] = set()
         self._cancels_late = False
         self._stopped = False
 
@@ -336,18 +338,31 @@ class BatchRun:
 
         Called once per try, since within a try a batch that failed stays failed.
         """
+        self.note(filter(None, map(self._looked_at, list(self._current))))
         adopted = []
         for piece in self._current:
             ended = self._ended(piece)
             if ended and ended["status"] in DEAD_STATUSES:
                 dead = [*self._dead(piece), {"batch_id": self._batch_id(piece), "ended": ended}]
-                self.ledger.update({f"dead/{piece.work_key}": {"batches": dead}})
-                self.ledger.delete(piece.work_key)
+                self.ledger.replace(piece.work_key, f"dead/{piece.work_key}", {"batches": dead})
             elif self._refused(piece):
                 self.ledger.delete(piece.work_key)
-            elif self._batch_id(piece) and not ended:
+            elif self._batch_id(piece) and piece.work_key not in self._alive:
                 adopted.append(self._submission.submit(self._work(piece, self._file_id(piece))))
         self.note(adopted)
+
+    def _looked_at(self, piece: Piece) -> Batch | None:
+        """Read the batch that an earlier try recorded, so that one that died is known to have, with its rows."""
+        batch_id = self._batch_id(piece)
+        if batch_id is None or self._ended(piece):
+            return None
+        batch = self._submission.look(batch_id)
+        if batch is not None and not batch.is_dead and batch.status != BatchStatus.CANCELLING:
+            log.info(
+                "Adopting batch %s (%s) of an earlier try: nothing is paid again", batch_id, batch.status
+            )
+            self._alive.add(piece.work_key)
+        return batch
 
     def submit_due(self) -> list[str]:
         """
@@ -373,8 +388,15 @@ class BatchRun:
             try:
                 batch = self._submission.submit(self._work(piece, self._file_id(piece)))
             except InsufficientBalanceError as exc:
-                self._refuse(filter(self._is_waiting, waiting), exc)
-                return False
+                self._refuse([piece, *self._surely_unsent(waiting, piece)], exc)
+                return True
+            except NotFoundError as exc:
+                if not self.batch_ids:
+                    raise
+                # Perhaps the file is gone: the retry uploads it again.
+                self.ledger.delete(piece.upload_key)
+                self._refuse([piece], exc)
+                return True
             except (InvalidRequestError, PermissionDeniedError) as exc:
                 self._refuse(self._refused_alike(piece), exc)
                 return True
@@ -395,7 +417,15 @@ class BatchRun:
         tried = sum(self._refused(other) is not None for other in same) + 1
         if tried < _REFUSALS_OF_A_MODEL or any(map(self._batch_id, same)):
             return [piece]
-        return [piece, *(other for other in same if other != piece and self._is_waiting(other))]
+        return [piece, *self._surely_unsent(same, piece)]
+
+    def _surely_unsent(self, pieces: Iterable[Piece], but: Piece) -> list[Piece]:
+        """Return those of which no try can have left a batch: one with an intent is looked for, and may be paid."""
+        return [
+            piece
+            for piece in pieces
+            if piece != but and self._is_waiting(piece) and "intent" not in self._entry(piece)
+        ]
 
     def _refuse(self, pieces: Iterable[Piece], error: APIError) -> None:
         """
@@ -406,7 +436,8 @@ class BatchRun:
         refused = list(pieces)
         message = {"status": error.status_code, "message": error.message}
         self.ledger.update({piece.work_key: {"refused": message} for piece in refused})
-        if not self.batch_ids and not any(self._is_waiting(piece) for piece in self._current):
+        nothing_paid = not self.batch_ids and not any(map(self._dead, self._current))
+        if nothing_paid and not any(map(self._is_waiting, self._current)):
             raise error
         log.error("Refused: %s: %s", self._name(refused[0]), error)
         if len(refused) > 1:

@@ -165,11 +165,6 @@ class Submission:
         if self._stopped:
             raise SiliconFlowError(f"{what} is not sent any more: the task was ended from outside")
 
-    @property
-    def recorded_before(self) -> str | None:
-        """The batch that an earlier try recorded, where the ledger tells."""
-        return getattr(self._ledger, "submitted", None)
-
     # Batches ----------------------------------------------------------------------------------------------
 
     def submit(self, work: BatchWork) -> Batch:
@@ -212,6 +207,10 @@ class Submission:
         if self._ledger.complete or self._earlier_tries == "none":
             return None
         return self._started + (LIST_LAG if self._earlier_tries == "patiently" else 0.0)
+
+    def look(self, batch_id: str) -> Batch | None:
+        """Read a batch of an earlier try, to the end of its cancellation; ``None`` where it cannot be read."""
+        return self._read(batch_id)
 
     def find(self, works: Iterable[BatchWork]) -> list[Batch]:
         """Search the account once for live batches of these works."""

@@ -148,7 +148,7 @@ class SubmittingOperator(FileOperator):
             return False
         if self.durable and self._ti is not None and only_the_worker_ends(self._ti):
             self.log.warning(
-                "The worker is ending, and the task with it; its batches go on, and a retry takes them up"
+                "The worker is ending, or Airflow ends this try; the batches go on, and a retry takes them up"
             )
             return False
         return True

@@ -22,6 +22,7 @@ from airflow_provider_siliconflow.operators.base import (
 )
 from airflow_provider_siliconflow.operators.run import RunBatchOperator
 from airflow_provider_siliconflow.task_context import (
+    ledger_of,
     may_end_in_trigger,
     open_submission,
     submitter_of,
@@ -226,7 +227,7 @@ class CreateBatchOperator(SubmittingOperator):
     def execute(self, context: Context) -> str:
         """Create the batch or adopt it, and wait if told to."""
         self._ti = context["ti"]
-        with task_errors(fail_fast=self.fail_fast), self._paid_batch():
+        with task_errors(fail_fast=self.fail_fast), self._paid_batch(context, resumed=False):
             poll_interval, timeout = self.wait_arguments()
             batch = self._submit(context)
             self.batch_id = batch.id
@@ -251,22 +252,26 @@ class CreateBatchOperator(SubmittingOperator):
             return self._finish(batch)
 
     @contextlib.contextmanager
-    def _paid_batch(self) -> Iterator[None]:
+    def _paid_batch(self, context: Context, *, resumed: bool) -> Iterator[None]:
         """
-        Leave an error to the task's retries where an earlier try has paid for a batch that this one cannot reach.
+        Leave an error to the task's retries where a batch is paid for, but for a verdict on the batch.
 
         Failing for good would leave a person nothing but a clear, which pays for another.
         """
-        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+        from airflow_provider_siliconflow.api.exceptions import BatchError, BatchWaitError, SiliconFlowError
 
         try:
             yield
         except SiliconFlowError as exc:
-            paid = self._submission.recorded_before if self._submission is not None else None
-            if not exc.retryable and self.batch_id is None and paid is not None:
+            verdict = isinstance(exc, BatchError) and not isinstance(exc, BatchWaitError)
+            if exc.retryable or verdict or not self.durable:
+                raise
+            paid = self.batch_id or getattr(ledger_of(context), "submitted", None)
+            if paid or resumed or context["ti"].try_number > 1:
+                which = f"Batch {paid} is submitted" if paid else "A batch may be submitted by an earlier try"
                 exc.args = (
-                    f"{exc} Batch {paid} was submitted by an earlier try, and stays as it is. Mend what is wrong and "
-                    "let the task retry: it takes the batch up. A clear would pay for another.",
+                    f"{exc} {which}, and stays as it is. Mend what is wrong and let the task retry: it takes the "
+                    "batch up. A clear would pay for another.",
                 )
                 exc.worth_a_retry()
             raise
@@ -276,7 +281,7 @@ class CreateBatchOperator(SubmittingOperator):
         self._ti = context["ti"]
         from airflow_provider_siliconflow.jobs.waiting import read_event
 
-        with task_errors(fail_fast=self.fail_fast):
+        with task_errors(fail_fast=self.fail_fast), self._paid_batch(context, resumed=True):
             if event == "success":
                 # dag.test() resumes the task even where the trigger ended it.
                 return str(context["ti"].xcom_pull(task_ids=self.task_id, key="batch_id"))

@@ -185,7 +185,8 @@ class RunBatchOperator(SubmittingOperator):
         from airflow_provider_siliconflow.jobs.run import estimate
 
         self._ti = context["ti"]
-        with task_errors(fail_fast=self.fail_fast):
+        earlier_tries = context["ti"].try_number > 1
+        with task_errors(fail_fast=self.fail_fast), self._paid_batches(possible=earlier_tries):
             options = self._options()
             _, timeout = self.wait_arguments()
             try:
@@ -198,11 +199,10 @@ class RunBatchOperator(SubmittingOperator):
                 if manifest is not None:
                     self.log.info("An earlier try did everything but say so")
                     return self._judged(context, manifest, options)
-                with self._paid_batches(run):
-                    run.prepare(self._rows, self._requests_name())
-                    run.set_deadline(None if timeout is None else time.time() + timeout)
-                    run.revive()
-                    return self._advance(context, run)
+                run.prepare(self._rows, self._requests_name())
+                run.set_deadline(None if timeout is None else time.time() + timeout)
+                run.revive()
+                return self._advance(context, run)
             except NoRowsError as exc:
                 if self.skip_if_empty:
                     raise AirflowSkipException(f"Skipping, since skip_if_empty is set: {exc}") from None
@@ -213,12 +213,11 @@ class RunBatchOperator(SubmittingOperator):
         from airflow_provider_siliconflow.jobs.waiting import read_event
 
         self._ti = context["ti"]
-        with task_errors(fail_fast=self.fail_fast):
+        with task_errors(fail_fast=self.fail_fast), self._paid_batches(possible=True):
             run = self._open_run(context, self._options(), opened=True)
-            with self._paid_batches(run):
-                with self._failed_waits(run):
-                    run.note(read_event(event))
-                return self._advance(context, run)
+            with self._failed_waits(run):
+                run.note(read_event(event))
+            return self._advance(context, run)
 
     def _advance(self, context: Context, run: BatchRun) -> dict[str, Any]:
         poll_interval, _ = self.wait_arguments()
@@ -246,7 +245,8 @@ class RunBatchOperator(SubmittingOperator):
             warning = judge_run(manifest, options)
         except BatchPartialFailureError:
             # A task that fails returns nothing, and its results are there and paid all the same.
-            context["ti"].xcom_push(key="return_value", value=manifest)
+            if self.do_xcom_push:
+                context["ti"].xcom_push(key="return_value", value=manifest)
             raise
         if warning:
             self.log.warning("%s", warning)
@@ -326,9 +326,15 @@ class RunBatchOperator(SubmittingOperator):
 
     def _rows(self) -> Any:
         """Return the rows: a file that opens, or Python objects."""
+        from airflow_provider_siliconflow.api.exceptions import InvalidInputError
         from airflow_provider_siliconflow.paths import open_source
 
         requests = rendered_list(self.requests)
+        if requests is None:
+            raise InvalidInputError(
+                f"requests must be rows or the path of a file; got {self.requests!r}. If it is templated, check that "
+                "the upstream task pushed it."
+            )
         return open_source(requests, "requests") if isinstance(requests, str) else requests
 
     def _requests_name(self) -> str:
@@ -336,11 +342,13 @@ class RunBatchOperator(SubmittingOperator):
         return requests if isinstance(requests, str) and not requests.startswith("[") else "requests"
 
     @contextlib.contextmanager
-    def _paid_batches(self, run: BatchRun) -> Iterator[None]:
+    def _paid_batches(self, *, possible: bool) -> Iterator[None]:
         """
         Leave every error to the task's retries once a batch is submitted, but for a verdict on the results.
 
         Failing for good would leave a person nothing but a clear, which pays for every batch again.
+
+        :param possible: whether batches may be submitted that this try does not know of yet.
         """
         from airflow_provider_siliconflow.api.exceptions import BatchPartialFailureError, SiliconFlowError
 
@@ -349,13 +357,14 @@ class RunBatchOperator(SubmittingOperator):
         except BatchPartialFailureError:
             raise
         except SiliconFlowError as exc:
-            if not exc.retryable and (ids := run.batch_ids):
+            ids = self._run.batch_ids if self._run is not None else []
+            if not exc.retryable and (ids or possible):
                 self.log.error(
-                    "%d batches are submitted (%s%s) and stay as they are. Mend what is wrong and let the task "
-                    "retry: it takes them up. A clear would pay for all again.",
-                    len(ids),
-                    ", ".join(ids[:5]),
-                    ", ..." if len(ids) > 5 else "",
+                    "%s; they stay as they are. Mend what is wrong and let the task retry: it takes them up. A clear "
+                    "would pay for all again.",
+                    f"{len(ids)} batches are submitted ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})"
+                    if ids
+                    else "Batches may be submitted by now",
                 )
                 exc.worth_a_retry()
             raise

@@ -29,6 +29,9 @@ _BEGUN_PER_SECOND = 400
 #: Seconds after which a connection that Airflow could not hand out is read again: at first, and at most.
 _CONNECTION_PAUSE, _LONGEST_CONNECTION_PAUSE = 5.0, 300.0
 
+#: Seconds for which a connection that is not defined may be one that Airflow cannot read.
+_MISSING_CONNECTION_PATIENCE = 600.0
+
 
 class BatchTrigger(BaseTrigger):
     """
@@ -131,15 +134,19 @@ class BatchTrigger(BaseTrigger):
         from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError, InvalidInputError
         from airflow_provider_siliconflow.hooks.siliconflow import settings_from_connection
 
-        pause = _CONNECTION_PAUSE
+        pause, began = _CONNECTION_PAUSE, time.time()
         while True:
             try:
                 connection = await get_async_connection(self.conn_id)
                 extra = await get_async_extra_dejson(connection)
-            except AirflowNotFoundException as exc:
-                raise InvalidInputError(f"connection {self.conn_id!r} is not defined: {exc}") from exc
             except Exception as exc:
-                # Whatever kept Airflow from answering, a wait of days must not end by it.
+                # Whatever kept Airflow from answering, a wait of days must not end by it. Airflow takes some of it,
+                # such as its own API being away, for a connection that is not there.
+                missing = isinstance(exc, AirflowNotFoundException)
+                if missing and time.time() >= began + _MISSING_CONNECTION_PATIENCE:
+                    raise InvalidInputError(
+                        f"connection {self.conn_id!r} is not defined: {exc}. The batches are untouched."
+                    ).worth_a_retry() from exc
                 if self.deadline is not None and time.time() >= self.deadline:
                     raise BatchTimeoutError(
                         f"The wait ended at its deadline: connection {self.conn_id!r} could not be read ({exc}). The "

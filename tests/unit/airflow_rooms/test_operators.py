@@ -25,6 +25,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     InvalidInputError,
     SiliconFlowError,
 )
+from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.operators.batch import (
     CancelBatchOperator,
     CreateBatchOperator,
@@ -61,7 +62,7 @@ def batches(emulator: Emulator) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("operator", [CreateBatchOperator, RunBatchOperator])
 @pytest.mark.parametrize("argument", ["poll_interval", "timeout"])
-@pytest.mark.parametrize("value", [0, -1, "soon", True, float("nan"), timedelta(0)])
+@pytest.mark.parametrize("value", [0, -1, "soon", True, float("nan"), float("inf"), timedelta(0)])
 def test_waiting_arguments_that_cannot_work_fail_when_the_dag_is_parsed(
     operator: type, argument: str, value: Any
 ) -> None:
@@ -425,16 +426,35 @@ def test_a_retry_that_cannot_reach_its_paid_batch_leaves_another_retry(
     create = CreateBatchOperator(task_id="t", input_path=make_input("Hi"), retries=2)
     paid = create.execute(make_context(create, max_tries=2) | {"task_state_store": store})
     again = CreateBatchOperator(task_id="t", input_path="/gone/rows.jsonl", retries=2)
-    with pytest.raises(
-        InvalidInputError, match=f"does not exist.*Batch {paid} was submitted by an earlier try"
-    ):
+    with pytest.raises(InvalidInputError, match=f"does not exist.*Batch {paid} is submitted"):
         again.execute(make_context(again, max_tries=2, try_number=2) | {"task_state_store": store})
-    fresh = CreateBatchOperator(task_id="t", input_path="/gone/rows.jsonl", retries=2)
-    with pytest.raises(AirflowFailException, match="does not exist"):
-        fresh.execute(make_context(fresh, max_tries=5, try_number=4) | {"task_state_store": store})
+    resumed = CreateBatchOperator(task_id="t", input_path="/gone/rows.jsonl", conn_id="gone", retries=2)
+    batch = Batch(id=paid, status="completed", request_counts={"total": 2, "completed": 1, "failed": 1})
+    event = {"status": "ended", "batches": [batch.to_json_dict()]}
+    with pytest.raises(InvalidInputError, match=f"gone.*Batch {paid} is submitted"):
+        resumed.execute_complete(make_context(resumed, max_tries=2) | {"task_state_store": store}, event)
 
 
-@pytest.mark.parametrize("state", ["running", "failed", "restarting", None])
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_a_job_that_cannot_go_on_with_its_paid_batches_leaves_a_retry(
+    make_context: MakeContext, emulator: Emulator, tmp_path: Path
+) -> None:
+    emulator.service.configure({"speed": 0.001})
+    arguments = {"requests": ["a"], "output_dir": str(tmp_path), "model": "Qwen/Qwen3-8B", "deferrable": True}
+    task = RunBatchOperator(task_id="t", **arguments)
+    with pytest.raises(TaskDeferred):
+        task.execute(make_context(task))
+    again = RunBatchOperator(task_id="t", **arguments | {"conn_id": "gone"})
+    event = {"status": "ended", "batches": []}
+    with pytest.raises(InvalidInputError, match="gone"):
+        again.execute_complete(make_context(again), event)
+    with pytest.raises(InvalidInputError, match="gone"):
+        again.execute(make_context(again, try_number=2))
+    with pytest.raises(AirflowFailException, match="gone"):
+        again.execute(make_context(again, try_number=1))
+
+
+@pytest.mark.parametrize("state", ["running", "up_for_retry", "failed", "restarting", None])
 @pytest.mark.parametrize("durable", [True, False])
 @pytest.mark.usefixtures("siliconflow_connection")
 def test_the_end_of_a_worker_cancels_nothing_that_a_retry_takes_up(
@@ -449,7 +469,9 @@ def test_the_end_of_a_worker_cancels_nothing_that_a_retry_takes_up(
     create = CreateBatchOperator(task_id="t", input_path=make_input("Hi"), durable=durable)
     create.execute(make_context(create))
     create.on_kill()
-    assert emulator.request_counts.get("POST /batches/*/cancel", 0) == int(state != "running" or not durable)
+    assert emulator.request_counts.get("POST /batches/*/cancel", 0) == int(
+        state not in ("running", "up_for_retry") or not durable
+    )
 
 
 @pytest.mark.parametrize("resumes", [True, False])

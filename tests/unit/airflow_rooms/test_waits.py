@@ -19,6 +19,7 @@ from airflow.providers.common.compat.sdk import (
 )
 from airflow.triggers.base import TaskSuccessEvent, TriggerEvent
 
+from airflow_provider_siliconflow.api.exceptions import BatchWaitError
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.sensors.batch import BatchSensor
 from airflow_provider_siliconflow.triggers import batch as trigger_module
@@ -237,11 +238,29 @@ def test_a_key_that_is_refused_ends_the_trigger_with_a_reason(
 def test_a_connection_that_is_wrong_ends_the_trigger_with_a_reason(
     monkeypatch: pytest.MonkeyPatch, connection: str | None, words: str
 ) -> None:
+    monkeypatch.setattr(trigger_module, "_MISSING_CONNECTION_PATIENCE", 0.0)
     if connection is not None:
         monkeypatch.setenv("AIRFLOW_CONN_NOWHERE", connection)
     event = payload(BatchTrigger(batch_ids=["batch_1"], conn_id="nowhere"))
-    assert (event["status"], event["retryable"]) == ("error", False)
+    # One that is not there may be one that Airflow cannot read just now.
+    assert (event["status"], event["retryable"]) == ("error", connection is None)
     assert words in event["message"]
+
+
+def test_a_connection_that_airflow_cannot_read_for_a_moment_does_not_end_the_wait(
+    make_batch: Callable[..., str], monkeypatch: pytest.MonkeyPatch, emulator: Emulator
+) -> None:
+    batch_id = make_batch("Hi")
+    monkeypatch.setattr(trigger_module, "_CONNECTION_PAUSE", 0.3)
+
+    async def run() -> Any:
+        event = asyncio.ensure_future(anext(BatchTrigger(batch_ids=[batch_id], conn_id="late").run()))
+        await asyncio.sleep(0.1)
+        monkeypatch.setenv("AIRFLOW_CONN_LATE", emulator.airflow_connection)
+        async with asyncio.timeout(30):
+            return (await event).payload
+
+    assert asyncio.run(run())["status"] == "ended"
 
 
 def test_a_deadline_in_the_past_looks_once_and_ends(
@@ -328,5 +347,6 @@ def test_a_rescheduled_sensor_gives_an_unknown_batch_up_as_any_other_does(
     if known:
         assert not sensor.poke(context), "two answers are not the last word"
     else:
-        with pytest.raises(AirflowFailException, match="batch_unknown is not known to this account"):
+        # Retries are left to it, as nobody knows whether an earlier process had found it.
+        with pytest.raises(BatchWaitError, match="batch_unknown is not known to this account"):
             sensor.poke(context)

@@ -440,3 +440,42 @@ def test_a_crash_in_a_job_larger_than_the_listing_is_taken_up(
             job.attempt()
     assert job.attempt()["rows"]["ok"] == 60
     assert len(emulator.service.state()["batches"]) == 12
+
+
+def test_a_batch_that_died_unseen_keeps_its_rows_and_stops_no_other(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    """Cancelled while nobody waited: by a time-out, a clear, or at the console."""
+    emulator.service.configure({"speed": 1.0, "queue_seconds": 0.0, "rows_per_second": 100.0})
+    job = Job(emulator, tmp_path, rows(20), models=MODELS, max_rows_per_batch=20)
+
+    def die(call: str) -> None:
+        if call == "POST /batches" and len(emulator.service.state()["batches"]) == 2:
+            emulator.service.advance(0.1)
+            first, second = emulator.service.state()["batches"]
+            emulator.service.force_status(first["id"], "cancelled")
+            emulator.service.force_status(second["id"], "completed")
+            raise KeyboardInterrupt
+
+    job.after = die
+    with pytest.raises(KeyboardInterrupt):
+        job.attempt()
+    job.after = lambda _: None
+    emulator.faults.add("POST /batches:status=402")
+    with pytest.raises(BatchFailedError, match="HTTP 402"):
+        job.attempt()
+    first, second = (sum(not row["error"] for row in results(tmp_path, model)) for model in MODELS)
+    assert (0 < first < 20, second) == (True, 20), "what is paid is there, of both"
+    emulator.service.configure({"speed": 100_000.0})
+    manifest = job.attempt()
+    assert manifest["rows"]["ok"] == 40
+    assert [batch["status"] for batch in manifest["models"][0]["batches"]] == ["cancelled", "completed"]
+
+
+def test_a_404_for_one_model_stops_no_other(emulator: Emulator, tmp_path: Path) -> None:
+    job = Job(emulator, tmp_path, rows(3))
+    emulator.faults.add("POST /batches:status=404,skip=1")
+    with pytest.raises(BatchFailedError, match="HTTP 404"):
+        job.attempt()
+    assert [row["error"] for row in results(tmp_path)] == [None] * 3
+    assert job.attempt()["rows"]["ok"] == 6
