@@ -5,8 +5,9 @@
         assert airflow.wait_for_run("my_dag", run_id) == "success"
 
 Airflow 3: api-server, scheduler (LocalExecutor), dag-processor, triggerer. Airflow 2.11: scheduler
-(SequentialExecutor, the only one that sqlite allows there) and triggerer. The intervals at which Airflow
-looks at things are set low, so that a test waits for its own work and not for Airflow's clocks.
+(LocalExecutor, which sqlite bears here: few writers, and a log of its own for them) and triggerer. The
+intervals at which Airflow looks at things are set low, so that a test waits for its own work and not for
+Airflow's clocks.
 
 States, XComs and trigger rows are read straight from the database, read-only: that is the same on every
 version and does not depend on a server being up, which matters in tests that kill servers. Changes go where a
@@ -104,7 +105,7 @@ def _clean_environment() -> dict[str, str]:
 def _base_settings(python: Path | str, home: Path, dags: Path, version: str) -> dict[str, str]:
     folder = str(Path(python).absolute().parent)
     settings = {
-        # The SequentialExecutor of 2.11 looks for `airflow` there.
+        # The executors of 2.11 look for `airflow` there.
         "PATH": os.pathsep.join([folder, os.environ.get("PATH", os.defpath)]),
         "AIRFLOW_HOME": str(home),
         "AIRFLOW__CORE__DAGS_FOLDER": str(dags),
@@ -343,6 +344,9 @@ class LiveAirflow:
         }
         if self.is_airflow_2:
             self.environment |= {
+                "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
+                # Airflow 2 otherwise refuses to run tasks side by side on sqlite.
+                "_AIRFLOW__SKIP_DATABASE_EXECUTOR_COMPATIBILITY_CHECK": "1",
                 "AIRFLOW__SCHEDULER__DAG_DIR_LIST_INTERVAL": "2",
                 "AIRFLOW__SCHEDULER__MIN_FILE_PROCESS_INTERVAL": "5",
                 "AIRFLOW__CORE__MIN_SERIALIZED_DAG_FETCH_INTERVAL": "1",
@@ -786,8 +790,13 @@ class LiveAirflow:
         supervisor: bool = False,
         timeout: float = 30,
     ) -> TaskProcesses:
-        """SIGKILL a running task's process; with `supervisor`, that one first, as when the machine dies."""
+        """SIGKILL a running task's process; with `supervisor`, that one first, as when the machine dies.
+
+        On Airflow 3.0 always both: there, a supervisor that outlives its task fails it without its retries
+        (apache/airflow#55753).
+        """
         pids = self.task_pids(dag_id, run_id, task_id, map_index, timeout=timeout)
+        supervisor = supervisor or self.version.startswith("3.0.")
         for pid in [pids.supervisor, pids.task] if supervisor else [pids.task]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -714,17 +714,18 @@ class BatchRun:
         if self._stopped:
             raise SiliconFlowError("The job does not go on: the task was ended from outside")
 
-    def find_unrecorded(self) -> list[str]:
+    def find_unrecorded(self, patience: float) -> list[str]:
         """
         Search the account for batches that were being created.
 
+        :param patience: how long to look again for one that is not listed, in seconds.
         :raises SiliconFlowError: the account cannot be searched.
         """
         unrecorded = (
             [piece for piece in self._current if "intent" in self._entry(piece)] if self._rounds else []
         )
         works = (self._work(piece, "") for piece in unrecorded)
-        return [batch.id for batch in self._submission.find(works)] if unrecorded else []
+        return [batch.id for batch in self._submission.find(works, patience)] if unrecorded else []
 
 
 def plan(requests: Any, folder: Any, *, name: str, options: RunOptions) -> Split:

@@ -212,10 +212,14 @@ class Submission:
         """Read a batch of an earlier try, to the end of its cancellation; ``None`` where it cannot be read."""
         return self._read(batch_id)
 
-    def find(self, works: Iterable[BatchWork]) -> list[Batch]:
-        """Search the account once for live batches of these works."""
-        now = self._clock.time()
-        found = (self._search(work, now, watch=False, after_intent=True) for work in works)
+    def find(self, works: Iterable[BatchWork], patience: float = 0.0) -> list[Batch]:
+        """
+        Search the account for live batches of these works: once, and while none is listed, again.
+
+        :param patience: how long, in seconds.
+        """
+        listed_at = self._clock.time() + patience
+        found = (self._search(work, listed_at, watch=False, after_intent=True) for work in works)
         return [batch for batch in found if batch is not None]
 
     def _read(self, batch_id: str, *, watch: bool = True) -> Batch | None:

@@ -9,12 +9,12 @@ from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from airflow.providers.common.compat.sdk import AirflowTaskTimeout, BaseOperator
+from airflow.providers.common.compat.sdk import AirflowTaskTimeout, BaseOperator, conf
 
 from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.links.batch import BatchConsoleLink
-from airflow_provider_siliconflow.task_context import only_the_worker_ends
+from airflow_provider_siliconflow.task_context import airflow_version, only_the_worker_ends
 from airflow_provider_siliconflow.templating import (
     is_late,
     is_late_inside,
@@ -152,6 +152,18 @@ class SubmittingOperator(FileOperator):
             )
             return False
         return True
+
+    @staticmethod
+    def kill_patience() -> float:
+        """
+        Return how long ``on_kill`` may look for a batch whose request is on its way, in seconds.
+
+        Airflow 3 lets the task go on for a while, and it cancels the batch once the answer tells its id. Airflow 2
+        breaks the request off when ``on_kill`` returns, and kills the process when it takes too long.
+        """
+        if airflow_version() >= (3, 0):
+            return 0.0
+        return float(conf.getint("core", "killed_task_cleanup_time", fallback=60)) / 2
 
     def cancel(self, batch_ids: Sequence[str]) -> None:
         """Ask for batches to be cancelled where a failure to do so must not hide what happened before."""

@@ -409,7 +409,7 @@ class CreateBatchOperator(SubmittingOperator):
             from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
 
             try:
-                found = self._submission.find([self._work])
+                found = self._submission.find([self._work], self.kill_patience())
             except SiliconFlowError as exc:
                 self.log.warning("Killed while the batch was created; it cannot be looked up: %s", exc)
                 return

@@ -402,6 +402,6 @@ class RunBatchOperator(SubmittingOperator):
         # What is known goes first: there are five seconds, and a search may take more.
         self.cancel(known)
         try:
-            self.cancel(run.find_unrecorded())
+            self.cancel(run.find_unrecorded(self.kill_patience()))
         except SiliconFlowError as exc:
             self.log.warning("Batches that were being created cannot be looked up: %s", exc)

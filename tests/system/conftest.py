@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.system.live import KEY, OpenAccount, connect, write_rows
+from tests.system.live import AIRFLOW, KEY, OpenAccount, connect, secrets_file, write_rows
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator.server import Emulator
@@ -56,6 +56,8 @@ def live_airflow(live_emulator: Emulator, tmp_path_factory: pytest.TempPathFacto
         # Tasks wait for the emulator most of their time.
         "AIRFLOW__CORE__MAX_ACTIVE_TASKS_PER_DAG": "200",
     }
+    if AIRFLOW < (3, 0):
+        env |= secrets_file(tmp_path_factory.mktemp("connections"))
     home = tmp_path_factory.mktemp("live") / "airflow"
     with LiveAirflow(home, DAGS, env=env, parallelism=24) as airflow:
         yield airflow
@@ -69,7 +71,7 @@ def accounts(live_emulator: Emulator) -> list[Emulator]:
 
 @pytest.fixture(scope="session")
 def open_account(live_airflow: LiveAirflow, accounts: list[Emulator]) -> Iterator[OpenAccount]:
-    """Opens an account of its own, an emulator with an Airflow connection of the given name (Airflow 3)."""
+    """Opens an account of its own, an emulator with an Airflow connection of the given name."""
     from airflow_provider_siliconflow.emulator.server import running_emulator
 
     with contextlib.ExitStack() as stack:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from airflow import __version__
 
 from tests.system.live import (
+    AIRFLOW,
     EXHAUSTIVE,
     ROWS,
     OpenAccount,
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator.server import Emulator
     from scripts.live_airflow import LiveAirflow
 
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, __version__.split(".")[:2])) < (3, 3), reason="needs Airflow 3.3"
-)
+#: Below, a wait begins and ends on a worker, whatever the operator says.
+TRIGGERS_DO_IT = AIRFLOW >= (3, 3)
+#: A worker that begins a wait ends it as well where the batch has ended already.
+STARTS_OF_SENSOR = (1,) if TRIGGERS_DO_IT else (1, 2)
 
 WAITS = 50 if EXHAUSTIVE else 10
 
@@ -105,7 +106,7 @@ def test_waits_outlive_their_triggerers(
         assert airflow.try_numbers("waits", run_id)[name] == 1
         log = airflow.task_log("waits", run_id, name)
         assert len(re.findall(f"Batch {batch_id} has ended", log)) == 1
-    assert worker_starts(airflow, "waits", run_id, "create") == 1
+    assert worker_starts(airflow, "waits", run_id, "create") == (1 if TRIGGERS_DO_IT else 2)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_creating_and_waiting_costs_one_worker_start(
     live_airflow: LiveAirflow, started: tuple[str, Path]
 ) -> None:
     run_id, folder = started
-    assert worker_starts(live_airflow, "starts", run_id, "create") == 1
+    assert worker_starts(live_airflow, "starts", run_id, "create") == (1 if TRIGGERS_DO_IT else 2)
     batch_id = live_airflow.xcom("starts", run_id, "create")
     assert re.fullmatch(r"batch_\w+", batch_id)
     assert live_airflow.xcom("starts", run_id, "create", key="batch_id") == batch_id
@@ -151,7 +152,7 @@ def test_a_batch_that_is_not_flawless_is_judged_on_a_worker(
 def test_a_sensor_begins_without_a_worker(live_airflow: LiveAirflow, started: tuple[str, Path]) -> None:
     run_id, _ = started
     # The one start is the end, which brings the return value.
-    assert worker_starts(live_airflow, "starts", run_id, "sensor") == 1
+    assert worker_starts(live_airflow, "starts", run_id, "sensor") in STARTS_OF_SENSOR
     assert live_airflow.xcom("starts", run_id, "sensor")["status"] == "completed"
 
 
@@ -161,7 +162,7 @@ def test_a_mapped_sensor_begins_without_a_worker(
     run_id, _ = started
     wanted = live_airflow.xcom("starts", run_id, "ids")
     for index, batch_id in enumerate(wanted):
-        assert worker_starts(live_airflow, "starts", run_id, "mapped", index) == 1
+        assert worker_starts(live_airflow, "starts", run_id, "mapped", index) in STARTS_OF_SENSOR
         assert live_airflow.xcom("starts", run_id, "mapped", map_index=index)["id"] == batch_id
 
 

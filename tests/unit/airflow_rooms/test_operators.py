@@ -20,6 +20,7 @@ from airflow.providers.common.compat.sdk import (
     XComArg,
 )
 
+from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
     BatchTimeoutError,
     InvalidInputError,
@@ -472,6 +473,45 @@ def test_the_end_of_a_worker_cancels_nothing_that_a_retry_takes_up(
     assert emulator.request_counts.get("POST /batches/*/cancel", 0) == int(
         state not in ("running", "up_for_retry") or not durable
     )
+
+
+@pytest.mark.parametrize("version", [(2, 11), (3, 0)])
+@pytest.mark.parametrize("job", [True, False])
+@pytest.mark.emulator(speed=0.001, list_lag_seconds=0.2)
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_airflow_2_breaks_a_request_off_only_when_its_batch_was_looked_for(
+    make_context: MakeContext,
+    make_input: MakeInput,
+    emulator: Emulator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    job: bool,
+    version: tuple[int, int],
+) -> None:
+    class Terminated(BaseException):
+        """What Airflow 2 raises in the middle of the request."""
+
+    if job:
+        task: Any = RunBatchOperator(
+            task_id="t", requests=["a"], output_dir=str(tmp_path), model="Qwen/Qwen3-8B"
+        )
+    else:
+        task = CreateBatchOperator(task_id="t", input_path=make_input("Hi"))
+    create_batch = SiliconFlowClient.create_batch
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        create_batch(*args, **kwargs)
+        task.on_kill()
+        raise Terminated
+
+    monkeypatch.setattr(SiliconFlowClient, "create_batch", killed)
+    monkeypatch.setattr("airflow_provider_siliconflow.operators.base.airflow_version", lambda: version)
+    monkeypatch.setattr("airflow_provider_siliconflow.task_context.task_state", lambda _: "failed")
+    monkeypatch.setattr("airflow_provider_siliconflow.jobs.submission._LIST_PAUSES", (0.3, 0.3))
+    with pytest.raises(Terminated):
+        task.execute(make_context(task))
+    (batch,) = batches(emulator)
+    assert (batch["status"] == "cancelling") == (version < (3, 0))
 
 
 @pytest.mark.parametrize("resumes", [True, False])
