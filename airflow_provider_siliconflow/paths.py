@@ -19,7 +19,7 @@ _PROVIDERS = {
 }
 
 
-def located(name: str, path: Any) -> Any:
+def resolve_path(name: str, path: Any) -> Any:
     """
     Return what opens like a path for a path, a URI or a path object.
 
@@ -62,7 +62,7 @@ def open_source(source: str | Path | ObjectStoragePath | bytes, name: str = "the
         return _Content(source)
     if isinstance(source, str) and not source.strip():
         raise InvalidInputError(f"{name} is empty; give a path or URI of a JSONL file")
-    return located(name, source)
+    return resolve_path(name, source)
 
 
 def open_folder(name: str, folder: Any) -> Any:
@@ -77,7 +77,7 @@ def open_folder(name: str, folder: Any) -> Any:
 
     if isinstance(folder, str) and not folder.strip():
         raise InvalidInputError(f"{name} is empty; give the path or URI of a folder for the results")
-    return located(name, folder)
+    return resolve_path(name, folder)
 
 
 class _Content:

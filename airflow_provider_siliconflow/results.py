@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from airflow_provider_siliconflow.paths import located
+from airflow_provider_siliconflow.paths import resolve_path
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import ObjectStoragePath
@@ -42,9 +42,9 @@ def read_results(source: ResultSource, *, model: str | None = None) -> Iterator[
     :raises FileNotFoundError: there is no such file.
     :raises IncompleteResultsError: while reading: a line is not JSON.
     """
-    from airflow_provider_siliconflow.batch_files import results
+    from airflow_provider_siliconflow.batch_files import result_lines
 
-    return results.read_results(_results_file(source, model))
+    return result_lines.read_results(_results_file(source, model))
 
 
 def to_frame(source: ResultSource, library: str | None = None, model: str | None = None) -> Any:
@@ -59,9 +59,9 @@ def to_frame(source: ResultSource, library: str | None = None, model: str | None
     :param model: as for :func:`read_results`.
     :raises ImportError: the library is not installed.
     """
-    from airflow_provider_siliconflow.batch_files import results
+    from airflow_provider_siliconflow.batch_files import frames
 
-    return results.to_frame(_results_file(source, model), library)
+    return frames.to_frame(_results_file(source, model), library)
 
 
 def _results_file(source: ResultSource, model: str | None) -> Any:
@@ -69,7 +69,7 @@ def _results_file(source: ResultSource, model: str | None) -> Any:
 
     if isinstance(source, Mapping):
         return _of_manifest(source, "the manifest", model)
-    file = located("source", source)
+    file = resolve_path("source", source)
     if file.name.endswith(".json"):
         try:
             manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -105,7 +105,7 @@ def _of_manifest(manifest: Any, name: str, model: str | None) -> Any:
             f"{name} has no results of model {model!r}; "
             + (f"it has {known}" if known else "its rows named their models themselves: leave model= out")
         )
-    file = located(name, path)
+    file = resolve_path(name, path)
     if not file.is_file():
         raise FileNotFoundError(f"no results file {path}, which {name} points to")
     return file

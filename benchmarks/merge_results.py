@@ -65,7 +65,7 @@ def write_input(folder: Path, rows: int, chars: int, language: str) -> None:
 
 
 def ours(folder: Path, out: Path) -> dict[str, int]:
-    from airflow_provider_siliconflow.batch_files.results import BatchFiles, merge_shard
+    from airflow_provider_siliconflow.batch_files.merge import BatchFiles, merge_shard
     from airflow_provider_siliconflow.batch_files.tally import ModelTally
 
     tally = ModelTally()

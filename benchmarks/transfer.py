@@ -59,7 +59,7 @@ def serve(size: int) -> int:
 
 def upload_ours(url: str, path: Path, size: int) -> None:
     from airflow_provider_siliconflow.api.client import SiliconFlowClient
-    from airflow_provider_siliconflow.api.protocol import ClientSettings
+    from airflow_provider_siliconflow.api.settings import ClientSettings
 
     SiliconFlowClient(ClientSettings("sk-x", url)).upload_file(path, size=size, filename="a.jsonl")
 
@@ -79,7 +79,7 @@ def upload_openai(url: str, path: Path, size: int) -> None:
 
 def download_ours(url: str, path: Path, size: int) -> None:
     from airflow_provider_siliconflow.api.client import SiliconFlowClient
-    from airflow_provider_siliconflow.api.protocol import ClientSettings
+    from airflow_provider_siliconflow.api.settings import ClientSettings
 
     with path.open("wb") as file:
         for chunk in SiliconFlowClient(ClientSettings("sk-x", url)).iter_file(f"{url}/out", lambda: None):

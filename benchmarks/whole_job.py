@@ -51,7 +51,7 @@ def write_input(path: Path, rows: int, chars: int) -> None:
 
 def ours(source: Path, out: Path, url: str, models: list[str]) -> dict[str, int]:
     from airflow_provider_siliconflow.api.client import SiliconFlowClient
-    from airflow_provider_siliconflow.api.protocol import ClientSettings
+    from airflow_provider_siliconflow.api.settings import ClientSettings
     from airflow_provider_siliconflow.jobs.identity import Submitter
     from airflow_provider_siliconflow.jobs.options import check_options
     from airflow_provider_siliconflow.jobs.run import BatchRun

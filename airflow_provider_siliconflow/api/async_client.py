@@ -13,8 +13,10 @@ from yarl import URL
 
 from airflow_provider_siliconflow.api import protocol
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError, NoAnswerError, NotSentError
-from airflow_provider_siliconflow.api.models import Batch, is_url
-from airflow_provider_siliconflow.api.protocol import Call, ClientSettings
+from airflow_provider_siliconflow.api.models import Batch
+from airflow_provider_siliconflow.api.protocol import Call
+from airflow_provider_siliconflow.api.redaction import redact
+from airflow_provider_siliconflow.api.settings import ClientSettings, is_url, trusted
 
 T = TypeVar("T")
 
@@ -32,7 +34,7 @@ class AsyncSiliconFlowClient:
     def __init__(self, settings: ClientSettings) -> None:
         self.settings = settings
         self._session: aiohttp.ClientSession | None = None
-        self._ssl = protocol.trusted(settings.verify)
+        self._ssl = trusted(settings.verify)
         self._proxy = settings.proxy_for(settings.base_url) or _proxy_of_environment(settings.base_url)
         self._timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=settings.connect_timeout, sock_read=settings.timeout
@@ -102,7 +104,7 @@ class AsyncSiliconFlowClient:
             ) from None
 
     def _why(self, exc: BaseException) -> str:
-        return f"{type(exc).__name__}: {protocol.redact(str(exc), self.settings)}"
+        return f"{type(exc).__name__}: {redact(str(exc), self.settings)}"
 
     async def get_batch(self, batch_id: str) -> Batch:
         """Read a batch."""

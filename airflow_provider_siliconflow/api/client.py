@@ -25,11 +25,15 @@ from airflow_provider_siliconflow.api.exceptions import (
     ServiceUnavailableError,
     SiliconFlowError,
 )
-from airflow_provider_siliconflow.api.models import Account, Batch, UploadedFile, strip_queries, strip_query
-from airflow_provider_siliconflow.api.protocol import CHUNK_SIZE, READ_SIZE, Call, ClientSettings
+from airflow_provider_siliconflow.api.models import Account, Batch, UploadedFile
+from airflow_provider_siliconflow.api.protocol import CHUNK_SIZE, READ_SIZE, Call
+from airflow_provider_siliconflow.api.redaction import redact, strip_query
+from airflow_provider_siliconflow.api.settings import ClientSettings, trusted
 
 if TYPE_CHECKING:
-    from airflow_provider_siliconflow.batch_files.sources import Source
+    from airflow_provider_siliconflow.api.sources import Source
+
+from airflow_provider_siliconflow.api.redaction import keep_queries_out_of_logs
 
 log = logging.getLogger(__name__)
 
@@ -109,11 +113,11 @@ class SiliconFlowClient:
     def __init__(self, settings: ClientSettings) -> None:
         self.settings = settings
         # Said here, before anything is sent: the triggerer would say it when the batch is paid for.
-        protocol.trusted(settings.verify)
+        trusted(settings.verify)
         self._session = requests.Session()
         #: Whether the last listing of batches that was read to its end lacked older ones.
         self.listing_cut = False
-        _keep_queries_out_of_logs()
+        keep_queries_out_of_logs()
 
     def close(self) -> None:
         """Close the connections."""
@@ -190,7 +194,7 @@ class SiliconFlowClient:
             raise InvalidInputError(f"{name} cannot be sent: {self._why(exc)}") from None
 
     def _why(self, exc: BaseException) -> str:
-        return f"{type(exc).__name__}: {protocol.redact(str(exc), self.settings)}"
+        return f"{type(exc).__name__}: {redact(str(exc), self.settings)}"
 
     def _not_sent(self, name: str, url: str, exc: BaseException) -> NotSentError:
         return NotSentError(f"{name} did not reach {_host(url)}: {self._why(exc)}")
@@ -420,24 +424,6 @@ _DECODERS = frozenset(urllib3.response.HTTPResponse.CONTENT_DECODERS)
 
 def _host(url: str) -> str:
     return urlsplit(url).netloc.rpartition("@")[2]
-
-
-class _NoQueries(logging.Filter):
-    """Takes the queries out of the URLs that ``urllib3`` logs, of every request at level DEBUG."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.args, tuple):
-            record.args = tuple(strip_queries(arg) if isinstance(arg, str) else arg for arg in record.args)
-        return True
-
-
-_NO_QUERIES = _NoQueries()
-
-
-def _keep_queries_out_of_logs() -> None:
-    # Adding a filter twice is adding it once.
-    for name in ("connectionpool", "connection"):
-        logging.getLogger(f"urllib3.{name}").addFilter(_NO_QUERIES)
 
 
 def _was_not_sent(exc: requests.ConnectionError) -> bool:

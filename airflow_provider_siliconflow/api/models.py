@@ -8,11 +8,9 @@ shapes) and keep fields they do not know, so that an addition on the other side 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any, Self, TypeVar, cast
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import (
     AliasChoices,
@@ -24,6 +22,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from airflow_provider_siliconflow.api.redaction import brief, shown
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -77,84 +77,6 @@ def judge(*, error_code: str | None, has_error: bool, status_code: int | None, h
     return Outcome.OK if has_answer else Outcome.ERROR
 
 
-def strip_query(url: str) -> str:
-    """Return a URL without its query, fragment and user part: a signature must not be shown."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return re.split(r"[?#]", url, maxsplit=1)[0]
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
-#: Characters of a text from outside that are looked at: a row's error may repeat a whole prompt.
-READ_CHARACTERS = 2000
-#: Characters of it that are shown.
-SHOWN_CHARACTERS = 1000
-
-# In JSON a slash may be escaped, and the "&" of a query often is (as \u0026); error texts of HTTP libraries
-# name a path without its host.
-_WORD = re.compile(r"[^\s\"'<>]+")
-_ORIGIN = re.compile(r"https?:(?:\\?/){2}", re.IGNORECASE)
-_MARK = re.compile(r"[?#]")
-_USER_PART = re.compile(r"(:(?:\\?/){2})[^\s\"'<>/?#]*@")
-# A password with a mark in it, or a query with an @: nobody can tell, so neither is shown.
-_USER_OR_QUERY = re.compile(r"(:(?:\\?/){2})[^\s\"'<>/?#]*[?#][^\s\"'<>/]*@[^\s\"'<>]*")
-
-
-def _without_query(found: re.Match[str]) -> str:
-    """Return a word up to the query of the URL, or of the path, in it. Words may be long: one pass, no search."""
-    word = found[0]
-    origin = _ORIGIN.search(word)
-    of_url = origin.end() if origin else len(word)
-    last_value = word.rfind("=")
-    begin = 0
-    for mark in _MARK.finditer(word):
-        at = mark.start()
-        if at > of_url or (mark[0] == "?" and at < last_value and "/" in word[begin : at - 1]):
-            return word[:at]
-        begin = at + 1
-    return word
-
-
-def strip_queries(text: str) -> str:
-    """Return a text in which no URL has a query or a user part any more."""
-    if "@" in text:
-        text = _USER_PART.sub(r"\1", _USER_OR_QUERY.sub(r"\1***", text))
-    return _WORD.sub(_without_query, text) if "?" in text or "#" in text else text
-
-
-def valid_text(text: str) -> str:
-    """Return a text that UTF-8 can hold: half of a surrogate pair, where a text was cut, becomes U+FFFD."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def brief(text: str, limit: int = SHOWN_CHARACTERS) -> str:
-    """
-    Return the start of a text from outside as it may be shown and kept.
-
-    :param limit: characters, well below ``READ_CHARACTERS``: a URL that is cut there may still show its user part.
-    """
-    return strip_queries(valid_text(text[:READ_CHARACTERS]))[:limit]
-
-
-def _shown(value: Any) -> Any:
-    """Return what may be shown of a value: its texts without the queries of URLs, as UTF-8 can hold them."""
-    if isinstance(value, str):
-        return strip_queries(valid_text(value))
-    if isinstance(value, list):
-        return [_shown(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _shown(item) for key, item in value.items()}
-    return value
-
-
-def is_url(value: str) -> bool:
-    """Whether a result-file value is a URL rather than a file id."""
-    return value[:8].lower().startswith(("http://", "https://"))
-
-
 class _Model(BaseModel):
     # What was wrong may lie beside a signed URL, and the text of a validation error ends up in logs.
     model_config = ConfigDict(
@@ -169,7 +91,7 @@ class _Model(BaseModel):
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Show signed URLs without their query."""
         for name, value in super().__repr_args__():
-            yield name, _shown(value)
+            yield name, shown(value)
 
 
 class _Tolerant(_Model):
@@ -272,7 +194,7 @@ class Batch(_Tolerant):
         """Return the batch as JSON types with signed URLs stripped of their query: safe for XCom and logs."""
         data = self.model_dump(mode="json")
         # The author's own metadata is no secret of the service.
-        return {key: value if key == "metadata" else _shown(value) for key, value in data.items()}
+        return {key: value if key == "metadata" else shown(value) for key, value in data.items()}
 
 
 def has_content(error: Any) -> bool:

@@ -13,15 +13,12 @@ from typing import Any
 import msgspec
 
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError, NoRowsError
-from airflow_provider_siliconflow.batch_files.requests import (
-    MAX_BYTES,
-    MAX_ROWS,
-    CustomIdSet,
-    Problems,
-    read_rows,
-)
-from airflow_provider_siliconflow.batch_files.sources import ByteWriter, Directory, LineReader, Source
-from airflow_provider_siliconflow.batch_files.whole_file import make_folder, settle
+from airflow_provider_siliconflow.api.sources import Source
+from airflow_provider_siliconflow.batch_files.atomic_files import make_folder, settle
+from airflow_provider_siliconflow.batch_files.custom_ids import CustomIdSet
+from airflow_provider_siliconflow.batch_files.lines import ByteWriter, Directory, LineReader
+from airflow_provider_siliconflow.batch_files.reader import read_rows
+from airflow_provider_siliconflow.batch_files.rules import MAX_BYTES, MAX_ROWS, Problems
 
 #: Bytes of lines gathered before they are hashed and written: both cost by the call.
 _BLOCK_BYTES = 1 << 16

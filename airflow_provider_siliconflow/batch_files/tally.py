@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from airflow_provider_siliconflow.api.models import brief
+from airflow_provider_siliconflow.api.redaction import brief
 
 #: Distinct error messages that are counted apart; the rest is counted together.
 MAX_MESSAGES = 200

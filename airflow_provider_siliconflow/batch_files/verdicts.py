@@ -10,14 +10,8 @@ from typing import Annotated, Any
 import msgspec
 import pydantic
 
-from airflow_provider_siliconflow.api.models import (
-    READ_CHARACTERS,
-    BatchResult,
-    Outcome,
-    has_content,
-    judge,
-    valid_text,
-)
+from airflow_provider_siliconflow.api.models import BatchResult, Outcome, has_content, judge
+from airflow_provider_siliconflow.api.redaction import READ_CHARACTERS, valid_text
 from airflow_provider_siliconflow.batch_files.tally import Usage
 
 #: More than this is no count of tokens, and does not fit into a column of a data frame.

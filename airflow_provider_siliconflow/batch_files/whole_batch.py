@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from airflow_provider_siliconflow.api.models import Outcome
-from airflow_provider_siliconflow.batch_files.results import (
-    BatchFiles,
-    LineBlock,
-    OddLines,
-    count_row,
-    incomplete_file,
-)
-from airflow_provider_siliconflow.batch_files.sources import ByteWriter, LineReader
+from airflow_provider_siliconflow.batch_files.lines import ByteWriter, LineReader
+from airflow_provider_siliconflow.batch_files.merge import BatchFiles, LineBlock, count_row
+from airflow_provider_siliconflow.batch_files.result_lines import OddLines, incomplete_file
 from airflow_provider_siliconflow.batch_files.tally import ModelTally
 from airflow_provider_siliconflow.batch_files.verdicts import NotJSONError, Verdict, read_verdict
 

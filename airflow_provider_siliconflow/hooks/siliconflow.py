@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from airflow_provider_siliconflow.api.client import SiliconFlowClient
     from airflow_provider_siliconflow.api.models import Batch, BatchResult, UploadedFile
-    from airflow_provider_siliconflow.api.protocol import ClientSettings
+    from airflow_provider_siliconflow.api.settings import ClientSettings
     from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class SiliconFlowHook(BaseHook):
         :returns: the file; the service keeps it for 30 days.
         :raises InvalidRequestFileError: a line is not a valid request; nothing was uploaded.
         """
-        from airflow_provider_siliconflow.batch_files.requests import check_request_file
+        from airflow_provider_siliconflow.batch_files.reader import check_request_file
 
         opened = open_source(source, "source")
         summary = check_request_file(opened, name=describe_source(source))
@@ -286,7 +286,7 @@ class SiliconFlowHook(BaseHook):
         :param batch: the batch or its id; it is read anew for fresh URLs.
         :raises IncompleteResultsError: a file is cut, or holds fewer rows than the batch counts.
         """
-        from airflow_provider_siliconflow.batch_files.results import results_of
+        from airflow_provider_siliconflow.batch_files.result_lines import results_of
         from airflow_provider_siliconflow.jobs.downloads import KINDS, ResultFiles
 
         files = ResultFiles(self._client, batch if isinstance(batch, str) else batch.id)
@@ -321,7 +321,7 @@ def settings_from_connection(
     :raises InvalidInputError: a field is missing or wrong; the message names it.
     """
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-    from airflow_provider_siliconflow.api.protocol import DEFAULT_BASE_URL, ClientSettings
+    from airflow_provider_siliconflow.api.settings import DEFAULT_BASE_URL, ClientSettings
 
     fields = dict(connection.extra_dejson if extra is None else extra)
     values: dict[str, Any] = {

@@ -5,29 +5,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
 from airflow_provider_siliconflow.api.exceptions import (
     BatchError,
-    BatchPartialFailureError,
     IncompleteResultsError,
-    SiliconFlowError,
 )
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus
+from airflow_provider_siliconflow.batch_files.atomic_files import write_json, write_whole
+from airflow_provider_siliconflow.batch_files.lines import LineReader
 from airflow_provider_siliconflow.batch_files.manifest import (
     BatchSummary,
     ModelRun,
     build_manifest,
     render_summary,
 )
-from airflow_provider_siliconflow.batch_files.results import BatchFiles
-from airflow_provider_siliconflow.batch_files.sources import LineReader
-from airflow_provider_siliconflow.batch_files.tally import OTHER_MESSAGES, ModelTally
-from airflow_provider_siliconflow.batch_files.verdicts import NotJSONError, read_result
+from airflow_provider_siliconflow.batch_files.merge import BatchFiles
 from airflow_provider_siliconflow.batch_files.whole_batch import copy_batch
-from airflow_provider_siliconflow.batch_files.whole_file import write_json, write_whole
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
 
 log = logging.getLogger(__name__)
@@ -251,6 +247,17 @@ def download_results(
     return manifest
 
 
+class _Chunks:
+    """An iterator of pieces that reads like a stream, whatever size is asked for."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Return the next piece, or ``b""`` at the end."""
+        return next((chunk for chunk in self._chunks if chunk), b"")
+
+
 def check_rows(batch: Batch, ok: int) -> None:
     """
     Compare the rows read with the batch's own counts.
@@ -265,52 +272,3 @@ def check_rows(batch: Batch, ok: int) -> None:
             "rows are paid for and kept for 30 days; a retry downloads them again.",
             batch_id=batch.id,
         )
-
-
-def refuse_partial(manifest: Mapping[str, Any], what: str) -> None:
-    """
-    Fail when any row of a manifest did not succeed.
-
-    :param what: what the rows belong to, for the message.
-    :raises BatchPartialFailureError: one did not; the files are written.
-    """
-    rows = manifest["rows"]
-    if rows["ok"] == rows["total"]:
-        return
-    commonest = next(iter(manifest["errors"]), None)
-    raise BatchPartialFailureError(
-        f"{what}: {rows['ok']} of {rows['total']} rows succeeded ({rows['error']} failed, {rows['expired']} "
-        f"expired, {rows['missing']} missing){f'; most often: {commonest}' if commonest else ''}. The results "
-        f"are written to {manifest['paths']['output_dir']}."
-    )
-
-
-def commonest_error(api: ResultAPI, batch: Batch) -> str | None:
-    """
-    Return the commonest error message of a batch's rows, with its count; ``None`` where none can be read.
-
-    :param batch: an ended batch.
-    """
-    tally = ModelTally()
-    try:
-        for line in ResultFiles(api, batch.id, patience=()).lines("error"):
-            with contextlib.suppress(NotJSONError):
-                if result := read_result(line):
-                    tally.add_message(result.error_message or "no reason given")
-    except SiliconFlowError as exc:
-        log.warning("The error file of batch %s cannot be read: %s", batch.id, exc)
-    tally.messages.pop(OTHER_MESSAGES, None)
-    for message, rows in tally.commonest_errors(1).items():
-        return f"{message} ({rows} rows)"
-    return None
-
-
-class _Chunks:
-    """An iterator of pieces that reads like a stream, whatever size is asked for."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-
-    def read(self, size: int = -1, /) -> bytes:
-        """Return the next piece, or ``b""`` at the end."""
-        return next((chunk for chunk in self._chunks if chunk), b"")

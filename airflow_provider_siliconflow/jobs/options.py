@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from airflow_provider_siliconflow.api import arguments
-from airflow_provider_siliconflow.api.exceptions import BatchPartialFailureError, InvalidInputError
+from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 from airflow_provider_siliconflow.batch_files.manifest import check_prices
 from airflow_provider_siliconflow.jobs.identity import check_user_metadata
 
@@ -103,39 +103,3 @@ def check_options(
         request_params=request_params,
         **rest,
     )
-
-
-def judge_run(manifest: Mapping[str, Any], options: RunOptions) -> str | None:
-    """
-    Say whether a finished job is a success.
-
-    :returns: ``None`` for a flawless one, else a sentence to warn with.
-    :raises BatchPartialFailureError: it is a failure; the results are written.
-    """
-    rows = manifest["rows"]
-    lost = rows["total"] - rows["ok"]
-    if not lost:
-        return None
-    story = (
-        f"{rows['ok']} of {rows['total']} rows succeeded ({rows['error']} failed, {rows['expired']} expired, "
-        f"{rows['missing']} missing)"
-    )
-    if manifest["errors"]:
-        message, count = next(iter(manifest["errors"].items()))
-        story += f"; most often: {message} ({count} rows)"
-    if worth := manifest.get("worth_another_attempt"):
-        story += (
-            f". {worth} of them failed for a passing reason: with max_row_attempts above "
-            f"{options.max_row_attempts} the task would have sent them again"
-        )
-    story += f". The results are in {manifest['paths']['output_dir']}"
-    rate = options.max_error_rate
-    if rate is not None and lost > rate * rows["total"]:
-        raise BatchPartialFailureError(
-            f"{story}. {lost / rows['total']:.2%} is more than max_error_rate allows ({rate:.2%})."
-        )
-    if options.fail_on_partial_error and rate is None:
-        raise BatchPartialFailureError(f"{story}. fail_on_partial_error is set.")
-    if not rows["ok"] and not options.allow_all_failed:
-        raise BatchPartialFailureError(f"{story}. Not one row succeeded.")
-    return story

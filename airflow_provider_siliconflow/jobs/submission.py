@@ -9,7 +9,7 @@ Uploads go the same way: they cost no money, but a gigabyte is not sent twice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, Protocol, TypeVar
 
 from airflow_provider_siliconflow.api import protocol
@@ -21,6 +21,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus, UploadedFile
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork
+from airflow_provider_siliconflow.jobs.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
@@ -60,57 +61,6 @@ class BatchAPI(Protocol):
     def list_files(self) -> Iterable[UploadedFile]:
         """Return the account's files."""
         ...
-
-
-class Ledger(Protocol):
-    """
-    A record that outlives a try: what was about to be sent, and what came of it.
-
-    ``complete`` says that a key without an entry was certainly never sent.
-    """
-
-    complete: bool
-
-    def older_batches(self, key: str) -> Set[str]:
-        """Return recorded batches that are certainly older than any batch of a key whose intent is recorded."""
-        ...
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        """Return the entry of a key."""
-        ...
-
-    def set(self, key: str, entry: dict[str, Any]) -> None:
-        """
-        Write the entry of a key.
-
-        When it returns, an intent survives a crash. What came of it may be written with the next intent: whoever
-        finds the intent alone looks for what came of it.
-        """
-        ...
-
-    def delete(self, key: str) -> None:
-        """Forget a key."""
-        ...
-
-
-class NoLedger:
-    """Where nothing outlives a try: every retry searches the account."""
-
-    complete = False
-
-    def older_batches(self, key: str) -> Set[str]:
-        """Return none."""
-        return frozenset()
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        """Return nothing."""
-        return None
-
-    def set(self, key: str, entry: dict[str, Any]) -> None:
-        """Keep nothing."""
-
-    def delete(self, key: str) -> None:
-        """Forget nothing."""
 
 
 class Submission:

@@ -11,20 +11,14 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 from airflow_provider_siliconflow.api import arguments, protocol
 from airflow_provider_siliconflow.api.exceptions import (
     APIError,
     AuthenticationError,
-    BatchCancelledError,
-    BatchError,
-    BatchExpiredError,
-    BatchFailedError,
-    BatchPartialFailureError,
     BatchTimeoutError,
     BatchWaitError,
     InvalidRequestError,
@@ -32,7 +26,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     PermissionDeniedError,
     SiliconFlowError,
 )
-from airflow_provider_siliconflow.api.models import Batch, BatchStatus, RequestCounts
+from airflow_provider_siliconflow.api.models import Batch, RequestCounts
 
 log = logging.getLogger(__name__)
 
@@ -348,125 +342,3 @@ def progress_line(batch: Batch, now: float) -> str:
         return line
     rate = done / max(now - batch.in_progress_at, 1.0)
     return f"{line}, {rate:.1f} rows/s, expected end {_utc(now + (counts.total - done) / rate)}"
-
-
-# Events -----------------------------------------------------------------------------------------------------
-# What a trigger tells the task. The payload holds all that is needed: the task that resumes is a new object.
-
-
-def ended_event(batches: Iterable[Batch], *, brief: bool = False) -> dict[str, Any]:
-    """
-    Return the payload of a wait that reached its goal.
-
-    :param brief: leave out what a job of many batches does not ask for: a payload travels through Airflow's
-        database and stays in the worker's memory.
-    """
-    found = (batch.to_json_dict() for batch in batches)
-    if brief:
-        found = ({name: batch[name] for name in _BRIEF} for batch in found)
-    return {"status": "ended", "batches": list(found)}
-
-
-_BRIEF = ("id", "status", "request_counts", "errors")
-
-
-def error_event(error: SiliconFlowError, batch_ids: Sequence[str]) -> dict[str, Any]:
-    """Return the payload of a wait that did not."""
-    status = "timeout" if isinstance(error, BatchTimeoutError) else "error"
-    return {
-        "status": status,
-        "message": str(error),
-        "batch_ids": list(batch_ids),
-        "retryable": error.retryable,
-    }
-
-
-def read_event(event: Any) -> list[Batch]:
-    """
-    Return the batches a trigger's event carries.
-
-    :raises BatchTimeoutError: the wait timed out.
-    :raises BatchError: the wait failed, or the event is none of ours.
-    """
-    status = event.get("status") if isinstance(event, dict) else None
-    if status == "ended" and isinstance(event.get("batches"), list):
-        return [Batch.model_validate(batch) for batch in event["batches"]]
-    if status in ("timeout", "error"):
-        batch_ids = event.get("batch_ids") or [None]
-        kind = BatchTimeoutError if status == "timeout" else BatchWaitError
-        message = event.get("message") or "the trigger gave no reason"
-        retryable = bool(event.get("retryable", kind.retryable))
-        raise kind(message, batch_id=batch_ids[0]).worth_a_retry(retryable)
-    raise BatchError(f"The trigger sent an event this version does not know: {event!r}")
-
-
-def is_flawless(batch: Batch) -> bool:
-    """Whether a batch is known to have completed with every row successful."""
-    counts = batch.request_counts
-    return (
-        batch.status == BatchStatus.COMPLETED
-        and counts.total > 0
-        and counts.failed == 0
-        and counts.completed >= counts.total
-    )
-
-
-# Outcome ----------------------------------------------------------------------------------------------------
-
-
-def judge_batch(
-    batch: Batch, *, fail_on_partial_error: bool, allow_all_failed: bool = False, reason: str | None = None
-) -> str | None:
-    """
-    Say whether a terminal batch is a success.
-
-    :param fail_on_partial_error: whether a single failed or expired row is a failure.
-    :param allow_all_failed: whether a batch without any successful row may pass.
-    :param reason: the commonest error of the rows, where somebody looked.
-    :returns: ``None`` for a flawless batch, else a sentence to warn with.
-    :raises BatchError: it is a failure, by the kind of it.
-    """
-    counts = batch.request_counts
-    lost = max(counts.total - counts.completed, counts.failed, 0)
-    story = f"Batch {batch.id} {batch.status}"
-    if counts.total:
-        story += f": {counts.completed} of {counts.total} rows succeeded, {lost} did not"
-    if reason:
-        story += f"; most often: {reason}"
-    if batch.error_messages:
-        story += f"; the service says: {'; '.join(batch.error_messages[:5])}"
-    fetch = "The rows that succeeded are billed and can be downloaded for 30 days."
-    if batch.status == BatchStatus.FAILED:
-        raise BatchFailedError(
-            f"{story}. It was rejected as a whole; a retry submits a new batch.", batch_id=batch.id
-        )
-    if batch.status == BatchStatus.CANCELLED:
-        raise BatchCancelledError(f"{story}. {fetch} A retry submits a new batch.", batch_id=batch.id)
-    nothing = (counts.completed == 0 and counts.total > 0) or (not counts.total and not batch.output_file_id)
-    if batch.status == BatchStatus.EXPIRED and nothing and not allow_all_failed:
-        # Without counts it is the missing output file that tells, and that may come late.
-        raise BatchExpiredError(
-            f"{story}. The completion window ended before any row did; a retry finds the same batch. Clear "
-            "the task to submit anew, with a longer completion_window.",
-            batch_id=batch.id,
-        ).worth_a_retry(not counts.total)
-    if counts.total and counts.completed == 0 and not allow_all_failed:
-        raise BatchFailedError(
-            f"{story}. Not one row succeeded; a retry finds the same batch. Correct the requests and clear "
-            "the task, or set allow_all_failed=True.",
-            batch_id=batch.id,
-        ).worth_a_retry(False)
-    if not counts.total and batch.error_file_id and not batch.output_file_id and not allow_all_failed:
-        raise BatchFailedError(
-            f"{story}. The service gives no counts and names a file with errors, but none with results; a retry "
-            "looks at the same batch again.",
-            batch_id=batch.id,
-        )
-    if lost == 0 and batch.status != BatchStatus.EXPIRED:
-        return None
-    if fail_on_partial_error:
-        raise BatchPartialFailureError(
-            f"{story}. {fetch} fail_on_partial_error is set, and a retry finds the same batch.",
-            batch_id=batch.id,
-        )
-    return f"{story}. {fetch}"

@@ -14,10 +14,10 @@ from airflow.providers.common.compat.sdk import AirflowTaskTimeout, BaseOperator
 from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.links.batch import BatchConsoleLink
-from airflow_provider_siliconflow.task_context import airflow_version, only_the_worker_ends
-from airflow_provider_siliconflow.templating import (
-    is_late,
-    is_late_inside,
+from airflow_provider_siliconflow.task.state import airflow_version, only_the_worker_ends
+from airflow_provider_siliconflow.task.templating import (
+    is_templated,
+    is_templated_inside,
     rendered_mapping,
     rendered_number,
     rendered_seconds,
@@ -62,13 +62,13 @@ class FileOperator(SiliconFlowOperator):
 
     def get_openlineage_facets_on_start(self) -> Any:
         """Return the request file."""
-        from airflow_provider_siliconflow.lineage import lineage
+        from airflow_provider_siliconflow.task.lineage import lineage
 
         return lineage(self.lineage_input())
 
     def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
         """Return the request file and the result files."""
-        from airflow_provider_siliconflow.lineage import lineage
+        from airflow_provider_siliconflow.task.lineage import lineage
 
         return lineage(self.lineage_input(), self._manifest)
 
@@ -104,13 +104,13 @@ class SubmittingOperator(FileOperator):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not is_late(poll_interval):
+        if not is_templated(poll_interval):
             arguments.check_seconds("poll_interval", rendered_seconds(poll_interval))
-        if timeout is not None and not is_late(timeout):
+        if timeout is not None and not is_templated(timeout):
             arguments.check_seconds("timeout", rendered_seconds(timeout))
-        if not is_late(completion_window):
+        if not is_templated(completion_window):
             arguments.check_completion_window(rendered_number(completion_window))
-        if metadata is not None and not is_late(metadata) and not is_late_inside(metadata):
+        if metadata is not None and not is_templated(metadata) and not is_templated_inside(metadata):
             arguments.check_metadata(rendered_mapping(metadata), reserved=1 if durable else 0)
         self.completion_window = completion_window
         self.metadata = metadata
@@ -207,8 +207,8 @@ def finish_batch(
     :raises BatchError: the batch is a failure.
     """
     from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
-    from airflow_provider_siliconflow.jobs.downloads import ResultFiles, commonest_error
-    from airflow_provider_siliconflow.jobs.waiting import is_flawless, judge_batch
+    from airflow_provider_siliconflow.jobs.downloads import ResultFiles
+    from airflow_provider_siliconflow.jobs.outcome import commonest_error, is_flawless, judge_batch
 
     hook.log.info("Batch %s has ended: %s", batch.id, batch.status)
     if not batch.request_counts.total and not batch.is_dead:

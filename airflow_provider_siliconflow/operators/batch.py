@@ -21,16 +21,12 @@ from airflow_provider_siliconflow.operators.base import (
     wait_deadline,
 )
 from airflow_provider_siliconflow.operators.run import RunBatchOperator
-from airflow_provider_siliconflow.task_context import (
-    ledger_of,
-    may_end_in_trigger,
-    open_submission,
-    submitter_of,
-    task_errors,
-)
-from airflow_provider_siliconflow.templating import (
-    is_late,
-    is_late_inside,
+from airflow_provider_siliconflow.task.errors import task_errors
+from airflow_provider_siliconflow.task.ledger import ledger_of, open_submission
+from airflow_provider_siliconflow.task.state import may_end_in_trigger, submitter_of
+from airflow_provider_siliconflow.task.templating import (
+    is_templated,
+    is_templated_inside,
     refuse_both,
     rendered_mapping,
     rendered_number,
@@ -42,8 +38,8 @@ if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
     from airflow_provider_siliconflow.api.models import Batch
-    from airflow_provider_siliconflow.batch_files.requests import RequestFileSummary
-    from airflow_provider_siliconflow.batch_files.sources import Source
+    from airflow_provider_siliconflow.api.sources import Source
+    from airflow_provider_siliconflow.batch_files.reader import RequestFileSummary
     from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter
     from airflow_provider_siliconflow.jobs.submission import Submission
 
@@ -115,7 +111,7 @@ def upload_once(
 
 def _checked(input_path: Any, *, needs_model: bool) -> tuple[Source, RequestFileSummary]:
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-    from airflow_provider_siliconflow.batch_files.requests import check_request_file
+    from airflow_provider_siliconflow.batch_files.reader import check_request_file
     from airflow_provider_siliconflow.paths import open_source
 
     source = open_source(input_path, "input_path")
@@ -204,9 +200,9 @@ class CreateBatchOperator(SubmittingOperator):
             **kwargs,
         )
         refuse_both(input_file_id=input_file_id, input_path=input_path)
-        if not is_late(endpoint):
+        if not is_templated(endpoint):
             arguments.check_endpoint(endpoint)
-        if not is_late(replace) and not is_late_inside(replace):
+        if not is_templated(replace) and not is_templated_inside(replace):
             arguments.check_replace(rendered_mapping(replace))
         self.input_file_id = input_file_id
         self.input_path = input_path
@@ -279,7 +275,7 @@ class CreateBatchOperator(SubmittingOperator):
     def execute_complete(self, context: Context, event: Any = None) -> str:
         """Resume after the trigger."""
         self._ti = context["ti"]
-        from airflow_provider_siliconflow.jobs.waiting import read_event
+        from airflow_provider_siliconflow.jobs.events import read_event
 
         with task_errors(fail_fast=self.fail_fast), self._paid_batch(context, resumed=True):
             if event == "success":
@@ -448,7 +444,7 @@ class DownloadBatchResultsOperator(FileOperator):
         with task_errors(fail_fast=self.fail_fast):
             manifest = self._manifest = self.hook.download_results(self.batch_id, self.output_dir)
             if self.fail_on_partial_error:
-                from airflow_provider_siliconflow.jobs.downloads import refuse_partial
+                from airflow_provider_siliconflow.jobs.outcome import refuse_partial
 
                 refuse_partial(manifest, self.batch_id)
         return manifest

@@ -16,9 +16,11 @@ from airflow_provider_siliconflow.operators.base import (
     DEFERRAL_BACKSTOP,
     SubmittingOperator,
 )
-from airflow_provider_siliconflow.task_context import open_submission, submitter_of, task_errors
-from airflow_provider_siliconflow.templating import (
-    is_late,
+from airflow_provider_siliconflow.task.errors import task_errors
+from airflow_provider_siliconflow.task.ledger import open_submission
+from airflow_provider_siliconflow.task.state import submitter_of
+from airflow_provider_siliconflow.task.templating import (
+    is_templated,
     refuse_both,
     rendered_list,
     rendered_mapping,
@@ -153,7 +155,7 @@ class RunBatchOperator(SubmittingOperator):
             "max_row_attempts": max_row_attempts,
             "max_error_rate": max_error_rate,
         }
-        known = {name: rendered_number(value) for name, value in limits.items() if not is_late(value)}
+        known = {name: rendered_number(value) for name, value in limits.items() if not is_templated(value)}
         arguments.check_limits(**known)
         if not durable or not ordered:
             raise ValueError("RunBatchOperator is always durable and its results are always ordered")
@@ -182,7 +184,7 @@ class RunBatchOperator(SubmittingOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         """Plan, submit and wait; or take up what an earlier try left."""
         from airflow_provider_siliconflow.api.exceptions import NoRowsError
-        from airflow_provider_siliconflow.jobs.run import estimate
+        from airflow_provider_siliconflow.jobs.plan import estimate
 
         self._ti = context["ti"]
         earlier_tries = context["ti"].try_number > 1
@@ -210,7 +212,7 @@ class RunBatchOperator(SubmittingOperator):
 
     def execute_complete(self, context: Context, event: Any = None) -> dict[str, Any]:
         """Resume after the trigger: note what ended, submit what is due, or finish."""
-        from airflow_provider_siliconflow.jobs.waiting import read_event
+        from airflow_provider_siliconflow.jobs.events import read_event
 
         self._ti = context["ti"]
         with task_errors(fail_fast=self.fail_fast), self._paid_batches(possible=True):
@@ -238,7 +240,7 @@ class RunBatchOperator(SubmittingOperator):
 
     def _judged(self, context: Context, manifest: dict[str, Any], options: RunOptions) -> dict[str, Any]:
         from airflow_provider_siliconflow.api.exceptions import BatchPartialFailureError
-        from airflow_provider_siliconflow.jobs.options import judge_run
+        from airflow_provider_siliconflow.jobs.outcome import judge_run
 
         self._manifest = manifest
         try:

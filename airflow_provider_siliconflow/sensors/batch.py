@@ -20,8 +20,9 @@ from airflow.triggers.base import StartTriggerArgs
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.links.batch import BatchConsoleLink
 from airflow_provider_siliconflow.operators.base import DEFERRAL_BACKSTOP, finish_batch
-from airflow_provider_siliconflow.task_context import airflow_version, task_errors
-from airflow_provider_siliconflow.templating import rendered_list
+from airflow_provider_siliconflow.task.errors import task_errors
+from airflow_provider_siliconflow.task.state import airflow_version
+from airflow_provider_siliconflow.task.templating import rendered_list
 from airflow_provider_siliconflow.triggers.batch import BatchTrigger
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class BatchSensor(BaseSensorOperator):
 
     def execute_complete(self, context: Context, event: Any = None) -> Any:
         """Resume after the trigger."""
-        from airflow_provider_siliconflow.jobs.waiting import read_event
+        from airflow_provider_siliconflow.jobs.events import read_event
 
         with task_errors(fail_fast=self.fail_fast, soft_fail=self.soft_fail), self._timeouts():
             return self._finish(read_event(event))

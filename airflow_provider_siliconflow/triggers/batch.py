@@ -12,7 +12,7 @@ from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
-    from airflow_provider_siliconflow.api.protocol import ClientSettings
+    from airflow_provider_siliconflow.api.settings import ClientSettings
     from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
 #: Cancellations under way; the event loop itself keeps only weak references to its tasks.
@@ -101,8 +101,10 @@ class BatchTrigger(BaseTrigger):
         """Wait, and yield one event."""
         from airflow_provider_siliconflow.api.arguments import check_identifiers
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
-        from airflow_provider_siliconflow.jobs.waiting import BatchWait, ended_event, error_event, is_flawless
-        from airflow_provider_siliconflow.templating import rendered_list
+        from airflow_provider_siliconflow.jobs.events import ended_event, error_event
+        from airflow_provider_siliconflow.jobs.outcome import is_flawless
+        from airflow_provider_siliconflow.jobs.waiting import BatchWait
+        from airflow_provider_siliconflow.task.templating import rendered_list
 
         batch_ids: list[str] = []
         await _FIRST_PAUSES.pause()
@@ -204,8 +206,8 @@ class BatchTrigger(BaseTrigger):
         from airflow_provider_siliconflow.api.arguments import check_identifiers
         from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
-        from airflow_provider_siliconflow.task_context import task_state
-        from airflow_provider_siliconflow.templating import rendered_list
+        from airflow_provider_siliconflow.task.state import task_state
+        from airflow_provider_siliconflow.task.templating import rendered_list
 
         batch_ids = check_identifiers("batch_id", rendered_list(self.batch_id))
         open_ids = [one for one in batch_ids if self._wait is None or one not in self._wait.ended]

@@ -241,7 +241,7 @@ def test_a_download_that_fails_half_way_leaves_no_file(
 def test_a_file_on_s3_is_whole_or_not_there(s3: S3FileSystem, megabytes: int) -> None:
     from airflow.sdk import ObjectStoragePath
 
-    from airflow_provider_siliconflow.batch_files.whole_file import write_whole
+    from airflow_provider_siliconflow.batch_files.atomic_files import write_whole
 
     target = ObjectStoragePath(OUTPUT) / "results.jsonl"
 

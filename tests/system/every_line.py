@@ -26,7 +26,7 @@ from airflow_provider_siliconflow.operators.batch import CreateBatchOperator
 
 PACKAGE = str(Path(airflow_provider_siliconflow.__file__).parent)
 #: The code that decides; models and checks of arguments have no effect to be caught in.
-TRACED = ("operators/", "jobs/submission.py", "task_context.py", "api/client.py", "hooks/")
+TRACED = ("operators/", "jobs/submission.py", "task/", "api/client.py", "hooks/")
 
 # The emulator's list shows a batch at once.
 submission.LIST_LAG = 0.1

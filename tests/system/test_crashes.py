@@ -13,7 +13,7 @@ import pytest
 from crash_cases import CRASH_CASES, DOWNLOAD_POINTS, HELD, CrashCase
 
 from airflow_provider_siliconflow.api.client import SiliconFlowClient
-from airflow_provider_siliconflow.api.protocol import ClientSettings
+from airflow_provider_siliconflow.api.settings import ClientSettings
 from airflow_provider_siliconflow.jobs.downloads import download_results
 from scripts.live_airflow import LiveAirflow, LiveAirflowError
 from tests.system.live import EXHAUSTIVE, KEY, ROWS, OpenAccount, add_batch, batches, files

@@ -14,7 +14,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     RateLimitedError,
 )
 from airflow_provider_siliconflow.retry_policy import batch_retry_policy
-from airflow_provider_siliconflow.task_context import airflow_version
+from airflow_provider_siliconflow.task.state import airflow_version
 
 pytestmark = pytest.mark.skipif(airflow_version() < (3, 3), reason="retry policies came with Airflow 3.3")
 

@@ -7,14 +7,16 @@ import signal
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from airflow_provider_siliconflow import task_context
 from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.jobs import downloads, submission
+from airflow_provider_siliconflow.jobs.ledger import NoLedger
 from airflow_provider_siliconflow.operators.batch import CreateBatchOperator, DownloadBatchResultsOperator
+from airflow_provider_siliconflow.task.ledger import TaskStateLedger
+from airflow_provider_siliconflow.task.state import airflow_version
 
 
 def _die(*_: Any, **__: Any) -> NoReturn:
-    if task_context.airflow_version() == (3, 0):
+    if airflow_version() == (3, 0):
         # Airflow 3.0 fails a task for good whose process alone is killed; with its supervisor it retries.
         os.kill(os.getppid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -78,7 +80,7 @@ class DyingCreate(CreateBatchOperator):
 
     @staticmethod
     def _die_after_recording(name: str) -> None:
-        for ledger in (task_context.TaskStateLedger, submission.NoLedger):
+        for ledger in (TaskStateLedger, NoLedger):
             ledger.set = _then_die(ledger.set, lambda _, __, entry: name in entry)  # type: ignore[attr-defined]
 
 

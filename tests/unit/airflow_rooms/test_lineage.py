@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_siliconflow.lineage import lineage
+from airflow_provider_siliconflow.task.lineage import lineage
 
 pytest.importorskip("airflow.providers.openlineage", reason="needs apache-airflow-providers-openlineage")
 

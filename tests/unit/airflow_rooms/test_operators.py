@@ -466,7 +466,7 @@ def test_the_end_of_a_worker_cancels_nothing_that_a_retry_takes_up(
     state: str | None,
     durable: bool,
 ) -> None:
-    monkeypatch.setattr("airflow_provider_siliconflow.task_context.task_state", lambda _: state)
+    monkeypatch.setattr("airflow_provider_siliconflow.task.state.task_state", lambda _: state)
     create = CreateBatchOperator(task_id="t", input_path=make_input("Hi"), durable=durable)
     create.execute(make_context(create))
     create.on_kill()
@@ -506,7 +506,7 @@ def test_airflow_2_breaks_a_request_off_only_when_its_batch_was_looked_for(
 
     monkeypatch.setattr(SiliconFlowClient, "create_batch", killed)
     monkeypatch.setattr("airflow_provider_siliconflow.operators.base.airflow_version", lambda: version)
-    monkeypatch.setattr("airflow_provider_siliconflow.task_context.task_state", lambda _: "failed")
+    monkeypatch.setattr("airflow_provider_siliconflow.task.state.task_state", lambda _: "failed")
     monkeypatch.setattr("airflow_provider_siliconflow.jobs.submission._LIST_PAUSES", (0.3, 0.3))
     with pytest.raises(Terminated):
         task.execute(make_context(task))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_siliconflow.api.protocol import ClientSettings
+from airflow_provider_siliconflow.api.settings import ClientSettings
 
 KEY = "sk-test-0123456789abcdef"
 

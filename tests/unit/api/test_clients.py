@@ -24,6 +24,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     ServiceUnavailableError,
     UnexpectedAnswerError,
 )
+from airflow_provider_siliconflow.api.settings import ClientSettings
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator import Emulator
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 BATCH = {"id": "batch_1", "status": "in_queue"}
 SIGNED = "/results/out.jsonl?X-Amz-Credential=abc&X-Amz-Signature=SECRET"
 
-Ask = Callable[[protocol.ClientSettings, Any], Any]
-MakeSettings = Callable[..., protocol.ClientSettings]
+Ask = Callable[[ClientSettings, Any], Any]
+MakeSettings = Callable[..., ClientSettings]
 
 
 @pytest.fixture
@@ -232,7 +233,7 @@ def test_a_url_that_urllib3_reads_in_another_way_than_we_do_gets_no_key(
 def test_the_key_is_held_back_should_we_be_wrong_about_a_url(
     make_settings: MakeSettings, emulator: Emulator, recorder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol.ClientSettings, "owns", lambda settings, url: True)
+    monkeypatch.setattr(ClientSettings, "owns", lambda settings, url: True)
     with (
         SiliconFlowClient(make_settings(emulator.base_url)) as client,
         pytest.raises(CredentialLeakError) as caught,

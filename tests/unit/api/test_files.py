@@ -17,7 +17,8 @@ from airflow_provider_siliconflow.api.exceptions import (
     NoAnswerError,
     ServiceUnavailableError,
 )
-from airflow_provider_siliconflow.api.protocol import CHUNK_SIZE, ClientSettings
+from airflow_provider_siliconflow.api.protocol import CHUNK_SIZE
+from airflow_provider_siliconflow.api.settings import ClientSettings
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator import Emulator

@@ -10,8 +10,9 @@ from pydantic import BaseModel, ValidationError
 
 from airflow_provider_siliconflow.api import protocol
 from airflow_provider_siliconflow.api.models import Batch, BatchResult, Outcome
+from airflow_provider_siliconflow.api.settings import ClientSettings
 
-SETTINGS = protocol.ClientSettings("sk-test-key")
+SETTINGS = ClientSettings("sk-test-key")
 SIGNED = "https://bucket.storage.example/results/out.jsonl?X-Amz-Credential=abc&X-Amz-Signature=SECRET"
 
 #: The documented answer of POST /batches, word for word.

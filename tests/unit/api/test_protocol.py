@@ -28,7 +28,8 @@ from airflow_provider_siliconflow.api.exceptions import (
     UnexpectedAnswerError,
 )
 from airflow_provider_siliconflow.api.models import Batch
-from airflow_provider_siliconflow.api.protocol import ClientSettings
+from airflow_provider_siliconflow.api.redaction import redact
+from airflow_provider_siliconflow.api.settings import ClientSettings
 
 SETTINGS = ClientSettings("sk-secret-key")
 TRACE = {"x-siliconcloud-trace-id": "ti_7"}
@@ -195,7 +196,7 @@ def test_what_is_worth_another_try(error: Exception, no_effect: bool, transient:
     ],
 )
 def test_redaction(text: str) -> None:
-    assert "sk-secret" not in protocol.redact(text, SETTINGS)
+    assert "sk-secret" not in redact(text, SETTINGS)
 
 
 piece = st.text(alphabet="a/.:?#=&@ \\\"'<", max_size=6)
@@ -204,13 +205,13 @@ piece = st.text(alphabet="a/.:?#=&@ \\\"'<", max_size=6)
 @given(piece, piece, piece, piece)
 def test_no_signature_survives_whatever_is_around_it(before: str, path: str, key: str, after: str) -> None:
     path, key = (re.sub(r"[\s\"'<>]", "", part) for part in (path, key))
-    assert "SECRET" not in protocol.redact(f"{before}https://h{path}?{key}=SECRET{after}")
+    assert "SECRET" not in redact(f"{before}https://h{path}?{key}=SECRET{after}")
 
 
 def test_redaction_of_a_long_text_takes_no_time() -> None:
     """A refused picture is repeated in base64, which is full of slashes."""
     began = time.monotonic()
-    protocol.redact("/a" * 100_000 + "/a?" * 100_000 + "https://" * 100_000 + "?")
+    redact("/a" * 100_000 + "/a?" * 100_000 + "https://" * 100_000 + "?")
     assert time.monotonic() - began < 2
 
 
@@ -220,7 +221,7 @@ def test_a_text_that_was_cut_within_a_character_can_be_written() -> None:
 
 
 def test_redaction_keeps_the_rest() -> None:
-    said = protocol.redact('<a href="https://h/p?sig=1">10 tokens/s? yes, a=b</a>', SETTINGS)
+    said = redact('<a href="https://h/p?sig=1">10 tokens/s? yes, a=b</a>', SETTINGS)
     assert said == '<a href="https://h/p">10 tokens/s? yes, a=b</a>'
 
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError, InvalidRequestFileError
-from airflow_provider_siliconflow.batch_files.requests import Problems, check_request_file, explain, read_rows
-from airflow_provider_siliconflow.batch_files.sources import LineReader
+from airflow_provider_siliconflow.batch_files.lines import LineReader
+from airflow_provider_siliconflow.batch_files.reader import check_request_file, read_rows
+from airflow_provider_siliconflow.batch_files.rules import Problems, explain
 
 USER = [{"role": "user", "content": "hi"}]
 

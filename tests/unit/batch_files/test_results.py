@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 
 from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError, InvalidInputError
 from airflow_provider_siliconflow.api.models import BatchResult, Outcome
-from airflow_provider_siliconflow.batch_files import results as results_module
-from airflow_provider_siliconflow.batch_files.results import BatchFiles, merge_shard, read_results, to_frame
+from airflow_provider_siliconflow.batch_files import merge, result_lines
+from airflow_provider_siliconflow.batch_files.atomic_files import write_json
+from airflow_provider_siliconflow.batch_files.frames import to_frame
+from airflow_provider_siliconflow.batch_files.merge import BatchFiles, merge_shard
+from airflow_provider_siliconflow.batch_files.result_lines import read_results
 from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 from airflow_provider_siliconflow.batch_files.verdicts import (
     NotJSONError,
@@ -21,7 +24,6 @@ from airflow_provider_siliconflow.batch_files.verdicts import (
     worth_retrying,
 )
 from airflow_provider_siliconflow.batch_files.whole_batch import copy_batch
-from airflow_provider_siliconflow.batch_files.whole_file import write_json
 
 
 def answer(custom_id, text="yes", *, finish="stop", model="m", usage=(10, 2), **more):
@@ -147,7 +149,7 @@ def test_a_custom_id_that_became_a_number_is_the_row_s(tmp_path):
     batch = folder.batch([answer(7)])
     merged, [line], _ = folder.merge(batch)
     assert merged.tally.ok == 1
-    assert [row.custom_id for row in results_module.results_of([line], "x")] == ["7"]
+    assert [row.custom_id for row in result_lines.results_of([line], "x")] == ["7"]
 
 
 #: Cut characters, escapes, control characters; then what JSON is made of.
@@ -261,7 +263,7 @@ def test_a_balance_error_is_told_apart(folder):
 
 @pytest.mark.parametrize("held", [0, 700, 1 << 20])
 def test_lines_that_memory_does_not_hold_are_read_again(tmp_path, monkeypatch, held):
-    monkeypatch.setattr(results_module, "_HELD_BYTES", held)
+    monkeypatch.setattr(merge, "_HELD_BYTES", held)
     names = [f"id-{n}" for n in range(50)]
     folder = Folder(tmp_path, names)
     lines = [json.dumps(answer(each, "x" * n), ensure_ascii=False).encode() for n, each in enumerate(names)]
@@ -271,7 +273,7 @@ def test_lines_that_memory_does_not_hold_are_read_again(tmp_path, monkeypatch, h
 
 
 loose = st.none() | st.booleans() | st.integers(0, 600) | st.sampled_from(["", " ", "x", "200", 200.0, 0.5])
-result_lines = st.fixed_dictionaries(
+odd_lines = st.fixed_dictionaries(
     {
         "custom_id": st.just("a"),
         "error": st.none() | loose | st.fixed_dictionaries({}, optional={"code": loose, "message": loose}),
@@ -312,7 +314,7 @@ result_lines = st.fixed_dictionaries(
 
 
 @settings(max_examples=500)
-@given(result_lines)
+@given(odd_lines)
 def test_a_line_of_any_shape_is_judged_as_the_model_judges_it(data):
     verdict = read_verdict(json.dumps(data).encode())
     assert verdict is not None

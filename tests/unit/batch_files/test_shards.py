@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError, InvalidRequestFileError
-from airflow_provider_siliconflow.batch_files import requests as requests_module
+from airflow_provider_siliconflow.batch_files import custom_ids
 from airflow_provider_siliconflow.batch_files.shards import (
     Shard,
     Split,
@@ -109,7 +109,7 @@ def test_repeated_custom_ids_are_named_whether_their_hashes_are_in_memory_or_on_
     rows = [{"custom_id": str(number), "messages": prompts(1)[0]["messages"]} for number in numbers]
     repeated = [line for line, number in enumerate(numbers, 1) if number in numbers[: line - 1]]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(requests_module, "_BUCKET_HASHES", held)
+        patched.setattr(custom_ids, "_BUCKET_HASHES", held)
         found = []
         try:
             split_requests(rows, tmp_path_factory.mktemp("ids"), name="rows")

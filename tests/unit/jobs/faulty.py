@@ -15,7 +15,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     ServiceUnavailableError,
 )
 from airflow_provider_siliconflow.api.models import Batch, UploadedFile
-from airflow_provider_siliconflow.api.protocol import ClientSettings
+from airflow_provider_siliconflow.api.settings import ClientSettings
 from airflow_provider_siliconflow.emulator.config import EmulatorConfig
 from airflow_provider_siliconflow.emulator.service import EmulatedService, ServiceError
 

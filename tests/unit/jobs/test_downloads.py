@@ -17,8 +17,9 @@ from airflow_provider_siliconflow.api.exceptions import (
     ServiceUnavailableError,
 )
 from airflow_provider_siliconflow.api.models import Batch
-from airflow_provider_siliconflow.api.protocol import ClientSettings
-from airflow_provider_siliconflow.jobs.downloads import ResultFiles, commonest_error, download_results
+from airflow_provider_siliconflow.api.settings import ClientSettings
+from airflow_provider_siliconflow.jobs.downloads import ResultFiles, download_results
+from airflow_provider_siliconflow.jobs.outcome import commonest_error
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator import Emulator

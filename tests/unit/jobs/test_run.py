@@ -21,12 +21,14 @@ from airflow_provider_siliconflow.api.exceptions import (
     InvalidRequestError,
     InvalidRequestFileError,
 )
-from airflow_provider_siliconflow.api.protocol import ClientSettings
+from airflow_provider_siliconflow.api.settings import ClientSettings
 from airflow_provider_siliconflow.emulator.server import Emulator
-from airflow_provider_siliconflow.jobs.folder import FolderLedger
 from airflow_provider_siliconflow.jobs.identity import Submitter
-from airflow_provider_siliconflow.jobs.options import check_options, judge_run
-from airflow_provider_siliconflow.jobs.run import BatchRun, estimate
+from airflow_provider_siliconflow.jobs.ledger import FolderLedger
+from airflow_provider_siliconflow.jobs.options import check_options
+from airflow_provider_siliconflow.jobs.outcome import judge_run
+from airflow_provider_siliconflow.jobs.plan import estimate
+from airflow_provider_siliconflow.jobs.run import BatchRun
 from airflow_provider_siliconflow.jobs.submission import Submission
 
 MODELS = ["Qwen/Qwen3-32B", "THUDM/GLM-4-9B-0414"]

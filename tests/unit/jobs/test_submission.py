@@ -20,7 +20,8 @@ from airflow_provider_siliconflow.api.exceptions import (
 from airflow_provider_siliconflow.api.models import Batch, UploadedFile
 from airflow_provider_siliconflow.emulator.service import EmulatedService
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork, Submitter
-from airflow_provider_siliconflow.jobs.submission import NoLedger, Search, Submission
+from airflow_provider_siliconflow.jobs.ledger import NoLedger
+from airflow_provider_siliconflow.jobs.submission import Search, Submission
 from tests.unit.jobs.faulty import FAULTS, Crash, FakeClock, FaultyAPI, make_service
 
 ROW = {"custom_id": "a", "body": {"model": "Qwen/Qwen3-32B", "messages": [{"role": "user", "content": "hi"}]}}

@@ -35,8 +35,9 @@ from airflow_provider_siliconflow.api.exceptions import (
     UnexpectedAnswerError,
 )
 from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES, Batch
-from airflow_provider_siliconflow.jobs import waiting
-from airflow_provider_siliconflow.jobs.waiting import BatchWait, default_deadline, judge_batch
+from airflow_provider_siliconflow.jobs import events, waiting
+from airflow_provider_siliconflow.jobs.outcome import judge_batch
+from airflow_provider_siliconflow.jobs.waiting import BatchWait, default_deadline
 
 START = 1_800_000_000.0
 PENDING = (
@@ -286,9 +287,9 @@ def test_progress_is_told_when_it_changes(caplog: pytest.LogCaptureFixture) -> N
 
 def test_ended_batches_travel_as_json_without_a_signature() -> None:
     found = batch("completed", output_file_id="https://h/o.jsonl?sig=SECRET", request_counts={"total": 2})
-    event = json.loads(json.dumps(waiting.ended_event([found])))
+    event = json.loads(json.dumps(events.ended_event([found])))
     assert "SECRET" not in json.dumps(event)
-    (read,) = waiting.read_event(event)
+    (read,) = events.read_event(event)
     assert (read.id, read.status, read.request_counts.total) == ("batch_1", "completed", 2)
     assert read.output_file_id == "https://h/o.jsonl"
 
@@ -303,9 +304,9 @@ def test_ended_batches_travel_as_json_without_a_signature() -> None:
     ],
 )
 def test_errors_travel_as_json(error: SiliconFlowError, kind: type[BatchError], retryable: bool) -> None:
-    event = json.loads(json.dumps(waiting.error_event(error, ["batch_7"])))
+    event = json.loads(json.dumps(events.error_event(error, ["batch_7"])))
     with pytest.raises(kind, match=str(error)) as caught:
-        waiting.read_event(event)
+        events.read_event(event)
     assert type(caught.value) is kind
     assert (caught.value.batch_id, caught.value.retryable) == ("batch_7", retryable)
 
@@ -313,7 +314,7 @@ def test_errors_travel_as_json(error: SiliconFlowError, kind: type[BatchError], 
 @pytest.mark.parametrize("event", [None, "success", {}, {"status": "ended?"}, ["ended"], {"status": "ended"}])
 def test_an_event_that_is_none_of_ours_is_no_success(event: Any) -> None:
     with pytest.raises(BatchError, match="event"):
-        waiting.read_event(event)
+        events.read_event(event)
 
 
 # Outcome ----------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError, SiliconFlowError
 from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES
 from airflow_provider_siliconflow.jobs import downloads
-from airflow_provider_siliconflow.jobs.folder import FolderLedger
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY, Submitter
+from airflow_provider_siliconflow.jobs.ledger import FolderLedger
 from airflow_provider_siliconflow.jobs.options import check_options
 from airflow_provider_siliconflow.jobs.run import BatchRun
 from airflow_provider_siliconflow.jobs.submission import Submission

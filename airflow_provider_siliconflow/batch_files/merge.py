@@ -1,5 +1,4 @@
-"""
-What became of every row: the service's result lines, put into the order of the input.
+"""What became of every row: the service's result lines, put into the order of the input.
 
 One shard is merged at a time. Its result files are read once, front to back, noting where the line of each row
 stands; then the lines are copied, byte for byte, in the order of the shard. What is held in memory does not grow
@@ -8,10 +7,9 @@ with the number of shards, nor with the length of the answers.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +18,18 @@ from typing import Any
 
 import msgspec
 
-from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError, InvalidInputError
-from airflow_provider_siliconflow.api.models import BatchResult, Outcome, valid_text
+from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError
+from airflow_provider_siliconflow.api.models import Outcome
+from airflow_provider_siliconflow.api.sources import Source
+from airflow_provider_siliconflow.batch_files.lines import ByteWriter, LineReader
+from airflow_provider_siliconflow.batch_files.result_lines import OddLines, incomplete_file
 from airflow_provider_siliconflow.batch_files.shards import iter_custom_ids
-from airflow_provider_siliconflow.batch_files.sources import ByteWriter, LineReader, Source
 from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 from airflow_provider_siliconflow.batch_files.verdicts import (
     NotJSONError,
     Verdict,
     is_balance_error,
-    read_result,
     read_verdict,
-    whole_number,
     worth_retrying,
 )
 
@@ -250,43 +248,6 @@ class _Index:
             )
 
 
-class OddLines:
-    """
-    Lines of a result file that are JSON, but no results: they are left out, and told of.
-
-    :param name: the file, for the message.
-    """
-
-    def __init__(self, name: str, batch_id: str | None = None) -> None:
-        self._where = f"{name} of batch {batch_id}" if batch_id else name
-        self._first = self._count = 0
-
-    def add(self, line: int) -> None:
-        """Note a line by its number."""
-        self._first = self._first or line
-        self._count += 1
-
-    def warn(self) -> None:
-        """Tell of the lines noted, if there are any."""
-        if self._count:
-            log.warning(
-                "%s: %d lines are no results of any row and were left out, the first of them line %d",
-                self._where,
-                self._count,
-                self._first,
-            )
-
-
-def incomplete_file(name: str, line: int, batch_id: str | None) -> IncompleteResultsError:
-    """Return the error for a line of a downloaded file that is not JSON."""
-    of_batch = f" of batch {batch_id}" if batch_id else ""
-    return IncompleteResultsError(
-        f"line {line} of {name}{of_batch} is not JSON: the download was cut, or this is not a result file. "
-        "The results are still with the service; a retry downloads them again and submits nothing.",
-        batch_id=batch_id,
-    )
-
-
 def count_row(verdict: Verdict | None, model: str | None, round: int, tally: ModelTally) -> bool:
     """
     Count what became of one row.
@@ -398,97 +359,3 @@ def refused_lines(shard: Source, *, status: int, message: str) -> Iterator[bytes
             msgspec.json.encode({"id": None, "custom_id": custom_id, "response": None, "error": error})
             + b"\n"
         )
-
-
-def read_results(source: Source) -> Iterator[BatchResult]:
-    """
-    Read a result file (``results.jsonl``, ``errors.jsonl`` or one of the service's own) row by row.
-
-    :raises IncompleteResultsError: a line is not JSON.
-    """
-    with source.open("rb") as stream:
-        yield from results_of(LineReader(stream), str(getattr(source, "name", source)))
-
-
-def results_of(
-    lines: Iterable[bytes | None], name: str, batch_id: str | None = None
-) -> Iterator[BatchResult]:
-    """
-    Read the lines of a result file; blank ones, and JSON that is no result, are passed over.
-
-    :param lines: ``None`` stands for one too long to read.
-    :param name: the file, for messages.
-    :raises IncompleteResultsError: a line is not JSON.
-    """
-    odd = OddLines(name, batch_id)
-    for number, line in enumerate(lines, 1):
-        if line is None:
-            raise incomplete_file(name, number, batch_id)
-        if not line.strip():
-            continue
-        try:
-            result = read_result(line)
-        except NotJSONError:
-            raise incomplete_file(name, number, batch_id) from None
-        if result is None:
-            odd.add(number)
-        else:
-            yield result
-    odd.warn()
-
-
-#: Columns of :func:`to_frame` that are whole numbers; the others are text.
-_WHOLE_COLUMNS = ("prompt_tokens", "completion_tokens")
-
-
-def to_frame(results: Source | Iterable[BatchResult], library: str | None = None) -> Any:
-    """
-    Return results as a data frame, a row each.
-
-    Columns: ``custom_id``, ``outcome``, ``text``, ``reasoning``, ``finish_reason``, ``prompt_tokens``,
-    ``completion_tokens``, ``error`` (the message).
-
-    :param results: a result file, or what :func:`read_results` returns.
-    :param library: ``pandas`` or ``polars``; without it whichever is installed, pandas first.
-    :raises ImportError: it is not installed.
-    """
-    if library not in (None, "pandas", "polars"):
-        raise InvalidInputError(f"library must be 'pandas' or 'polars', not {library!r}")
-    frames = _import_frames((library,) if library else ("pandas", "polars"))
-    rows = results if isinstance(results, Iterable) else read_results(results)
-    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    for row in rows:
-        for name, read in _COLUMNS.items():
-            columns[name].append(read(row))
-    if frames.__name__ == "pandas":
-        return frames.DataFrame(columns).astype(dict.fromkeys(_WHOLE_COLUMNS, "Int64"))
-    schema = {name: frames.Int64 if name in _WHOLE_COLUMNS else frames.String for name in columns}
-    return frames.DataFrame(columns, schema=schema)
-
-
-def _text(value: Any) -> str | None:
-    return valid_text(value) if isinstance(value, str) else None
-
-
-_COLUMNS: dict[str, Callable[[BatchResult], Any]] = {
-    "custom_id": lambda row: _text(row.custom_id),
-    "outcome": lambda row: row.outcome.value,
-    "text": lambda row: _text(row.text),
-    "reasoning": lambda row: _text(row.reasoning),
-    "finish_reason": lambda row: _text(row.finish_reason),
-    "prompt_tokens": lambda row: whole_number(row.usage.get("prompt_tokens")),
-    "completion_tokens": lambda row: whole_number(row.usage.get("completion_tokens")),
-    "error": lambda row: _text(row.error_message),
-}
-
-
-def _import_frames(names: Sequence[str]) -> Any:
-    for name in names:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as exc:
-            if exc.name != name:
-                raise
-    raise ImportError(
-        f"a data frame needs {' or '.join(names)}: pip install 'airflow-provider-siliconflow[{names[0]}]'"
-    )

@@ -1,10 +1,12 @@
-"""Where rows come from and go to: anything that opens like a path, read line by line in bounded memory."""
+"""Lines in and out of anything that opens like a path, in bounded memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
+
+from airflow_provider_siliconflow.api.sources import ByteReader, Source
 
 #: Bytes asked for in one read: large enough for object stores, small enough not to matter in memory.
 CHUNK_BYTES = 1 << 16
@@ -14,25 +16,11 @@ CHUNK_BYTES = 1 << 16
 LONGEST_LINE = 128 << 20
 
 
-class ByteReader(Protocol):
-    """A binary stream that reads."""
-
-    def read(self, size: int = ..., /) -> bytes:
-        """Return at most ``size`` bytes, ``b""`` at the end."""
-
-
 class ByteWriter(Protocol):
     """A binary stream that writes."""
 
     def write(self, data: bytes, /) -> Any:
         """Write all of ``data``."""
-
-
-class Source(Protocol):
-    """A file to read: ``pathlib.Path``, Airflow's ``ObjectStoragePath`` or anything else that opens alike."""
-
-    def open(self, mode: Literal["rb"], /) -> AbstractContextManager[ByteReader]:
-        """Open for reading bytes from the start."""
 
 
 class Target(Protocol):

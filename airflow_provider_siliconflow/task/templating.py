@@ -11,19 +11,19 @@ from typing import Any
 _MARKS = ("{{", "{%", "[[", "[%", "<<", "<%", "${")
 
 
-def is_late(value: Any) -> bool:
+def is_templated(value: Any) -> bool:
     """Whether the value of an argument is known only when the task runs: a template, or another task's output."""
     if isinstance(value, str):
         return any(mark in value for mark in _MARKS)
     return hasattr(value, "resolve")
 
 
-def is_late_inside(value: Any) -> bool:
+def is_templated_inside(value: Any) -> bool:
     """Whether a mapping or list holds anything that is known only when the task runs."""
     if isinstance(value, Mapping):
-        return any(is_late(each) or is_late_inside(each) for pair in value.items() for each in pair)
+        return any(is_templated(each) or is_templated_inside(each) for pair in value.items() for each in pair)
     if isinstance(value, list | tuple):
-        return any(is_late(each) or is_late_inside(each) for each in value)
+        return any(is_templated(each) or is_templated_inside(each) for each in value)
     return False
 
 
@@ -33,7 +33,7 @@ def refuse_both(**given: Any) -> None:
 
     :raises ValueError: both are given.
     """
-    if all(value is not None and not is_late(value) for value in given.values()):
+    if all(value is not None and not is_templated(value) for value in given.values()):
         raise ValueError(f"give either {' or '.join(given)}, not both")
 
 

@@ -1,35 +1,24 @@
-"""Between a running Airflow task and the rooms below: its identity, its ledger, its way to fail."""
+"""What Airflow knows of a task: who it is, its earlier tries, its state now."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Set
-from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any
-
-from airflow.providers.common.compat.sdk import AirflowFailException, AirflowSkipException, conf
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import BaseOperator, Context
 
-    from airflow_provider_siliconflow.api.client import SiliconFlowClient
     from airflow_provider_siliconflow.jobs.identity import Submitter
-    from airflow_provider_siliconflow.jobs.submission import Ledger, Search, Submission
+    from airflow_provider_siliconflow.jobs.submission import Search
+
 
 log = logging.getLogger(__name__)
-
-#: Names in the task state store beside the keys of work: the generation it was there from the start of, and the batch
-#: recorded last.
-_GENERATION, _LAST = "generation", "last"
 #: States of a task that no person has ended.
 _UNTOUCHED_STATES = frozenset({"running", "up_for_retry", "scheduled", "queued"})
 #: Seconds to wait for the state of a task that is being ended; Airflow leaves it five.
 _STATE_PATIENCE = 1.5
-#: Entries outlive the longest batch and the files of the service, whatever the store's own default is.
-_RETENTION = timedelta(days=31)
 
 
 @cache
@@ -39,26 +28,6 @@ def airflow_version() -> tuple[int, int]:
 
     major, minor = __version__.split(".")[:2]
     return int(major), int(minor)
-
-
-@contextlib.contextmanager
-def task_errors(*, fail_fast: bool, soft_fail: bool = False) -> Iterator[None]:
-    """
-    Turn errors that no retry can mend into ``AirflowFailException``.
-
-    :param fail_fast: ``False`` leaves every error to the task's retries.
-    :param soft_fail: skip the task instead of failing it.
-    """
-    from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
-
-    try:
-        yield
-    except SiliconFlowError as exc:
-        if soft_fail:
-            raise AirflowSkipException(f"Skipping, since soft_fail is set: {exc}") from exc
-        if fail_fast and not exc.retryable:
-            raise AirflowFailException(f"{exc} (A retry would end the same way, so none is made.)") from exc
-        raise
 
 
 def submitter_of(context: Context) -> Submitter:
@@ -76,23 +45,7 @@ def submitter_of(context: Context) -> Submitter:
     )
 
 
-def open_submission(context: Context, client: SiliconFlowClient, ledger: Ledger | None = None) -> Submission:
-    """
-    Return what submits for this try.
-
-    :param ledger: what outlives a try; by default Airflow's task state store where there is one.
-    """
-    from airflow_provider_siliconflow.jobs.submission import Submission
-
-    return Submission(
-        client,
-        ledger=ledger_of(context) if ledger is None else ledger,
-        earlier_tries=_search(context),
-        since=_earliest_start(context),
-    )
-
-
-def _search(context: Context) -> Search:
+def how_to_search(context: Context) -> Search:
     """
     Say how hard an earlier try of this generation has to be looked for.
 
@@ -106,7 +59,7 @@ def _search(context: Context) -> Search:
     return "once" if ti.try_number <= first_of_generation else "patiently"
 
 
-def _earliest_start(context: Context) -> float:
+def earliest_start(context: Context) -> float:
     """
     Return a time before which no try of this run can have submitted (epoch seconds).
 
@@ -121,67 +74,6 @@ def _earliest_start(context: Context) -> float:
     ]
     known = [time.timestamp() for time in times if time is not None]
     return min(known) if known else 0.0
-
-
-class TaskStateLedger:
-    """
-    The ledger over Airflow's task state store (3.3+), which survives retries, crashes and deferral.
-
-    It is complete where it was there from the first try of the generation on: an earlier try may have run before
-    Airflow was upgraded, or with the store switched off.
-
-    :param store: ``context["task_state_store"]``.
-    :param generation: of the tries, see :class:`~.jobs.identity.Submitter`.
-    :param first: whether no earlier try of this generation can have submitted anything.
-    """
-
-    def __init__(self, store: Any, *, generation: int, first: bool) -> None:
-        self._store = store
-        self._generation = generation
-        if first:
-            self.set(_GENERATION, {"number": generation})
-        self.complete = first or (self.get(_GENERATION) or {}).get("number") == generation
-
-    @staticmethod
-    def _name(key: str) -> str:
-        return f"siliconflow.{key}"
-
-    def older_batches(self, key: str) -> Set[str]:
-        """Return none: a task that submits a single batch has no older one."""
-        return frozenset()
-
-    @property
-    def submitted(self) -> str | None:
-        """The batch that a try of this generation recorded last, whatever its request was."""
-        last = self.get(_LAST) or {}
-        return last.get("batch_id") if last.get("generation") == self._generation else None
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        """Return the entry of a key."""
-        value = self._store.get(self._name(key))
-        return value if isinstance(value, dict) else None
-
-    def set(self, key: str, entry: dict[str, Any]) -> None:
-        """Write the entry of a key."""
-        self._store.set(self._name(key), entry, retention=_RETENTION)
-        if batch_id := entry.get("batch_id"):
-            last = {"batch_id": batch_id, "generation": self._generation}
-            self._store.set(self._name(_LAST), last, retention=_RETENTION)
-
-    def delete(self, key: str) -> None:
-        """Forget a key."""
-        self._store.delete(self._name(key))
-
-
-def ledger_of(context: Context) -> Ledger:
-    """Return the task's ledger; ``[siliconflow] task_state_store = False`` does without Airflow's store."""
-    from airflow_provider_siliconflow.jobs.submission import NoLedger
-
-    store = context.get("task_state_store")
-    if store is None or not conf.getboolean("siliconflow", "task_state_store", fallback=True):
-        return NoLedger()
-    first = _search(context) in ("none", "once")
-    return TaskStateLedger(store, generation=context["ti"].max_tries or 0, first=first)
 
 
 def task_state(ti: Any) -> str | None:

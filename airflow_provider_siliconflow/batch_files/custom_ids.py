@@ -1,0 +1,85 @@
+"""Whether every ``custom_id`` of an input is unique, in bounded memory."""
+
+from __future__ import annotations
+
+import tempfile
+from array import array
+from collections.abc import Iterable
+from typing import BinaryIO
+
+from airflow_provider_siliconflow.batch_files.rules import Problems
+
+#: Hashes of custom ids, of 8 bytes each, that one of 256 buckets holds before all of them go to disk.
+_BUCKET_HASHES = 512
+
+
+class CustomIdSet:
+    """
+    Whether every ``custom_id`` of an input is unique, in memory that does not grow with the input.
+
+    Only hashes are kept, most of them in a temporary file. Equal hashes are a suspicion that
+    :meth:`name_duplicates` settles with a second look at the ids themselves.
+    """
+
+    def __init__(self) -> None:
+        # Buckets, so that the search for equal hashes needs a set of one bucket at a time.
+        self._buckets = tuple(array("q") for _ in range(256))
+        self._spilled: BinaryIO | None = None
+        #: For each time that the buckets were emptied into the file, where each of them begins there.
+        self._begins: list[list[int]] = []
+
+    def add(self, custom_id: str) -> None:
+        """Take in the ``custom_id`` of one more row."""
+        hashed = hash(custom_id)
+        bucket = self._buckets[hashed & 255]
+        bucket.append(hashed)
+        if len(bucket) == _BUCKET_HASHES:
+            self._spill()
+
+    def _spill(self) -> None:
+        if self._spilled is None:
+            self._spilled = tempfile.TemporaryFile(prefix="siliconflow-")  # noqa: SIM115 - lives as long as the set
+        begins = []
+        for bucket in self._buckets:
+            begins.append(self._spilled.tell())
+            self._spilled.write(bucket)
+            del bucket[:]
+        self._begins.append([*begins, self._spilled.tell()])
+
+    def _hashes(self, number: int) -> array[int]:
+        """Return all hashes of one bucket."""
+        found = array("q", self._buckets[number])
+        for begins in self._begins:
+            assert self._spilled is not None
+            self._spilled.seek(begins[number])
+            found.frombytes(self._spilled.read(begins[number + 1] - begins[number]))
+        return found
+
+    def suspects(self) -> set[int]:
+        """Return the hashes that came more than once."""
+        found: set[int] = set()
+        for number in range(len(self._buckets)):
+            hashes = self._hashes(number)
+            if len(hashes) == len(set(hashes)):
+                continue
+            seen: set[int] = set()
+            for hashed in hashes:
+                (found if hashed in seen else seen).add(hashed)
+        return found
+
+    @staticmethod
+    def name_duplicates(suspects: set[int], rows: Iterable[tuple[int, str]], problems: Problems) -> None:
+        """
+        Note every row whose ``custom_id`` an earlier one has.
+
+        :param suspects: from :meth:`suspects`.
+        :param rows: line number and ``custom_id`` of all rows, in order.
+        """
+        first: dict[str, int] = {}
+        for line, custom_id in rows:
+            if hash(custom_id) in suspects:
+                earlier = first.setdefault(custom_id, line)
+                if earlier != line:
+                    problems.add(
+                        line, f"line {earlier} has the same custom_id; each must be unique", custom_id
+                    )
