@@ -231,8 +231,9 @@ class BatchRun:
             raise InvalidInputError(
                 f"{self.folder} holds no plan any more: output_dir must be seen by every worker, and render the "
                 "same, while the task waits. The batches are untouched. A retry makes the plan anew, searches the "
-                "account and adopts them; a clear would pay for all again."
-            ).worth_a_retry()
+                "account and adopts them; a clear would pay for all again.",
+                retryable=True,
+            )
         self.split = Split.from_dict(stored["split"])
         self.options = replace(
             self.options,

@@ -232,8 +232,9 @@ class Submission:
                     raise SubmissionUnknownError(
                         f"The account lists its newest {len(self._seen)} batches only, and none is {work.label}: it "
                         "may be an older one, paid for by an earlier try. Nothing was sent. Look on the console for "
-                        f"the metadata {WORK_KEY}={work.key}; clear the task where there is none."
-                    ).worth_a_retry()
+                        f"the metadata {WORK_KEY}={work.key}; clear the task where there is none.",
+                        retryable=True,
+                    )
                 return None
             pause = min(next(pauses, LIST_LAG), left)
             log.info("No batch of an earlier try is listed; looking again in %.0f s, the list may lag", pause)
@@ -361,8 +362,9 @@ def _unreadable(work: BatchWork, batch_id: str) -> SubmissionUnknownError:
     return SubmissionUnknownError(
         f"Batch {batch_id} was submitted for {work.label} by an earlier try, and the account neither answers to its id "
         "nor lists it. Nothing was sent, since that would pay twice. Check that the connection leads to the account "
-        "that it was submitted with. A retry looks again; a clear submits anew."
-    ).worth_a_retry()
+        "that it was submitted with. A retry looks again; a clear submits anew.",
+        retryable=True,
+    )
 
 
 def _unknown(what: str, sends: int, last: SiliconFlowError) -> SubmissionUnknownError:
@@ -371,5 +373,6 @@ def _unknown(what: str, sends: int, last: SiliconFlowError) -> SubmissionUnknown
     return SubmissionUnknownError(
         f"{what} was sent {sends} time(s) without a usable answer, and it may have counted: the account lists "
         "nothing of it so far, or cannot be read. A retry of this task searches the account before it sends "
-        f"again; a clear would not, and might pay twice. Last answer: {last}"
-    ).worth_a_retry()
+        f"again; a clear would not, and might pay twice. Last answer: {last}",
+        retryable=True,
+    )
