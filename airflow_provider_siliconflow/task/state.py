@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-#: States of a task that no person has ended.
-_UNTOUCHED_STATES = frozenset({"running", "up_for_retry", "scheduled", "queued"})
+#: States that a task is given by a person who ends it, or by Airflow for one: a run that is marked failed, or one that
+#: ran into its timeout.
+ENDED_STATES = frozenset({"failed", "success", "skipped", "removed"})
+#: The state of a task that is cleared while it runs.
+_CLEARED_STATE = "restarting"
 #: Seconds to wait for the state of a task that is being ended; Airflow leaves it five.
-_STATE_PATIENCE = 1.5
+_STATE_PATIENCE = 2.0
 
 
 @cache
@@ -97,29 +100,45 @@ def task_state(ti: Any) -> str | None:
     return None if state is None else str(getattr(state, "value", state))
 
 
-def only_the_worker_ends(ti: Any) -> bool:
+def is_ended_by_a_person(ti: Any) -> bool:
     """
-    Whether a task is being ended though nobody has touched it: by a deployment, an eviction, or by Airflow, which took
-    it for dead and is about to try again.
+    Whether it is certain that a person ended or cleared a running task.
 
-    A signal tells all endings alike; the task's state does not: a person's makes it failed, success, skipped or
-    restarting, before the signal. Where that cannot be read in time, a person is assumed.
+    A deployment, an eviction and Airflow itself, which took the task for dead or lost its database, send the same
+    signal. The task's state tells them apart: a person's makes it failed, success, skipped or restarting, before the
+    signal. A state that cannot be read in time is no proof.
 
     :param ti: the task instance of the context.
     """
     found: list[str | None] = []
+    errors: list[Exception] = []
 
     def ask() -> None:
         try:
             found.append(task_state(ti))
         except Exception as exc:  # noqa: BLE001
-            log.warning("The task's state cannot be read (%s): it is taken to be ended by a person", exc)
+            errors.append(exc)
 
     # In a thread, since the signal may have come in the middle of the main one's own talk with Airflow.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_STATE_PATIENCE)
-    return bool(found) and found[0] in _UNTOUCHED_STATES
+    if not found:
+        why = errors[0] if errors else f"no answer within {_STATE_PATIENCE:.0f} s"
+        log.warning(
+            "The task is being ended, and its state cannot be read (%s), so nobody knows by whom. Nothing is cancelled; "
+            "a retry takes the batches up.",
+            why,
+        )
+        return False
+    if found[0] in ENDED_STATES or found[0] == _CLEARED_STATE:
+        return True
+    log.warning(
+        "The task is being ended in state %s, which no person gave it: the worker ends, or Airflow ends this try. "
+        "Nothing is cancelled; a retry takes the batches up.",
+        found[0],
+    )
+    return False
 
 
 def may_end_in_trigger(operator: BaseOperator) -> bool:
