@@ -218,13 +218,13 @@ class SiliconFlowHook(BaseHook):
         *,
         poll_interval: float = 60,
         deadline: float | None = None,
-        enough: int | None = None,
+        min_ended: int | None = None,
     ) -> list[Batch]:
         """
         Wait until several batches have ended; see :meth:`wait_for_batch`.
 
         :param deadline: epoch seconds.
-        :param enough: return once so many have ended; by default all.
+        :param min_ended: return once so many have ended; by default all.
         :returns: the ended batches.
         """
         from airflow_provider_siliconflow.api.arguments import check_identifiers
@@ -232,7 +232,7 @@ class SiliconFlowHook(BaseHook):
         from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
         wait = BatchWait(
-            check_identifiers("batch_ids", list(batch_ids)), time.time(), poll_interval, deadline, enough
+            check_identifiers("batch_ids", list(batch_ids)), time.time(), poll_interval, deadline, min_ended
         )
         with ProgressBar(wait) as bar:
             while True:
