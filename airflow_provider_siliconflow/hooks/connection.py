@@ -91,7 +91,7 @@ async def _amask(secret: str) -> None:
             mask_secret(secret)
             return
         supervisor = getattr(task_runner, "SUPERVISOR_COMMS", None)
-        if hasattr(supervisor, "asend"):
+        if supervisor is not None and hasattr(supervisor, "asend"):
             await supervisor.asend(MaskSecret(value=secret))
     else:
         await amask_secret(secret)

@@ -19,6 +19,7 @@ from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.api.arguments import WORK_KEY, WORK_LABEL
 from airflow_provider_siliconflow.api.models import Batch
 
+
 @dataclass(frozen=True, slots=True)
 class Submitter:
     """

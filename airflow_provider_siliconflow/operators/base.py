@@ -15,7 +15,7 @@ from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.links.batch import BatchConsoleLink
 from airflow_provider_siliconflow.task.arguments import Arguments
 from airflow_provider_siliconflow.task.errors import PaidWork, task_errors
-from airflow_provider_siliconflow.task.state import airflow_version, is_ended_by_a_person
+from airflow_provider_siliconflow.task.state import TaskTry, airflow_version, is_ended_by_a_person
 
 
 class SiliconFlowOperator(BaseOperator):
@@ -101,7 +101,7 @@ class SubmittingOperator(FileOperator):
         self.timeout = timeout
         self.cancel_on_kill = cancel_on_kill
         self.cancel_on_timeout = cancel_on_timeout
-        self._ti: Any = None
+        self._try: TaskTry | None = None
         self._killed = False
 
     def known_batches(self) -> Sequence[str]:
@@ -142,7 +142,7 @@ class SubmittingOperator(FileOperator):
         if not self.cancel_on_kill:
             return False
         # Without identity no retry finds the batch, so there is nothing to keep it for.
-        return not self.durable or self._ti is None or is_ended_by_a_person(self._ti)
+        return not self.durable or self._try is None or is_ended_by_a_person(self._try.ti)
 
     @staticmethod
     def kill_patience() -> float:

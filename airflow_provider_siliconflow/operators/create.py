@@ -12,9 +12,9 @@ from airflow.providers.common.compat.sdk import conf
 from airflow_provider_siliconflow.operators.base import SubmittingOperator
 from airflow_provider_siliconflow.operators.upload import checked_file, upload_once
 from airflow_provider_siliconflow.task import arguments as read
-from airflow_provider_siliconflow.task.deferral import defer
+from airflow_provider_siliconflow.task.deferral import defer, end_wait, record_wait
 from airflow_provider_siliconflow.task.ledger import open_submission
-from airflow_provider_siliconflow.task.state import may_end_in_trigger, submitter_of
+from airflow_provider_siliconflow.task.state import TaskTry, may_end_in_trigger
 from airflow_provider_siliconflow.triggers.batch import BatchTrigger
 
 if TYPE_CHECKING:
@@ -141,35 +141,36 @@ class CreateBatchOperator(SubmittingOperator):
 
     def execute(self, context: Context) -> str:
         """Create the batch or adopt it, and wait if told to."""
-        self._ti = context["ti"]
-        with self.errors(earlier_tries=self._ti.try_number > 1):
+        task_try = self._try = TaskTry.of(context)
+        with self.errors(earlier_tries=task_try.number > 1):
             given = self._arguments.read(self)
-            submission = self._submission = open_submission(context, self.hook.get_conn())
+            submission = self._submission = open_submission(task_try, self.hook.get_conn())
             if self._killed:
                 submission.stop()
             if self.durable:
-                batch = self._submit(submission, submitter_of(context), given)
+                batch = self._submit(submission, task_try.submitter, given)
             else:
                 batch = self._submit_anew(submission, given)
             self.batch_id = batch.id
             if self._cancels_late:
                 # Ended while the request was on its way, when there was no batch to be found yet.
                 self.cancel([batch.id])
-            self._ti.xcom_push(key="batch_id", value=batch.id)
+            task_try.push("batch_id", batch.id)
             if not self.wait_for_completion:
                 return batch.id
-            return self._wait(batch, given)
+            return self._wait(task_try, batch, given)
 
     def execute_complete(self, context: Context, event: Any = None) -> str:
         """Resume after the trigger."""
         from airflow_provider_siliconflow.api.exceptions import BatchError
         from airflow_provider_siliconflow.jobs.events import batches_of
 
-        self._ti = context["ti"]
+        task_try = self._try = TaskTry.of(context)
         with self.errors(earlier_tries=True):
+            end_wait(task_try)
             if event == "success":
                 # dag.test() resumes the task even if the trigger ended it.
-                return str(self._ti.xcom_pull(task_ids=self.task_id, key="batch_id"))
+                return str(task_try.ti.xcom_pull(task_ids=self.task_id, key="batch_id"))
             try:
                 (batch,) = batches_of(event)
             except BatchError as exc:
@@ -222,27 +223,28 @@ class CreateBatchOperator(SubmittingOperator):
         self.log.info("Created batch %s; durable is off, so a retry creates another", batch.id)
         return batch
 
-    def _wait(self, batch: Batch, given: dict[str, Any]) -> str:
+    def _wait(self, task_try: TaskTry, batch: Batch, given: dict[str, Any]) -> str:
         if not batch.is_terminal:
             deadline = _deadline(batch, given["timeout"])
             if self.deferrable:
-                self._defer(batch.id, given["poll_interval"], deadline)
+                self._defer(task_try, batch.id, given["poll_interval"], deadline)
             (batch,) = self.hook.wait_for_batches(
                 [batch.id], poll_interval=given["poll_interval"], deadline=deadline
             )
         return self._judged(batch)
 
-    def _defer(self, batch_id: str, poll_interval: float, deadline: float) -> None:
+    def _defer(self, task_try: TaskTry, batch_id: str, poll_interval: float, deadline: float) -> None:
         end_in_trigger = may_end_in_trigger(self)
         if end_in_trigger and self.do_xcom_push:
             # No worker will come to push it.
-            self._ti.xcom_push(key="return_value", value=batch_id)
+            task_try.push("return_value", batch_id)
         trigger = BatchTrigger(
             batch_ids=[batch_id],
             conn_id=self.conn_id,
             poll_interval=poll_interval,
             deadline=deadline,
             cancel_on_kill=self.cancel_on_kill,
+            wait_token=record_wait(task_try) if self.cancel_on_kill else None,
             end_in_trigger=end_in_trigger,
         )
         defer(self, trigger, deadline=deadline)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,9 +13,9 @@ from airflow.providers.common.compat.sdk import AirflowSkipException, conf
 
 from airflow_provider_siliconflow.operators.base import SubmittingOperator
 from airflow_provider_siliconflow.task import arguments as read
-from airflow_provider_siliconflow.task.deferral import defer
+from airflow_provider_siliconflow.task.deferral import defer, end_wait, record_wait
 from airflow_provider_siliconflow.task.ledger import open_submission
-from airflow_provider_siliconflow.task.state import submitter_of
+from airflow_provider_siliconflow.task.state import TaskTry
 from airflow_provider_siliconflow.triggers.batch import BatchTrigger
 
 if TYPE_CHECKING:
@@ -46,6 +47,16 @@ _READERS = {
 }
 #: The rows are read only when they are needed: a try that takes up an earlier one's plan asks for none.
 _AT_START = tuple(_READERS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A job as one try drives it."""
+
+    task_try: TaskTry
+    run: BatchRun
+    options: RunOptions
+    poll_interval: float
 
 
 class RunBatchOperator(SubmittingOperator):
@@ -158,7 +169,7 @@ class RunBatchOperator(SubmittingOperator):
         self.skip_if_empty = skip_if_empty
         # `dry_run` is a method of every operator, which Airflow 2.11 calls for `airflow tasks test --dry-run`.
         self.plans_only = dry_run
-        self._run: BatchRun | None = None
+        self._job: _Job | None = None
         self.ARGUMENTS.check(self)
 
     def lineage_input(self) -> Any:
@@ -167,76 +178,74 @@ class RunBatchOperator(SubmittingOperator):
 
     def known_batches(self) -> Sequence[str]:
         """Return the ids of all batches so far."""
-        return self._run.batch_ids if self._run is not None else ()
+        return self._job.run.batch_ids if self._job is not None else ()
 
     def open_batches(self) -> Sequence[str]:
         """Return the ids of those that have not ended as far as the job knows."""
-        return self._run.open_batches if self._run is not None else ()
+        return self._job.run.open_batches if self._job is not None else ()
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Plan, submit and wait; or take up what an earlier try left."""
         from airflow_provider_siliconflow.api.exceptions import NoRowsError
 
-        self._ti = context["ti"]
-        with self.errors(earlier_tries=self._ti.try_number > 1):
+        task_try = self._try = TaskTry.of(context)
+        with self.errors(earlier_tries=task_try.number > 1):
             given = self.ARGUMENTS.read(self, *_AT_START)
-            options = self._options(given)
             try:
                 if self.plans_only:
-                    return self._estimate(options)
-                run = self._open_run(context, options, given["output_dir"])
-                wait = run.start(self._rows, self._requests_name(), timeout=given["timeout"])
+                    return self._estimate(given)
+                job = self._open(task_try, given)
+                return self._carry_out(
+                    job, job.run.start(self._rows, self._requests_name(), timeout=given["timeout"])
+                )
             except NoRowsError as exc:
                 if self.skip_if_empty:
                     raise AirflowSkipException(f"Skipping, since skip_if_empty is set: {exc}") from None
                 raise
-            return self._carry_out(run, wait, options, given["poll_interval"])
 
     def execute_complete(self, context: Context, event: Any = None) -> dict[str, Any]:
         """Resume after the trigger: submit what is due and wait on, or finish."""
         from airflow_provider_siliconflow.jobs.events import batches_of
 
-        self._ti = context["ti"]
+        task_try = self._try = TaskTry.of(context)
         with self.errors(earlier_tries=True):
-            given = self.ARGUMENTS.read(self, *_AT_START)
-            options = self._options(given)
-            run = self._open_run(context, options, given["output_dir"])
-            return self._carry_out(run, run.resume(batches_of(event)), options, given["poll_interval"])
+            end_wait(task_try)
+            job = self._open(task_try, self.ARGUMENTS.read(self, *_AT_START))
+            return self._carry_out(job, job.run.resume(batches_of(event)))
 
-    def _carry_out(
-        self, run: BatchRun, wait: Wait | None, options: RunOptions, poll_interval: float
-    ) -> dict[str, Any]:
+    def _carry_out(self, job: _Job, wait: Wait | None) -> dict[str, Any]:
         while wait is not None:
-            self._ti.xcom_push(key="batch_ids", value=list(run.batch_ids))
+            job.task_try.push("batch_ids", list(job.run.batch_ids))
             if self.deferrable:
-                self._defer(wait, poll_interval)
+                self._defer(job, wait)
             ended = self.hook.wait_for_batches(
                 wait.batch_ids,
-                poll_interval=poll_interval,
+                poll_interval=job.poll_interval,
                 deadline=wait.deadline,
                 min_ended=wait.min_ended,
             )
-            wait = run.resume(ended)
-        return self._judged(run.finish(), options)
+            wait = job.run.resume(ended)
+        return self._judged(job, job.run.finish())
 
-    def _judged(self, manifest: dict[str, Any], options: RunOptions) -> dict[str, Any]:
+    def _judged(self, job: _Job, manifest: dict[str, Any]) -> dict[str, Any]:
         from airflow_provider_siliconflow.jobs.outcome import judge_run
 
         self._manifest = manifest
         if self.do_xcom_push:
             # A task that fails by its verdict returns nothing, and its results are there and paid all the same.
-            self._ti.xcom_push(key="return_value", value=manifest)
-        if warning := judge_run(manifest, options):
+            job.task_try.push("return_value", manifest)
+        if warning := judge_run(manifest, job.options):
             self.log.warning("%s", warning)
         return manifest
 
-    def _defer(self, wait: Wait, poll_interval: float) -> None:
+    def _defer(self, job: _Job, wait: Wait) -> None:
         trigger = BatchTrigger(
             batch_ids=wait.batch_ids,
             conn_id=self.conn_id,
-            poll_interval=poll_interval,
+            poll_interval=job.poll_interval,
             deadline=wait.deadline,
             cancel_on_kill=self.cancel_on_kill,
+            wait_token=record_wait(job.task_try) if self.cancel_on_kill else None,
             min_ended=wait.min_ended,
             began=time.time(),
             counts_only=True,
@@ -252,14 +261,14 @@ class RunBatchOperator(SubmittingOperator):
             allow_all_failed=self.allow_all_failed,
         )
 
-    def _estimate(self, options: RunOptions) -> dict[str, Any]:
+    def _estimate(self, given: dict[str, Any]) -> dict[str, Any]:
         from airflow_provider_siliconflow.jobs.plan import estimate
 
-        found = estimate(self._rows(), name=self._requests_name(), options=options)
+        found = estimate(self._rows(), name=self._requests_name(), options=self._options(given))
         self.log.info("Dry run, nothing is sent: %s", json.dumps(found, ensure_ascii=False))
         return found
 
-    def _open_run(self, context: Context, options: RunOptions, output_dir: Any) -> BatchRun:
+    def _open(self, task_try: TaskTry, given: dict[str, Any]) -> _Job:
         """
         Return the job.
 
@@ -268,21 +277,23 @@ class RunBatchOperator(SubmittingOperator):
         from airflow_provider_siliconflow.jobs.run import BatchRun
         from airflow_provider_siliconflow.paths import open_folder
 
+        options = self._options(given)
         client = self.hook.get_conn()
-        self._run = BatchRun(
+        run = BatchRun(
             options,
-            submitter=submitter_of(context),
+            submitter=task_try.submitter,
             client=client,
             conn_id=self.conn_id,
-            output_dir=open_folder("output_dir", output_dir),
-            open_submission=lambda ledger: open_submission(context, client, ledger),
-            earlier_tries=self._ti.try_number > 1,
+            output_dir=open_folder("output_dir", given["output_dir"]),
+            open_submission=lambda ledger: open_submission(task_try, client, ledger),
+            earlier_tries=task_try.number > 1,
         )
+        self._job = _Job(task_try, run, options, given["poll_interval"])
         if self._killed:
             # The signal came while there was no job yet to be stopped by it.
-            self._stop(self._run)
-            self._run.check_not_stopped()
-        return self._run
+            self._stop(run)
+            run.check_not_stopped()
+        return self._job
 
     def _rows(self) -> Any:
         """Return the rows: a file that opens, or Python objects."""
@@ -298,8 +309,8 @@ class RunBatchOperator(SubmittingOperator):
     def on_kill(self) -> None:
         """Cancel the open batches when a person ends the running task; in any case create none any more."""
         self._killed = True
-        if self._run is not None:
-            self._stop(self._run)
+        if self._job is not None:
+            self._stop(self._job.run)
 
     def _stop(self, run: BatchRun) -> None:
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError

@@ -9,7 +9,7 @@ from airflow_provider_siliconflow.operators.base import FileOperator
 from airflow_provider_siliconflow.task import arguments as read
 from airflow_provider_siliconflow.task.errors import task_errors
 from airflow_provider_siliconflow.task.ledger import open_submission
-from airflow_provider_siliconflow.task.state import submitter_of
+from airflow_provider_siliconflow.task.state import TaskTry
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -55,9 +55,10 @@ class UploadBatchFileOperator(FileOperator):
         """Upload, and return the file id."""
         with task_errors(fail_fast=self.fail_fast):
             given = self.ARGUMENTS.read(self)
-            submission = open_submission(context, self.hook.get_conn())
-            file_id, _ = upload_once(self.hook, submission, submitter_of(context), given["input_path"])
-        context["ti"].xcom_push(key="file_id", value=file_id)
+            task_try = TaskTry.of(context)
+            submission = open_submission(task_try, self.hook.get_conn())
+            file_id, _ = upload_once(self.hook, submission, task_try.submitter, given["input_path"])
+        task_try.push("file_id", file_id)
         return file_id
 
 

@@ -102,7 +102,12 @@ def _paid_note(error: SiliconFlowError, paid: PaidWork) -> str | None:
     if isinstance(error, BatchError) and not isinstance(error, BatchWaitError):
         # A verdict on the batches themselves: a retry would find the same ones and judge them alike.
         return None
-    batch_ids = paid.batch_ids()
+    try:
+        batch_ids = paid.batch_ids()
+    except Exception as exc:  # noqa: BLE001
+        # They may be kept in a store that is the very thing that failed.
+        log.warning("Which batches are submitted cannot be read: %s", exc)
+        batch_ids = ()
     if not batch_ids and not paid.possible:
         return None
     which = f"Submitted: {_named(batch_ids)}" if batch_ids else "An earlier try may have submitted batches"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import conf
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import BaseOperator, Context
@@ -33,41 +36,62 @@ def airflow_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def submitter_of(context: Context) -> Submitter:
-    """Return who submits: this task instance in this generation of tries."""
-    from airflow_provider_siliconflow.jobs.identity import Submitter
-
-    ti = context["ti"]
-    map_index = getattr(ti, "map_index", None)
-    return Submitter(
-        dag_id=ti.dag_id,
-        run_id=ti.run_id,
-        task_id=ti.task_id,
-        map_index=-1 if map_index is None else map_index,
-        generation=ti.max_tries or 0,
-    )
-
-
-def how_to_search(context: Context) -> Search:
+@dataclass(frozen=True, slots=True)
+class TaskTry:
     """
-    Say how hard an earlier try of this generation has to be looked for.
+    One try of a task: all that this provider takes from Airflow's context.
 
-    A clear by a person starts a new generation at a higher try number; the arithmetic that shows it is off
-    when ``retries`` was edited between two tries, so only the very first try searches nothing at all.
+    :param ti: the task instance.
+    :param submitter: this task instance in this generation of tries.
+    :param search: how hard a batch of an earlier try has to be searched for if no complete record is kept.
+    :param since: a time before which no try of this run can have submitted, in epoch seconds.
+    :param store: Airflow's task state store, or ``None``.
     """
-    ti = context["ti"]
-    if ti.try_number <= 1:
-        return "none"
-    first_of_generation = (ti.max_tries or 0) - (context["task"].retries or 0) + 1
-    return "once" if ti.try_number <= first_of_generation else "patiently"
+
+    ti: Any
+    submitter: Submitter
+    search: Search
+    since: float
+    store: Any
+
+    @classmethod
+    def of(cls, context: Context) -> TaskTry:
+        """Return the try that a context is of."""
+        from airflow_provider_siliconflow.jobs.identity import Submitter
+
+        ti = context["ti"]
+        map_index = getattr(ti, "map_index", None)
+        submitter = Submitter(
+            dag_id=ti.dag_id,
+            run_id=ti.run_id,
+            task_id=ti.task_id,
+            map_index=-1 if map_index is None else map_index,
+            generation=ti.max_tries or 0,
+        )
+        # A first try looks once, since it may not be the first: `airflow tasks test` runs a live task again under the
+        # same number, and a run may be deleted and made again under its id. The number alone counts: `retries` may
+        # have been edited between two tries.
+        search: Search = "once" if ti.try_number <= 1 else "patiently"
+        store = context.get("task_state_store")
+        return cls(ti, submitter, search, _earliest_start(context), store if _records_in_store() else None)
+
+    @property
+    def number(self) -> int:
+        """The number of the try, from 1."""
+        return int(self.ti.try_number)
+
+    def push(self, key: str, value: Any) -> None:
+        """Push to XCom."""
+        self.ti.xcom_push(key=key, value=value)
 
 
-def earliest_start(context: Context) -> float:
-    """
-    Return a time before which no try of this run can have submitted (epoch seconds).
+def _records_in_store() -> bool:
+    """``[siliconflow] task_state_store = False`` does without Airflow's store."""
+    return bool(conf.getboolean("siliconflow", "task_state_store", fallback=True))
 
-    The run's own start moves when somebody clears another task of it, so the earliest of all is taken.
-    """
+
+def _earliest_start(context: Context) -> float:
+    # The run's own start moves when somebody clears another task of it, so the earliest of all is taken.
     run = context["dag_run"]
     times = [
         getattr(run, "start_date", None),
@@ -126,8 +150,8 @@ def is_ended_by_a_person(ti: Any) -> bool:
     if not found:
         why = errors[0] if errors else f"no answer within {_STATE_PATIENCE:.0f} s"
         log.warning(
-            "The task is being ended, and its state cannot be read (%s), so nobody knows by whom. Nothing is cancelled; "
-            "a retry takes the batches up.",
+            "The task is being ended, and its state cannot be read (%s), so nobody knows by whom. Nothing is "
+            "cancelled; a retry takes the batches up.",
             why,
         )
         return False
