@@ -63,9 +63,8 @@ class Arguments:
                 # A part that is not rendered yet may be what is wrong.
                 if not is_templated_inside(value):
                     raise
-        known = {name: getattr(task, name) for name in self._not_both}
-        if not any(map(is_templated, known.values())):
-            self._check_choice(known)
+        if not any(is_templated(getattr(task, name)) for name in self._not_both):
+            self._check_choice(task)
 
     def read(self, task: object, *names: str) -> dict[str, Any]:
         """
@@ -77,19 +76,19 @@ class Arguments:
         :raises InvalidInputError: one is wrong; nothing was sent.
         """
         if not names:
-            self._check_choice({name: rendered_text(getattr(task, name)) for name in self._not_both})
+            self._check_choice(task)
         return {name: self._read(task, name) for name in names or self._readers}
 
     def _read(self, task: object, name: str) -> Any:
         return self._readers[name](name, getattr(task, name))
 
-    def _check_choice(self, values: Mapping[str, Any]) -> None:
-        given = [name for name, value in values.items() if value is not None]
+    def _check_choice(self, task: object) -> None:
+        given = [name for name in self._not_both if rendered_text(getattr(task, name)) is not None]
         if len(given) > 1:
-            raise InvalidInputError(f"give either {' or '.join(values)}, not both")
+            raise InvalidInputError(f"give either {' or '.join(self._not_both)}, not both")
         if self._one_of and not given:
             raise InvalidInputError(
-                f"give {' or '.join(values)}. If it is templated, check that the upstream task pushed it."
+                f"give {' or '.join(self._one_of)}. If it is templated, check that the upstream task pushed it."
             )
 
 

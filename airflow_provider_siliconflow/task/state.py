@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-#: States that a task is given by a person who ends it, or by Airflow for one: a run that is marked failed, or one that
-#: ran into its timeout.
-ENDED_STATES = frozenset({"failed", "success", "skipped", "removed"})
+#: States that a task is given by a person who ends it, or by Airflow for one: a run that is marked failed, or that ran
+#: into its timeout. Not ``removed``: a DAG file that is broken for a moment does that, and it is undone.
+ENDED_STATES = frozenset({"failed", "success", "skipped"})
 #: The state of a task that is cleared while it runs.
 _CLEARED_STATE = "restarting"
 #: Seconds to wait for the state of a task that is being ended; Airflow leaves it five.
