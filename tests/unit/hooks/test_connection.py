@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,13 @@ import pytest
 from airflow_provider_siliconflow.api.exceptions import (
     InvalidInputError,
 )
+from airflow_provider_siliconflow.hooks.connection import aread_connection, read_connection
+from airflow_provider_siliconflow.hooks.connection_form import CONN_FIELDS
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 
 if TYPE_CHECKING:
+    from pytest_mock import MockerFixture
+
     from airflow_provider_siliconflow.emulator import Emulator
 
 
@@ -73,7 +78,7 @@ def test_extras_as_a_form_stores_them(connect: Any) -> None:
         "max_retries": "2",
         "proxies": '{"https": "proxy:3128"}',
         "verify": "False",
-        "headers": '{"X-Team": "nlp"}',
+        "secret_headers": '{"X-Team": "nlp"}',
     }
     settings = connect({"extra": json.dumps(extra)}).settings
     assert (settings.timeout, settings.connect_timeout, settings.max_retries) == (7.5, 10.0, 2)
@@ -114,6 +119,7 @@ def test_extras(connect: Any, extra: dict[str, Any], settings: dict[str, Any]) -
         ({"extra": {"max_retries": float("inf")}}, "max_retries"),
         ({"extra": {"headers": "X-Team: nlp"}}, "headers"),
         ({"extra": {"headers": {"X-Team": 7}}}, "headers"),
+        ({"extra": {"secret_headers": "X-Team: nlp"}}, "secret_headers must be"),
         ({"extra": {"headers": '{"X-Team": "pass'}}, "headers starts with '{' but is not JSON"),
         (
             {"extra": {"proxies": '{"https": "http://me:pass@p:1",}'}},
@@ -138,13 +144,75 @@ def test_a_connection_that_is_not_there_is_named() -> None:
         _ = SiliconFlowHook("no_such").settings
 
 
-def test_secrets_of_a_connection_are_masked(connect: Any) -> None:
-    extra = {"headers": {"X-Token": "header-secret"}, "proxies": {"https": "http://me:proxy-secret@p:1"}}
-    _ = connect({"extra": extra}).settings
+def redacted(value: Any) -> Any:
+    """What Airflow shows of a value, in its logs and in its UI."""
     try:
         from airflow.sdk.log import redact
     except ImportError:
         from airflow.utils.log.secrets_masker import redact
-    shown = redact("sk-secret-key, header-secret, proxy-secret and the rest")
-    assert "secret" not in shown
+    return redact(value)
+
+
+@pytest.mark.parametrize("process", ["worker", "triggerer"])
+def test_secrets_of_a_connection_are_masked_in_whichever_process_reads_it(
+    monkeypatch: pytest.MonkeyPatch, process: str
+) -> None:
+    # Of its own for each process, since what was masked once stays masked.
+    extra = {
+        "headers": {"X-Token": f"{process}-header"},
+        "secret_headers": json.dumps({"X-Other": f"{process}-formheader"}),
+        "proxies": {"https": f"http://me:{process}-pa%2Fss@p:1"},
+    }
+    connection = {"conn_type": "siliconflow", "password": f" {process}-key ", "extra": extra}
+    monkeypatch.setenv("AIRFLOW_CONN_SILICONFLOW_DEFAULT", json.dumps(connection))
+    if process == "worker":
+        settings = read_connection("siliconflow_default")
+    else:
+        settings = asyncio.run(aread_connection("siliconflow_default"))
+    assert settings.headers == {"X-Token": f"{process}-header", "X-Other": f"{process}-formheader"}
+    words = ["key", "header", "formheader", "pa%2Fss", "pa/ss"]
+    shown = redacted(" ".join(f"{process}-{word}" for word in words) + " and the rest")
+    assert process not in shown
     assert "and the rest" in shown
+
+
+@pytest.mark.parametrize("connection", [{"password": "sk-masked-though-wrong", "host": "ftp://x"}])
+def test_a_key_is_masked_before_the_connection_is_found_to_be_wrong(connect: Any, connection: Any) -> None:
+    with pytest.raises(InvalidInputError):
+        _ = connect(connection).settings
+    assert "masked-though-wrong" not in redacted("sk-masked-though-wrong")
+
+
+def test_a_triggerer_masks_a_secret_once(monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture) -> None:
+    """Each is a round trip between two processes, and thousands of waits share a connection."""
+    mask = mocker.patch("airflow_provider_siliconflow.hooks.connection._amask")
+    connection = {"conn_type": "siliconflow", "password": "sk-shared-by-many-waits"}
+    monkeypatch.setenv("AIRFLOW_CONN_SILICONFLOW_DEFAULT", json.dumps(connection))
+    for _ in range(3):
+        asyncio.run(aread_connection("siliconflow_default"))
+    assert mask.await_count == 1
+
+
+def test_airflow_hides_what_the_form_stores() -> None:
+    """By the names of the fields: the UI, the API and the CLI show the rest of an extra as it is."""
+    shown = redacted({"secret_headers": '{"X-Token": "abc"}', "proxies": "http://me:pass@p:1", "timeout": 5})
+    assert shown == {"secret_headers": "***", "proxies": "***", "timeout": 5}
+    assert {"secret_headers", "proxies"} <= set(CONN_FIELDS)
+    assert "headers" not in CONN_FIELDS
+
+
+@pytest.mark.parametrize("kind", ["http", "openai", "generic"])
+def test_a_connection_of_another_type_is_refused(
+    connect: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Its password would go to another service, or to this one's default host."""
+    hook = connect({"conn_type": kind, "password": "another-secret"})
+    for read in (lambda: hook.settings, lambda: asyncio.run(aread_connection("siliconflow_default"))):
+        with pytest.raises(InvalidInputError, match=f"'siliconflow_default' is of type '{kind}'") as caught:
+            read()
+        assert "another-secret" not in str(caught.value)
+
+
+def test_secret_headers_win(connect: Any) -> None:
+    extra = {"headers": {"X-A": "1", "X-B": "2"}, "secret_headers": {"X-B": "3"}}
+    assert connect({"extra": extra}).settings.headers == {"X-A": "1", "X-B": "3"}
