@@ -1,4 +1,4 @@
-"""``siliconflow-emulator``: a SiliconFlow on this machine, to try DAGs without a key and without spending."""
+"""``siliconflow-emulator``: a local SiliconFlow, to try DAGs without a key or any spending."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ log = logging.getLogger("siliconflow-emulator")
 
 _EPILOG = f"""\
 faults (--fault, repeatable): MATCH:KIND[=VALUE][,NAME=VALUE...] or a JSON object
-  'POST /batches:status-after=502'                  the batch is made, the answer is a 502
+  'POST /batches:status-after=502'                  the batch is created, the answer is a 502
   'GET /batches/*:status=429,times=3,retry-after=2' three polls are refused
-  'GET storage:cut=1000,skip=1'                     the second download breaks off after 1,000 bytes
+  'GET storage:cut=1000,skip=1'                     the second download ends after 1,000 bytes
   kinds: {", ".join(KINDS[:6])},
          {", ".join(KINDS[6:])}
 
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
         prog="siliconflow-emulator",
         description="Run a local SiliconFlow batch API: no key, no network, no cost. "
-        "Its answers are made up, but the same rows always get the same ones.",
+        "The answers are made up; the same rows always get the same answers.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -76,20 +76,20 @@ def parser() -> argparse.ArgumentParser:
 
     account = command.add_argument_group("account and answers")
     account.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="keep files and batches here over restarts"
+        "--data-dir", type=Path, metavar="DIR", help="keep files and batches here across restarts"
     )
     account.add_argument(
         "--answers",
         type=Path,
         metavar="FILE",
-        help='JSONL of {"question": ..., "answer": ...} that models know',
+        help='JSONL of {"question": ..., "answer": ...}: what the models know',
     )
     account.add_argument(
         "--model",
         action="append",
         default=[],
         metavar="NAME=SKILL",
-        help="add a model, or change one; skill 0 to 1 is the share of the questions it answers rightly",
+        help="add or change a model; skill (0 to 1) is the share of known questions it answers correctly",
     )
     account.add_argument(
         "--key",
@@ -104,10 +104,10 @@ def parser() -> argparse.ArgumentParser:
     odd.add_argument("--fault", action="append", default=[], metavar="SPEC", help="see below")
     _number(odd, "--late-output-seconds", "completed batches show their result URL this much later")
     _number(odd, "--list-lag-seconds", "new batches show up in the list this much later")
-    _number(odd, "--url-ttl-seconds", "time a result URL is valid")
-    _switch(odd, "--ignore-cursor", "the batch list repeats its first page for ever")
+    _number(odd, "--url-ttl-seconds", "time for which a result URL is valid")
+    _switch(odd, "--ignore-cursor", "the batch list repeats its first page forever")
     _switch(odd, "--flat-files", "file answers are flat, OpenAI-style objects")
-    _switch(odd, "--results-as-file-ids", "output_file_id is a file id in place of a URL")
+    _switch(odd, "--results-as-file-ids", "output_file_id is a file id instead of a URL")
 
     command.add_argument("-v", "--verbose", action="store_true", help="log every request, polls too")
     command.add_argument("-q", "--quiet", action="store_true", help="log warnings only")
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             asyncio.run(_serve(EmulatorServer(service, faults), options))
         except (OSError, OverflowError) as error:
-            print(f"{command.prog}: can not listen: {error}", file=sys.stderr)
+            print(f"{command.prog}: cannot listen: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             pass
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _allow_many_connections() -> None:
-    """Raise the limit on open files as far as allowed: the usual 1,024 is less than a load test opens."""
+    """Raise the limit on open files as far as allowed: the usual 1,024 is too low for a load test."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -207,7 +207,7 @@ def _switch(group: argparse._ArgumentGroup, name: str, text: str) -> None:
 
 
 def _write_at_once(path: Path, text: str) -> None:
-    """Write a file that a watcher never sees half written."""
+    """Write a file so that a watcher never sees half of it."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(text + "\n")
     os.replace(part, path)

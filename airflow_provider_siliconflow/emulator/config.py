@@ -1,4 +1,4 @@
-"""What the emulated service can be told, for the command line, tests and the control API alike."""
+"""Settings of the emulated service, for the command line, tests and the control API."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-#: Chat models of the emulated account and the share of questions each answers rightly (see ``answers``).
+#: Chat models of the emulated account and the share of questions each answers correctly (see ``answers``).
 DEFAULT_MODELS: dict[str, float] = {
     "deepseek-ai/DeepSeek-V3": 0.88,
     "deepseek-ai/DeepSeek-R1": 0.93,
@@ -32,8 +32,8 @@ class EmulatorConfig:
     """
     Behaviour of the emulated service.
 
-    Durations in *service* seconds are divided by ``speed``; those in *wall* seconds are not, because they say
-    how long a client sees something odd.
+    Durations in *service* seconds are divided by ``speed``. Those in *wall* seconds are not, because they say how
+    long a client sees something odd; they pass on the service's clock, so ``advance`` shortens them.
 
     :param speed: how many times faster than the real service batches run.
     :param queue_seconds: service seconds a batch stays ``in_queue``.
@@ -46,14 +46,14 @@ class EmulatorConfig:
     :param row_error_rate: share of rows (0 to 1) that fail with a 429 or 503 the first time they are run.
     :param balance: charge balance in CNY; at or below zero a batch is refused with 402.
     :param keys: accepted API keys; empty accepts any key that does not begin with ``sk-invalid``.
-    :param models: model id to skill (0 to 1), the share of known questions it answers rightly.
+    :param models: model id to skill (0 to 1), the share of known questions it answers correctly.
     :param answers: JSONL file of ``{"question": ..., "answer": ...}``.
     :param ignore_cursor: the list ignores ``after`` and claims that there is more, forever.
-    :param flat_files: file calls answer a flat OpenAI-style object in place of the documented envelope.
-    :param results_as_file_ids: ``output_file_id`` and ``error_file_id`` are file ids in place of signed URLs.
+    :param flat_files: file calls answer a flat OpenAI-style object instead of the documented envelope.
+    :param results_as_file_ids: ``output_file_id`` and ``error_file_id`` are file ids instead of signed URLs.
     :param max_file_bytes: upload limit in bytes.
     :param max_file_lines: upload limit in lines.
-    :param kept_results: batches whose result files are kept on disk; others are written again when asked for.
+    :param kept_results: batches whose result files are kept on disk; others are written again on request.
     """
 
     speed: float = 1.0

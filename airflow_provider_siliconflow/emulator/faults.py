@@ -1,4 +1,4 @@
-"""Faults that the server can be told to make, each for a number of matching requests."""
+"""Fault rules: what to do to how many of the requests that match."""
 
 from __future__ import annotations
 
@@ -28,32 +28,6 @@ _KINDS: dict[str, tuple[str, Any]] = {
 }
 KINDS = tuple(_KINDS)
 
-HTML_BODY = (
-    "<html>\r\n<head><title>{status}</title></head>\r\n<body>\r\n"
-    "<center><h1>{status}</h1></center>\r\n<hr><center>openresty</center>\r\n</body>\r\n</html>\r\n"
-)
-
-#: What the real service answers with a status; a string is sent as a JSON string.
-DEFAULT_BODIES: dict[int, Any] = {
-    400: {"code": 20015, "message": "Invalid parameter.", "data": None},
-    401: "Invalid token",
-    402: {"code": 30001, "message": "Sorry, your account balance is insufficient"},
-    403: "Forbidden",
-    404: "404 page not found",
-    408: "Request Timeout",
-    429: {
-        "message": "Request was rejected due to rate limiting. Details: TPM limit reached.",
-        "data": None,
-    },
-    500: {"code": 50000, "message": "Internal server error.", "data": None},
-    503: {
-        "code": 50505,
-        "message": "Model service overloaded. Please try again later.",
-        "data": "string",
-    },
-    504: "Gateway Timeout",
-}
-
 
 @dataclass
 class Fault:
@@ -68,10 +42,10 @@ class Fault:
     :param match: method and path, as ``POST /batches``, ``GET /batches/*``, ``* /files`` or ``GET storage``;
         a star is one part of the path.
     :param kind: one of ``KINDS``.
-    :param times: how many requests it hits; -1 is for ever.
+    :param times: how many requests it hits; -1 is forever.
     :param skip: how many matching requests pass first.
     :param status: of ``status``, ``status-after`` and ``html``.
-    :param body: of ``status`` and ``status-after``: JSON, in place of the service's own body for that status.
+    :param body: of ``status`` and ``status-after``: JSON that replaces the service's own body for that status.
     :param headers: added to the answer, for example ``{"Retry-After": "3"}``.
     :param seconds: of ``slow``.
     :param bytes: of ``cut``: how much of the body is sent before the connection ends.

@@ -1,4 +1,4 @@
-"""Result files: written when they are first asked for, and kept on disk only for the last few batches."""
+"""Result files: written on the first request, and kept on disk only for the last few batches."""
 
 from __future__ import annotations
 

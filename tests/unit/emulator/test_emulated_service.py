@@ -248,7 +248,7 @@ def test_cancelled_batch_keeps_the_rows_that_were_done(tmp_path: Path) -> None:
     batch = account.service.get_batch(batch_id)
     assert (batch["status"], batch["error_file_id"]) == ("cancelled", None)
     assert len(account.ids(batch, "output")) == 40
-    with pytest.raises(ServiceError, match="can not be cancelled"):
+    with pytest.raises(ServiceError, match="cannot be cancelled"):
         account.service.cancel_batch(batch_id)
 
 

@@ -1,0 +1,22 @@
+"""HTTP answers in the forms the service uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+_encode = msgspec.json.Encoder().encode
+
+
+def json_response(body: Any, status: int = 200) -> web.Response:
+    """Return a JSON answer."""
+    return web.Response(body=_encode(body), status=status, content_type="application/json")
+
+
+def storage_error(status: int, code: str, message: str) -> web.Response:
+    """Return an error as the result storage sends it."""
+    error = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+    text = f'<?xml version="1.0" encoding="UTF-8"?>\n{error}'
+    return web.Response(text=text, status=status, content_type="application/xml")
