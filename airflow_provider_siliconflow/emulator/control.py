@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ipaddress
+import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import web
 
 from airflow_provider_siliconflow.emulator.faults import Fault
 from airflow_provider_siliconflow.emulator.refusals import ServiceError
-from airflow_provider_siliconflow.emulator.responses import json_response
+from airflow_provider_siliconflow.emulator.responses import json_response, odd_json_response
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -42,18 +45,33 @@ class Control:
             web.get(f"{PREFIX}config", self._get_config),
             web.post(f"{PREFIX}config", self._config),
             web.post(f"{PREFIX}batches/{{id}}/status", self._status),
+            web.post(f"{PREFIX}batches/{{id}}/cancel", self._cancel),
+            web.post(f"{PREFIX}files/{{id}}/forget", self._forget),
             web.post(f"{PREFIX}seed", self._seed),
         ]
 
     async def answer(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Answer a control call: what is wrong with it comes back as ``{"error": ...}``."""
+        """
+        Answer a control call: what is wrong with it comes back as ``{"error": ...}``.
+
+        A page in the user's browser must not drive the emulator. It cannot send this content type to another
+        origin, and a name of its own that leads to this machine is still the name in ``Host``.
+        """
+        if not _names_this_machine(request.headers.get("Host", "")):
+            return json_response(
+                {"error": "control calls need a loopback Host: 127.0.0.1, [::1] or localhost"}, 403
+            )
+        if request.method not in ("GET", "HEAD") and request.content_type != "application/json":
+            return json_response(
+                {"error": f"{request.method} needs Content-Type: application/json, without a body too"}, 415
+            )
         try:
             return await handler(request)
         except ServiceError as error:
             return json_response(error.body, error.status)
-        except (ValueError, TypeError, msgspec.DecodeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             return json_response({"error": str(error)}, 400)
         except web.HTTPException as error:
             return json_response({"error": error.reason}, error.status)
@@ -63,19 +81,19 @@ class Control:
         state["request_counts"] = dict(self._journal.counts)
         state["held"] = self._journal.held
         state["faults"] = [rule.as_dict() for rule in self._faults.rules]
-        return json_response(state)
+        return odd_json_response(state)
 
     async def _requests(self, request: web.Request) -> web.StreamResponse:
         return json_response([asdict(one) for one in self._journal.requests])
 
     async def _list_faults(self, request: web.Request) -> web.StreamResponse:
-        return json_response([rule.as_dict() for rule in self._faults.rules])
+        return odd_json_response([rule.as_dict() for rule in self._faults.rules])
 
     async def _add_fault(self, request: web.Request) -> web.StreamResponse:
         given = await _body(request, (dict, list, str))
         # All are read before the first is added, so that a refusal adds none.
         faults = [Fault.parse(spec) for spec in (given if isinstance(given, list) else [given])]
-        return json_response([self._faults.add(fault).as_dict() for fault in faults])
+        return odd_json_response([self._faults.add(fault).as_dict() for fault in faults])
 
     async def _clear_faults(self, request: web.Request) -> web.StreamResponse:
         self._faults.clear()
@@ -101,6 +119,17 @@ class Control:
         status = msgspec.convert(given.get("status"), str | None)
         return json_response(self._service.force_status(request.match_info["id"], status))
 
+    async def _cancel(self, request: web.Request) -> web.StreamResponse:
+        given = await _body(request, dict)
+        at_once = msgspec.convert(given.get("at_once", False), bool)
+        return json_response(self._service.cancel_on_console(request.match_info["id"], at_once=at_once))
+
+    async def _forget(self, request: web.Request) -> web.StreamResponse:
+        given = await _body(request, dict)
+        still_listed = msgspec.convert(given.get("still_listed", False), bool)
+        self._service.forget_file(request.match_info["id"], still_listed=still_listed)
+        return json_response({"forgotten": request.match_info["id"]})
+
     async def _seed(self, request: web.Request) -> web.StreamResponse:
         given = await _body(request, dict)
         self._service.seed_foreign_batches(
@@ -118,7 +147,16 @@ class Control:
 
 
 async def _body(request: web.Request, wanted: type | tuple[type, ...]) -> Any:
-    body = msgspec.json.decode(await request.read())
+    # Not msgspec: a fault may carry what it refuses, a lone surrogate for one.
+    body = json.loads(await request.read() or b"{}")
     if not isinstance(body, wanted):
         raise ValueError("the body has the wrong JSON type")
     return body
+
+
+def _names_this_machine(host: str) -> bool:
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import logging
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from airflow_provider_siliconflow.emulator import fault_streams
+from airflow_provider_siliconflow.emulator.odd_json import rewritten
 from airflow_provider_siliconflow.emulator.refusals import DEFAULT_BODIES
-from airflow_provider_siliconflow.emulator.responses import json_response
+from airflow_provider_siliconflow.emulator.responses import odd_json_response
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -22,6 +26,18 @@ _HTML_BODY = (
     "<html>\r\n<head><title>{status}</title></head>\r\n<body>\r\n"
     "<center><h1>{status}</h1></center>\r\n<hr><center>openresty</center>\r\n</body>\r\n</html>\r\n"
 )
+
+
+_STREAMS = {
+    "huge": fault_streams.filled,
+    "gzip-bomb": fault_streams.filled,
+    "endless": fault_streams.filled,
+    "drip": fault_streams.drip,
+    "drip-headers": fault_streams.drip_headers,
+    "many-headers": fault_streams.many_headers,
+}
+
+log = logging.getLogger(__name__)
 
 
 class FaultEffects:
@@ -63,8 +79,14 @@ class FaultEffects:
             return _reset(request)
         if kind == "cut":
             return await _cut(request, response, fault.bytes or 0)
+        if kind in _STREAMS:
+            return await _STREAMS[kind](fault, request, response)
         if kind in ("slow", "hold-after"):
             await self._delay(fault, request)
+        elif kind == "endless-continue":
+            await fault_streams.endless_continue(fault, request)
+        elif kind == "rewrite":
+            response = _rewritten(fault, response)
         elif kind in ("empty", "truncated-json"):
             body = b""
             if kind == "truncated-json" and isinstance(response, web.Response):
@@ -94,9 +116,27 @@ def _fault_answer(fault: Fault) -> web.Response:
     body = fault.body
     if body is None:
         body = DEFAULT_BODIES.get(status, {"code": status, "message": f"Status {status}.", "data": None})
-    answer = json_response(body, status)
+    answer = odd_json_response(body, status)
     answer.headers.update(fault.headers)
     return answer
+
+
+def _rewritten(fault: Fault, response: web.StreamResponse) -> web.StreamResponse:
+    status = response.status if fault.status is None else fault.status
+    if fault.raw is not None:
+        return web.Response(text=fault.raw, status=status, content_type="application/json")
+    if fault.body is not None:
+        return odd_json_response(fault.body, status)
+    try:
+        body = response.body if isinstance(response, web.Response) else None
+        answer = json.loads(body if isinstance(body, bytes) else b"")
+    except ValueError:
+        log.warning("Fault rewrite changes nothing: the answer is not JSON")
+        return response
+    changed = rewritten(
+        answer, rename=fault.rename, merge=fault.merge, remove=fault.remove, envelope=fault.envelope
+    )
+    return odd_json_response(changed, status)
 
 
 def _reset(request: web.Request) -> web.Response:

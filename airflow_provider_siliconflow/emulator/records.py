@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from airflow_provider_siliconflow.emulator.rows import FileScan
+from airflow_provider_siliconflow.emulator.rows import ENDPOINT, FileScan
 from airflow_provider_siliconflow.emulator.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class FileRecord(msgspec.Struct, kw_only=True):
     purpose: str
     scan: FileScan
     deleted: bool = False
+    #: The service has lost the file, but its list still shows it.
+    still_listed: bool = False
 
 
 class BatchRecord(msgspec.Struct, kw_only=True):
@@ -51,6 +53,26 @@ class BatchRecord(msgspec.Struct, kw_only=True):
     failed_positions: list[int] = []
     missing_positions: list[int] = []
     foreign: bool = False
+
+    @classmethod
+    def of_another_user(cls, batch_id: str, seq: int, created: float) -> BatchRecord:
+        """Return a completed batch without results of another user of the account."""
+        return cls(
+            id=batch_id,
+            seq=seq,
+            request={
+                "input_file_id": "file-foreignxyz",
+                "endpoint": ENDPOINT,
+                "completion_window": "24h",
+            },
+            file_name="foreign.jsonl",
+            window="24h",
+            timeline=Timeline.plan(
+                created=created, window=86400.0, queue=0.0, processing=0.0, finalizing=0.0, total=1
+            ),
+            missing_positions=[0],
+            foreign=True,
+        )
 
     def sort_key(self) -> tuple[float, int, str]:
         return (self.timeline.created, self.seq, self.id)

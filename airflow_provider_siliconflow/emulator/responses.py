@@ -7,12 +7,19 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from airflow_provider_siliconflow.emulator.odd_json import encode_odd
+
 _encode = msgspec.json.Encoder().encode
 
 
 def json_response(body: Any, status: int = 200) -> web.Response:
     """Return a JSON answer."""
     return web.Response(body=_encode(body), status=status, content_type="application/json")
+
+
+def odd_json_response(body: Any, status: int = 200) -> web.Response:
+    """Return a JSON answer with values that no well-behaved service sends."""
+    return web.Response(body=encode_odd(body), status=status, content_type="application/json")
 
 
 def storage_error(status: int, code: str, message: str) -> web.Response:

@@ -12,11 +12,12 @@ import logging
 import secrets
 import threading
 import time
-from bisect import bisect_left, insort
+from bisect import insort
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from airflow_provider_siliconflow.emulator import account
 from airflow_provider_siliconflow.emulator.answers import AnswerBook, Answerer
 from airflow_provider_siliconflow.emulator.creation import (
     Failure,
@@ -25,6 +26,7 @@ from airflow_provider_siliconflow.emulator.creation import (
     transient_failures,
 )
 from airflow_provider_siliconflow.emulator.disk import Disk
+from airflow_provider_siliconflow.emulator.listing import list_page
 from airflow_provider_siliconflow.emulator.records import (
     LETTERS,
     BatchRecord,
@@ -41,7 +43,6 @@ from airflow_provider_siliconflow.emulator.refusals import (
     unknown_object,
 )
 from airflow_provider_siliconflow.emulator.results import ResultStore, write_results
-from airflow_provider_siliconflow.emulator.rows import ENDPOINT
 from airflow_provider_siliconflow.emulator.signing import check_query, signed_query
 from airflow_provider_siliconflow.emulator.timeline import Timeline
 from airflow_provider_siliconflow.emulator.uploads import Uploads
@@ -50,7 +51,7 @@ from airflow_provider_siliconflow.emulator.views import batch_view, result_kinds
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from airflow_provider_siliconflow.emulator.config import EmulatorConfig
+    from airflow_provider_siliconflow.emulator.config import EmulatorConfig, MetadataForm
 
 __all__ = ["EmulatedService", "ServiceError"]
 
@@ -103,6 +104,10 @@ class EmulatedService:
         """Return the service's wall clock in epoch seconds."""
         return self._clock() + self._saved.clock_offset
 
+    def stated_now(self) -> float:
+        """Return the present time as the service states it, with ``clock_offset_seconds``."""
+        return self.now() + self.config.clock_offset_seconds
+
     def advance(self, seconds: float) -> None:
         """
         Move the service's clock forward.
@@ -150,28 +155,32 @@ class EmulatedService:
     def seed_foreign_batches(self, count: int, age_seconds: float = 0.0) -> None:
         """Add completed batches of another user of the account, without results, created ``age_seconds`` ago."""
         with self._lock:
-            now = self.now()
+            created = self.now() - age_seconds
             for _ in range(count):
-                created = now - age_seconds
-                timeline = Timeline.plan(
-                    created=created, window=86400.0, queue=0.0, processing=0.0, finalizing=0.0, total=1
-                )
-                self._add(
-                    BatchRecord(
-                        id=new_id("batch_", self._batches),
-                        seq=self._next_seq(),
-                        request={
-                            "input_file_id": "file-foreignxyz",
-                            "endpoint": ENDPOINT,
-                            "completion_window": "24h",
-                        },
-                        file_name="foreign.jsonl",
-                        window="24h",
-                        timeline=timeline,
-                        missing_positions=[0],
-                        foreign=True,
-                    )
-                )
+                batch_id = new_id("batch_", self._batches)
+                self._add(BatchRecord.of_another_user(batch_id, self._next_seq(), created))
+
+    def cancel_on_console(self, batch_id: str, *, at_once: bool = False) -> dict[str, Any]:
+        """
+        Cancel a batch as a user does on the console: no API call, and the rows that are done are kept.
+
+        :param at_once: skip ``cancelling``; otherwise it takes ``cancelling_seconds``, as by an API call.
+        :return: the batch after that.
+        :raises ServiceError: 404 no such batch, 400 it has ended.
+        """
+        with self._lock:
+            batch = self._batch(batch_id)
+            self._cancel(batch, 0.0 if at_once else self.config.cancelling_seconds / self.config.speed)
+            return self._view(batch)
+
+    def forget_file(self, file_id: str, *, still_listed: bool = False) -> None:
+        """
+        Lose an upload: its id is unknown from now on. Batches that were created over it go on.
+
+        :param still_listed: ``GET /files`` shows it nevertheless.
+        :raises ServiceError: 404, no such file.
+        """
+        self._uploads.forget(file_id, still_listed=still_listed)
 
     def state(self, *, batches: bool = True) -> dict[str, Any]:
         """Return files and batches, each batch with the request that created it."""
@@ -184,7 +193,7 @@ class EmulatedService:
             }
             if batches:
                 state["batches"] = [
-                    {**self._view(self._batches[key[2]]), "request": self._batches[key[2]].request}
+                    {**self._view(self._batches[key[2]], "object"), "request": self._batches[key[2]].request}
                     for key in self._order
                 ]
             return state
@@ -245,12 +254,12 @@ class EmulatedService:
 
         :param request: the JSON body of ``POST /batches``.
         :return: the batch object.
-        :raises ServiceError: 400, 402 or 404, as the real service refuses.
+        :raises ServiceError: 400, 402, 404 or 429, as the real service refuses.
         """
         hours, replace = check_creation(request)
         assert isinstance(request, dict)
         with self._lock:
-            file = self._uploads.find(request["input_file_id"])
+            file = self._uploads.find(request["input_file_id"], self.config.missing_file_status)
         model = replace.get("model")
         for name in [model] if model is not None else file.scan.models:
             if name not in self.config.models:
@@ -277,6 +286,7 @@ class EmulatedService:
         config = self.config
         with self._lock:
             now = self.now()
+            self._check_room(now)
             total = file.scan.line_count
             batch = BatchRecord(
                 id=new_id("batch_", self._batches),
@@ -313,28 +323,17 @@ class EmulatedService:
         """Return one page of batches, newest first."""
         size = _DEFAULT_PAGE if limit is None else min(positive_number(limit, "limit"), _LARGEST_PAGE)
         with self._lock:
-            config, now = self.config, self.now()
-            place = len(self._order)
-            if after and not config.ignore_cursor:
-                place = bisect_left(self._order, self._batch(after).sort_key())
-            page: list[BatchRecord] = []
-            more = False
-            while place > 0:
-                place -= 1
-                batch = self._batches[self._order[place][2]]
-                if now - batch.timeline.created < config.list_lag_seconds:
-                    continue
-                if len(page) == size:
-                    more = True
-                    break
-                page.append(batch)
-            data = [{**self._view(batch), "file_name": batch.file_name} for batch in page]
+            config = self.config
+            page, more = list_page(self._order, self._batches, config, now=self.now(), size=size, after=after)
+            data = [
+                {**self._view(batch, config.list_metadata), "file_name": batch.file_name} for batch in page
+            ]
         return {
             "object": "list",
             "data": data,
             "first_id": data[0]["id"] if data else None,
             "last_id": data[-1]["id"] if data else None,
-            "has_more": more or (config.ignore_cursor and bool(data)),
+            "has_more": more,
         }
 
     def cancel_batch(self, batch_id: str) -> dict[str, Any]:
@@ -345,14 +344,9 @@ class EmulatedService:
         :raises ServiceError: 400 when the batch has ended.
         """
         with self._lock:
-            batch, now = self._batch(batch_id), self.now()
-            timeline = batch.timeline
-            if timeline.ended(now):
-                raise invalid_parameter(f"Batch {batch_id} cannot be cancelled: it is {timeline.fate}.")
+            batch = self._batch(batch_id)
             before = self._view(batch)
-            if timeline.cancel_at is None:
-                timeline.cancel(now, self.config.cancelling_seconds / self.config.speed)
-                self._disk.save_batch(batch)
+            self._cancel(batch, self.config.cancelling_seconds / self.config.speed)
             return before
 
     # -- results ----------------------------------------------------------------------------------------
@@ -361,25 +355,26 @@ class EmulatedService:
         """
         Return the path of a result file, writing it if it is not on disk.
 
-        The bytes and the time of modification are always the same for a batch, so a download can be resumed
-        even after the file was dropped and written again.
+        The bytes and the time of modification of a whole file are always the same for a batch, so a download can
+        be resumed even after the file was dropped and written again.
 
         :raises ServiceError: 404 when the batch has no such file.
         """
         with self._lock:
             batch = self._batch(batch_id)
-            if kind not in result_kinds(batch, self.now()):
+            now = self.now()
+            if kind not in result_kinds(batch, now):
                 raise not_found()
+            partial = kind == "output" and now < batch.timeline.fate_at + self.config.partial_output_seconds
         # Storage makes the entity tag from size and time: the same, then, when the file is written again.
         modified = int(batch.timeline.fate_at)
-        return self._results.get(
-            batch_id, kind, lambda output, error: self._write_results(batch, output, error), modified
-        )
+        get = self._results.get_half if partial else self._results.get
+        return get(batch_id, kind, lambda output, error: self._write_results(batch, output, error), modified)
 
     def signed_url(self, batch_id: str, kind: ResultKind) -> str:
         """Return a storage URL that works for ``url_ttl_seconds`` from now."""
         path = f"/results/{batch_id}/{kind}.jsonl"
-        query = signed_query(self._saved.secret, path, self.now(), self.config.url_ttl_seconds)
+        query = signed_query(self._saved.secret, path, self.stated_now(), self.config.url_ttl_seconds)
         return f"{self.storage_origin}{path}?{query}"
 
     def check_signature(self, path: str, query: Mapping[str, str]) -> None:
@@ -388,7 +383,7 @@ class EmulatedService:
 
         :raises ServiceError: 403, its body ``ExpiredToken`` or ``SignatureDoesNotMatch``.
         """
-        check_query(self._saved.secret, path, query, self.now())
+        check_query(self._saved.secret, path, query, self.stated_now())
 
     # -- account ----------------------------------------------------------------------------------------
 
@@ -398,37 +393,15 @@ class EmulatedService:
 
         :raises ServiceError: 401.
         """
-        if not key:
-            raise ServiceError(401, "Invalid token")
-        accepted = key in self.config.keys if self.config.keys else not key.startswith("sk-invalid")
-        if not accepted:
-            raise ServiceError(401, "Api key is invalid")
+        account.check_key(key, self.config)
 
     def user_info(self) -> dict[str, Any]:
         """Return the answer of ``GET /user/info``."""
-        charge = self.config.balance
-        data = {
-            "id": "emulated-user",
-            "name": "emulator",
-            "image": "",
-            "email": "",
-            "isAdmin": False,
-            "balance": "0.00",
-            "status": "normal",
-            "introduction": "",
-            "role": "",
-            "chargeBalance": f"{charge:.2f}",
-            "totalBalance": f"{charge:.2f}",
-        }
-        return {"code": 20000, "message": "OK", "status": True, "data": data}
+        return account.user_info(self.config)
 
     def models(self, sub_type: str | None = None) -> dict[str, Any]:
         """Return the answer of ``GET /models``; the account has chat models only."""
-        names = self.config.models if sub_type in (None, "", "chat") else ()
-        return {
-            "object": "list",
-            "data": [{"id": name, "object": "model", "created": 0, "owned_by": ""} for name in names],
-        }
+        return account.models(self.config, sub_type)
 
     # -- inside -----------------------------------------------------------------------------------------
 
@@ -438,6 +411,19 @@ class EmulatedService:
             raise unknown_object("Batch", batch_id)
         return batch
 
+    def _check_room(self, now: float) -> None:
+        limit = self.config.max_open_batches
+        if limit and sum(not batch.timeline.ended(now) for batch in self._batches.values()) >= limit:
+            raise default_refusal(429)
+
+    def _cancel(self, batch: BatchRecord, seconds: float) -> None:
+        timeline, now = batch.timeline, self.now()
+        if timeline.ended(now):
+            raise invalid_parameter(f"Batch {batch.id} cannot be cancelled: it is {timeline.fate}.")
+        if timeline.cancel_at is None:
+            timeline.cancel(now, seconds)
+            self._disk.save_batch(batch)
+
     def _next_seq(self) -> int:
         self._seq += 1
         return self._seq
@@ -446,8 +432,9 @@ class EmulatedService:
         self._batches[batch.id] = batch
         insort(self._order, batch.sort_key())
 
-    def _view(self, batch: BatchRecord) -> dict[str, Any]:
-        return batch_view(batch, self.now(), self.config, self._result_reference)
+    def _view(self, batch: BatchRecord, metadata: MetadataForm | None = None) -> dict[str, Any]:
+        form = metadata or self.config.batch_metadata
+        return batch_view(batch, self.now(), self.config, self._result_reference, form)
 
     def _result_reference(self, batch_id: str, kind: ResultKind) -> str:
         if not self.config.results_as_file_ids:

@@ -14,6 +14,7 @@ from airflow_provider_siliconflow.emulator.refusals import (
     unknown_object,
 )
 from airflow_provider_siliconflow.emulator.rows import TooManyLinesError, line_offsets, scan_file
+from airflow_provider_siliconflow.emulator.views import stated_time
 
 if TYPE_CHECKING:
     from array import array
@@ -108,7 +109,7 @@ class Uploads:
         if purpose is None:
             raise invalid_parameter("purpose is required.")
         with self._lock:
-            found = [file for file in self._files.values() if file.purpose == purpose and not file.deleted]
+            found = [file for file in self._files.values() if file.purpose == purpose and _shown(file)]
         found.reverse()
         if limit is not None:
             found = found[: positive_number(limit, "limit")]
@@ -118,8 +119,8 @@ class Uploads:
         return self._enveloped({"data": listed, "object": "file"})
 
     def all_listed(self) -> list[dict[str, Any]]:
-        """Return every file that is not deleted, oldest first, as the list shows it."""
-        return [self._listed(file) for file in self._files.values() if not file.deleted]
+        """Return every file the list shows, oldest first."""
+        return [self._listed(file) for file in self._files.values() if _shown(file)]
 
     def get(self, file_id: str) -> dict[str, Any]:
         """Return one file, without its content."""
@@ -133,6 +134,13 @@ class Uploads:
             file.deleted = True
             self._disk.save_file(file)
         return self._enveloped({"id": file_id, "object": "file", "deleted": True})
+
+    def forget(self, file_id: str, *, still_listed: bool) -> None:
+        """Lose a file, as :meth:`EmulatedService.forget_file` describes it."""
+        with self._lock:
+            file = self.find(file_id)
+            file.deleted, file.still_listed = True, still_listed
+            self._disk.save_file(file)
 
     def content_path(self, file_id: str) -> Path:
         """Return the path of a file's content, of a deleted file too."""
@@ -156,19 +164,22 @@ class Uploads:
             "id": file.id,
             "object": "file",
             "bytes": file.bytes,
-            created: int(file.created),
+            created: stated_time(file.created, self._config()),
             "filename": file.filename,
             "purpose": file.purpose,
         }
 
-    @staticmethod
-    def _listed(file: FileRecord) -> dict[str, Any]:
+    def _listed(self, file: FileRecord) -> dict[str, Any]:
         return {
             "id": file.id,
             "object": "file",
             "bytes": file.bytes,
-            "created_at": int(file.created),
+            "created_at": stated_time(file.created, self._config()),
             "filename": file.filename,
             "purpose": file.purpose,
             "line_count": file.scan.line_count,
         }
+
+
+def _shown(file: FileRecord) -> bool:
+    return file.still_listed or not file.deleted

@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -175,8 +176,11 @@ class Wire:
         return response
 
     async def _complete_headers(self, request: web.Request, response: web.StreamResponse) -> None:
-        if not request.path.startswith(PREFIX):
-            response.headers[TRACE_HEADER] = f"ti_{secrets.token_hex(8)}"
+        if request.path.startswith(PREFIX):
+            return
+        response.headers[TRACE_HEADER] = f"ti_{secrets.token_hex(8)}"
+        if self._service.config.clock_offset_seconds:
+            response.headers["Date"] = formatdate(self._service.stated_now(), usegmt=True)
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         loop = asyncio.get_running_loop()
