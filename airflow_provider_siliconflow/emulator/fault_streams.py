@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
+from airflow_provider_siliconflow.emulator.responses import TRACE_HEADER, new_trace
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
@@ -158,6 +160,7 @@ def _head(response: web.StreamResponse, fault: Fault) -> bytes:
     headers = {
         **response.headers,
         **fault.headers,
+        TRACE_HEADER: new_trace(),
         "Content-Length": str(_size(response)),
         "Connection": "close",
     }

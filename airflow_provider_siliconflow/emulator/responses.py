@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 import msgspec
@@ -9,7 +10,13 @@ from aiohttp import web
 
 from airflow_provider_siliconflow.emulator.odd_json import encode_odd
 
+TRACE_HEADER = "x-siliconcloud-trace-id"
 _encode = msgspec.json.Encoder().encode
+
+
+def new_trace() -> str:
+    """Return a value of ``TRACE_HEADER``, which every answer of the service carries."""
+    return f"ti_{secrets.token_hex(8)}"
 
 
 def json_response(body: Any, status: int = 200) -> web.Response:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
@@ -23,7 +22,12 @@ from airflow_provider_siliconflow.emulator.refusals import (
     invalid_parameter,
     not_found,
 )
-from airflow_provider_siliconflow.emulator.responses import json_response, storage_error
+from airflow_provider_siliconflow.emulator.responses import (
+    TRACE_HEADER,
+    json_response,
+    new_trace,
+    storage_error,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -38,7 +42,6 @@ log = logging.getLogger(__name__)
 
 #: Path below which the API lives.
 API = "/v1"
-TRACE_HEADER = "x-siliconcloud-trace-id"
 _CHUNK = 1 << 18
 
 _STORAGE_ERRORS = {
@@ -178,7 +181,7 @@ class Wire:
     async def _complete_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         if request.path.startswith(PREFIX):
             return
-        response.headers[TRACE_HEADER] = f"ti_{secrets.token_hex(8)}"
+        response.headers[TRACE_HEADER] = new_trace()
         if self._service.config.clock_offset_seconds:
             response.headers["Date"] = formatdate(self._service.stated_now(), usegmt=True)
 
