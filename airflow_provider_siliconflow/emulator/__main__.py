@@ -111,14 +111,18 @@ def parser() -> argparse.ArgumentParser:
 
     odd = command.add_argument_group("odd behaviour (seconds here are never divided by the speed)")
     odd.add_argument("--fault", action="append", default=[], metavar="SPEC", help="see below")
-    _number(odd, "--late-output-seconds", "finished batches show their result URLs this much later")
-    _number(odd, "--late-error-seconds", "... the URL of the error file, if it differs", "as above")
-    _number(odd, "--partial-output-seconds", "the output file is half of it until this long after the end")
-    _number(odd, "--settle-seconds", "counts come this long after the end")
-    _choice(odd, "--settle-as", "what stands for the counts until then")
-    _number(odd, "--list-lag-seconds", "new batches show up in the list this much later")
+    _number(odd, "--late-output-seconds", "finished batches show their result URLs this many seconds later")
+    _number(odd, "--late-error-seconds", "the same for the error file alone", "as --late-output-seconds")
+    _number(
+        odd,
+        "--partial-output-seconds",
+        "the output file holds half of its lines until this many seconds after the end",
+    )
+    _number(odd, "--settle-seconds", "request counts are right only this many seconds after the end")
+    _choice(odd, "--settle-as", "what is shown for the counts until then")
+    _number(odd, "--list-lag-seconds", "new batches show up in the list this many seconds later")
     _switch(odd, "--list-oldest-first", "the batch list begins with the oldest")
-    _number(odd, "--list-limit", "the batch list is cut after this many and has no pages; 0 is no limit")
+    _number(odd, "--list-limit", "the batch list holds only this many and has no pages; 0 is no limit")
     _switch(odd, "--list-endless", "the batch list never ends: every page is full of new batches")
     _choice(odd, "--list-metadata", "how the batch list shows metadata")
     _choice(odd, "--batch-metadata", "how an answer about one batch shows metadata")

@@ -52,7 +52,7 @@ class EmulatorConfig:
         first half of its lines.
     :param settle_seconds: wall seconds after its end before a batch shows its counts; until then, while it runs
         too, ``settle_as`` is shown.
-    :param settle_as: what stands for the counts: ``"zeros"`` (total, 0, 0), ``"null"`` or ``"empty"`` (``{}``).
+    :param settle_as: what is shown for the counts: ``"zeros"`` (total, 0, 0), ``"null"`` or ``"empty"`` (``{}``).
     :param list_lag_seconds: wall seconds before a new batch shows up in the list; by id it is found at once.
     :param list_oldest_first: the list begins with the oldest batch.
     :param list_limit: the list shows only this many batches, ignores ``after`` and ``limit`` and says that there

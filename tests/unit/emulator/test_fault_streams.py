@@ -103,6 +103,13 @@ def test_rewrite_reaches_into_lists_and_sends_text_as_it_is(client: Client, emul
     answer = client.call("GET", "/batches")
     assert (answer.status_code, set(answer.json())) == (202, {"object", "first_id", "last_id"})
 
+    # A refusal that says it is none.
+    emulator.faults.add(
+        match="GET /batches", kind="status", status=200, body={"message": "\ud800", "data": None}
+    )
+    answer = client.call("GET", "/batches")
+    assert (answer.status_code, answer.json()) == (200, {"message": "\ud800", "data": None})
+
     deep = 100_000
     emulator.faults.add(match="GET /batches/*", kind="rewrite", merge={"errors": {"$nested": deep}})
     assert f'"errors":{"[" * deep}{"]" * deep}' in client.call("GET", f"/batches/{batch['id']}").text
