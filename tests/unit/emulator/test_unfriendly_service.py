@@ -59,6 +59,7 @@ def test_output_file_is_partial_and_then_whole(tmp_path: Path) -> None:
     account.clock.time += 5
     early = account.ids(batch, "output")
     account.service.open_results(other["id"], "output")
+    assert {path.parent.name for path in (tmp_path / "results").glob("*/output*")} == {other["id"]}
     assert account.ids(batch, "output") == early, "dropped from disk and written again"
     account.clock.time += 60
     whole = account.ids(batch, "output")
