@@ -286,12 +286,13 @@ class SiliconFlowHook(BaseHook):
         :param batch: the batch or its id; it is read anew for fresh URLs.
         :raises IncompleteResultsError: a file is cut, or holds fewer rows than the batch counts.
         """
-        from airflow_provider_siliconflow.batch_files.result_lines import results_of
+        from airflow_provider_siliconflow.batch_files.result_lines import results_in
         from airflow_provider_siliconflow.jobs.downloads import KINDS, ResultFiles
 
         files = ResultFiles(self._client, batch if isinstance(batch, str) else batch.id)
         for kind in KINDS:
-            yield from results_of(files.lines(kind), f"the {kind} file", files.batch.id)
+            lines = (line + b"\n" for line in files.lines(kind))
+            yield from results_in(lines, name=f"the {kind} file", batch_id=files.batch.id)
 
     def download_results(self, batch_id: str, output_dir: str | Path | ObjectStoragePath) -> dict[str, Any]:
         """

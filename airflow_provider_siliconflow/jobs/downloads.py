@@ -22,8 +22,7 @@ from airflow_provider_siliconflow.batch_files.manifest import (
     build_manifest,
     render_summary,
 )
-from airflow_provider_siliconflow.batch_files.merge import BatchFiles
-from airflow_provider_siliconflow.batch_files.whole_batch import copy_batch
+from airflow_provider_siliconflow.batch_files.merge import BatchFiles, merge_batch
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
 
 log = logging.getLogger(__name__)
@@ -234,7 +233,7 @@ def download_results(
             write_whole(output_dir / "results.jsonl") as results,
             write_whole(output_dir / "errors.jsonl") as errors,
         ):
-            tally = copy_batch(files, results, errors, rows=batch.request_counts.total)
+            tally = merge_batch(files, results, errors, rows=batch.request_counts.total)
         summary = BatchSummary(
             batch.id, batch.status, tally.rows, counts=batch.request_counts.model_dump(mode="json")
         )

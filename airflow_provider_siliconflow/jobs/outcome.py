@@ -166,6 +166,6 @@ def commonest_error(api: ResultAPI, batch: Batch) -> str | None:
     except SiliconFlowError as exc:
         log.warning("The error file of batch %s cannot be read: %s", batch.id, exc)
     tally.messages.pop(OTHER_MESSAGES, None)
-    for message, rows in tally.commonest_errors(1).items():
+    for message, rows in tally.most_common_errors(1).items():
         return f"{message} ({rows} rows)"
     return None

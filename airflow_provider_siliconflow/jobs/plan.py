@@ -28,6 +28,7 @@ def plan(requests: Any, folder: Any, *, name: str, options: RunOptions) -> Split
         max_rows=options.max_rows,
         max_bytes=options.max_bytes,
         defaults=options.request_params,
+        defaults_name="request_params",
     )
     if split.rows_without_model and not options.models:
         raise InvalidInputError(
