@@ -27,10 +27,9 @@ from airflow_provider_siliconflow.batch_files.manifest import (
     build_manifest,
     render_summary,
 )
-from airflow_provider_siliconflow.batch_files.merge import BatchFiles
-from airflow_provider_siliconflow.batch_files.result_lines import incomplete_file, results_of
-from airflow_provider_siliconflow.batch_files.verdicts import NotJSONError, read_verdict
-from airflow_provider_siliconflow.batch_files.whole_batch import copy_batch
+from airflow_provider_siliconflow.batch_files.merge import BatchFiles, merge_batch
+from airflow_provider_siliconflow.batch_files.result_lines import read_lines
+from airflow_provider_siliconflow.batch_files.verdicts import read_result, read_verdict
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
 from airflow_provider_siliconflow.jobs.scratch import free_bytes, scratch_folder
 from airflow_provider_siliconflow.jobs.settled import (
@@ -129,7 +128,7 @@ class ResultFiles:
             return self.reference(kind)
 
         rows = self._rows or min(self.batch.request_counts.total, MAX_FILE_LINES) or MAX_FILE_LINES
-        yield from self._api.iter_file(reference, fresh, limit=rows * _ROW_BYTES + _SPARE_BYTES)
+        yield from self._api.iter_file(reference, fresh)
 
     def copy(self, kind: Kind, path: Path) -> int:
         """
@@ -179,7 +178,7 @@ class _Copies:
     def held(self, batch_id: str) -> Held:
         found = BatchFiles(self.path("output"), self.path("error"), batch_id=batch_id)
         return Held(
-            self.lines.get("output", 0), self.lines.get("error", 0), lambda: len(answers_in(found))
+            self.lines.get("output", 0), self.lines.get("error", 0), lambda: len(outcomes_in(found))
         )
 
 
@@ -266,37 +265,27 @@ def _story(batch: Batch, held: Held) -> str:
     )
 
 
-def answers_in(files: BatchFiles) -> dict[str, bool]:
+def outcomes_in(files: BatchFiles) -> dict[str, Outcome]:
     """
-    Return the rows that the files of a batch tell of, by ``custom_id``.
+    Return what became of the rows that the files of a batch tell of, by ``custom_id``.
+
+    A row that never ran because its batch was cancelled counts as expired.
 
     :param files: the downloaded files.
-    :returns: whether the row was answered, well or not: ``False`` if it was never run, because the batch expired or
-        was cancelled before.
     :raises IncompleteResultsError: a file cannot be read.
     """
-    found: dict[str, bool] = {}
+    found: dict[str, Outcome] = {}
     for path in (files.output, files.errors):
         if path is None:
             continue
         with path.open("rb") as stream:
-            for number, line in enumerate(LineReader(stream), 1):
-                if line is None:
-                    raise incomplete_file(path.name, number, files.batch_id)
-                if not line.strip():
+            lines = read_lines(LineReader(stream), read_verdict, name=path.name, batch_id=files.batch_id)
+            for *_, verdict in lines:
+                if verdict is None or found.get(verdict.custom_id) is Outcome.OK:
                     continue
-                try:
-                    verdict = read_verdict(line)
-                except NotJSONError:
-                    raise incomplete_file(path.name, number, files.batch_id) from None
-                if verdict is not None:
-                    ran = verdict.outcome in (Outcome.OK, Outcome.ERROR) and not _is_cancelled(verdict.code)
-                    found[verdict.custom_id] = found.get(verdict.custom_id, False) or ran
+                never_ran = verdict.outcome is Outcome.ERROR and "cancel" in (verdict.code or "").lower()
+                found[verdict.custom_id] = Outcome.EXPIRED if never_ran else verdict.outcome
     return found
-
-
-def _is_cancelled(code: str | None) -> bool:
-    return code is not None and "cancel" in code.lower()
 
 
 def iter_results(api: ResultAPI, batch_id: str, clock: Clock | None = None) -> Iterator[BatchResult]:
@@ -311,7 +300,12 @@ def iter_results(api: ResultAPI, batch_id: str, clock: Clock | None = None) -> I
         for path, kind in ((files.output, "output"), (files.errors, "error")):
             if path is not None:
                 with path.open("rb") as stream:
-                    yield from results_of(LineReader(stream), f"the {kind} file", batch_id)
+                    lines = LineReader(stream)
+                    for *_, result in read_lines(
+                        lines, read_result, name=f"the {kind} file", batch_id=batch_id
+                    ):
+                        if result is not None:
+                            yield result
 
 
 def download_results(
@@ -329,7 +323,7 @@ def download_results(
             write_whole(output_dir / "results.jsonl") as results,
             write_whole(output_dir / "errors.jsonl") as errors,
         ):
-            tally = copy_batch(files, results, errors, rows=min(batch.request_counts.total, MAX_FILE_LINES))
+            tally = merge_batch(files, results, errors, rows=min(batch.request_counts.total, MAX_FILE_LINES))
         summary = BatchSummary(
             batch.id, batch.status, tally.rows, counts=batch.request_counts.model_dump(mode="json")
         )

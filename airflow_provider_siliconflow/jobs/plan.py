@@ -6,17 +6,24 @@ A plan is made once, by the first try, and kept in the job's folder: every later
 
 from __future__ import annotations
 
+import logging
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from airflow_provider_siliconflow.api.arguments import check_completion_window, check_metadata
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 from airflow_provider_siliconflow.batch_files.atomic_files import write_json
 from airflow_provider_siliconflow.batch_files.shards import Shard, Split, split_requests
 from airflow_provider_siliconflow.jobs.folder import read_json
 from airflow_provider_siliconflow.jobs.options import RunOptions
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: Folder of the shards of the first round.
 FIRST_ROUND = "round-0"
@@ -32,6 +39,8 @@ class Piece:
     :param folder: where the shard is, below the job's folder.
     :param upload_key: identity of the upload of the shard, which its models share.
     :param work_key: identity of the batch.
+    :param rest_of: identity of the batch that died, if these are the rows that it did not answer. They are in the round
+        of that batch: none of them has had an attempt in it.
     """
 
     round: int
@@ -40,11 +49,30 @@ class Piece:
     folder: str
     upload_key: str
     work_key: str
+    rest_of: str | None = None
 
     @property
     def path(self) -> str:
         """The shard, relative to the job's folder."""
         return f"{self.folder}/{self.shard.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """
+    The rows that a dead batch did not answer.
+
+    :param of: identity of the batch.
+    :param shard: the rows; ``None`` if it answered all.
+    """
+
+    of: str
+    shard: Shard | None
+
+    @property
+    def folder(self) -> str:
+        """Where the shard is, below the job's folder."""
+        return f"rest-{self.of[:16]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +104,10 @@ class Plan:
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """Return the plan that :meth:`to_dict` described."""
         return cls(
-            split=Split.from_dict(data["split"]),
-            completion_window=data["completion_window"],
-            metadata=data["metadata"],
-            complete=data["complete"],
+            split=_checked_split(Split.from_dict(data["split"])),
+            completion_window=check_completion_window(data["completion_window"]),
+            metadata=check_metadata(data["metadata"], reserved=1),
+            complete=data["complete"] is True,
         )
 
 
@@ -99,8 +127,7 @@ class PlanFolder:
 
     def read(self) -> Plan | None:
         """Return the plan; ``None`` if there is none."""
-        stored = read_json(self.path / "plan.json", or_cut="the plan is made anew")
-        return None if stored is None else Plan.from_dict(stored)
+        return self._read("plan.json", Plan.from_dict, or_cut="the plan is made anew")
 
     def write(self, plan: Plan) -> None:
         """Keep the plan."""
@@ -108,15 +135,59 @@ class PlanFolder:
 
     def read_round(self, number: int) -> dict[int, tuple[Shard, ...]] | None:
         """Return the shards of a later round by model; ``None`` if it was not planned."""
-        stored = read_json(self.path / f"round-{number}.json", or_cut="the round is planned anew")
-        if stored is None:
-            return None
-        return {int(model): tuple(map(Shard.from_dict, items)) for model, items in stored["shards"].items()}
+        return self._read(f"round-{number}.json", _shards_by_model, or_cut="the round is planned anew")
 
     def write_round(self, number: int, shards: Mapping[int, Sequence[Shard]]) -> None:
         """Keep the shards of a later round, by model."""
         planned = {str(model): [shard.to_dict() for shard in items] for model, items in shards.items()}
         write_json(self.path / f"round-{number}.json", {"shards": planned})
+
+
+    def _read(self, name: str, decode: Callable[[dict[str, Any]], T], *, or_cut: str) -> T | None:
+        stored = read_json(self.path / name, or_cut=or_cut)
+        if stored is None:
+            return None
+        try:
+            return decode(stored)
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            log.warning("%s is damaged, or none of ours (%s); %s", self.path / name, exc, or_cut)
+            return None
+
+
+def _checked_split(split: Split) -> Split:
+    for shard in split.shards:
+        _checked(shard)
+    if not split.shards or split.rows != sum(shard.rows for shard in split.shards):
+        raise ValueError("its rows are not those of its shards")
+    return split
+
+
+def _rests(stored: dict[str, Any]) -> list[Rest]:
+    return [
+        Rest(item["of"], None if item["shard"] is None else _checked(Shard.from_dict(item["shard"])))
+        for item in stored["rests"]
+    ]
+
+
+def _shards_by_model(stored: dict[str, Any]) -> dict[int, tuple[Shard, ...]]:
+    return {
+        int(model): tuple(_checked(Shard.from_dict(item)) for item in items)
+        for model, items in stored["shards"].items()
+    }
+
+
+def _checked(shard: Shard) -> Shard:
+    """
+    Return a shard that was read from a folder in which others may write.
+
+    :raises ValueError: its name leads elsewhere, or a figure is none.
+    """
+    numbers = (shard.index, shard.first_row, shard.rows, shard.bytes, *shard.sources)
+    if not all(isinstance(number, int) and 0 <= number < 1 << 53 for number in numbers):
+        raise ValueError("a figure of a shard is none")
+    if shard.name != f"shard-{shard.index:05d}.jsonl" or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+        raise ValueError(f"a shard has the name {shard.name!r:.80}")
+    return shard
 
 
 def plan(requests: Any, folder: Any, *, name: str, options: RunOptions) -> Split:
@@ -135,6 +206,7 @@ def plan(requests: Any, folder: Any, *, name: str, options: RunOptions) -> Split
         max_rows=options.max_rows,
         max_bytes=options.max_bytes,
         defaults=options.request_params,
+        defaults_name="request_params",
     )
     if split.rows_without_model and not options.models:
         raise InvalidInputError(
