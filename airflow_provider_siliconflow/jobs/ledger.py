@@ -71,9 +71,25 @@ class Ledger(Protocol):
 
     def retire(self, key: str) -> None:
         """
-        Plan a piece of work anew whose batch died.
+        Plan a piece of work anew whose batch died, and keep that batch among the retired.
 
         :raises ImpossibleTransitionError: its batch has not ended, or is completed.
+        """
+        ...
+
+    def retired(self, key: str) -> tuple[Ended, ...]:
+        """Return the batches of a piece of work that died before the present one; rows of theirs may be paid."""
+        ...
+
+    def holds(self, batch_id: str) -> bool:
+        """Whether a batch is recorded under any key."""
+        ...
+
+    def earlier_work(self, key: str) -> tuple[str, State] | None:
+        """
+        Return the key and the state of the work that the same task recorded before this one, for another input.
+
+        ``None`` if it recorded none, or if it has many pieces of work at once.
         """
         ...
 
@@ -108,6 +124,18 @@ class NoLedger:
 
     def retire(self, key: str) -> None:
         """Keep nothing."""
+
+    def retired(self, key: str) -> tuple[Ended, ...]:
+        """Return none."""
+        return ()
+
+    def holds(self, batch_id: str) -> bool:
+        """Return that nothing is recorded."""
+        return False
+
+    def earlier_work(self, key: str) -> tuple[str, State] | None:
+        """Return none."""
+        return None
 
     def next_number(self) -> int:
         """Return the only number there is."""
@@ -284,6 +312,16 @@ class FolderLedger:
     def retired(self, key: str) -> tuple[Ended, ...]:
         """Return the batches of a piece of work that died before the present one; rows of theirs may be paid."""
         return self._retired.get(key, ())
+
+    def holds(self, batch_id: str) -> bool:
+        """Whether a batch is recorded under any key."""
+        return any(
+            isinstance(state, Sent | Ended) and state.batch_id == batch_id for state in self._all_states()
+        )
+
+    def earlier_work(self, key: str) -> tuple[str, State] | None:
+        """Return none: a job has many pieces of work; its plan tells whether its input was changed."""
+        return None
 
     @property
     def deadline(self) -> float | None:

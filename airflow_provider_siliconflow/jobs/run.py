@@ -42,7 +42,7 @@ from airflow_provider_siliconflow.batch_files.shards import Shard, Split, select
 from airflow_provider_siliconflow.batch_files.tally import ModelTally
 from airflow_provider_siliconflow.jobs.downloads import LATE_FILE_PATIENCE, downloaded
 from airflow_provider_siliconflow.jobs.folder import read_json, remove_tree
-from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, upload_name
+from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, Upload, upload_name
 from airflow_provider_siliconflow.jobs.ledger import FolderLedger
 from airflow_provider_siliconflow.jobs.options import RunOptions
 from airflow_provider_siliconflow.jobs.plan import plan
@@ -348,7 +348,7 @@ class BatchRun:
             elif self._refused(piece):
                 self.ledger.record(piece.work_key, Planned())
             elif self._batch_id(piece) and piece.work_key not in self._alive:
-                adopted.append(self._submission.submit(self._work(piece, self._file_id(piece))))
+                adopted.append(self._submission.submit(self._work(piece)))
         self.note(adopted)
 
     def _looked_at(self, piece: Piece) -> Batch | None:
@@ -356,7 +356,7 @@ class BatchRun:
         batch_id = self._batch_id(piece)
         if batch_id is None or self._ended(piece):
             return None
-        batch = self._submission.look(batch_id)
+        batch = self._submission.recorded(self._work(piece))
         if batch is not None and not batch.is_dead and batch.status != BatchStatus.CANCELLING:
             log.info(
                 "Adopting batch %s (%s) of an earlier try: nothing is paid again", batch_id, batch.status
@@ -386,7 +386,7 @@ class BatchRun:
         now = waiting[: max(limit - len(open_batches), 0)]
         for piece in now:
             try:
-                batch = self._submission.submit(self._work(piece, self._file_id(piece)))
+                batch = self._submission.submit(self._work(piece))
             except InsufficientBalanceError as exc:
                 self._refuse([piece, *self._surely_unsent(waiting, piece)], exc)
                 return True
@@ -449,26 +449,25 @@ class BatchRun:
                 "sends what was refused, and nothing else."
             )
 
-    def _work(self, piece: Piece, file_id: str) -> BatchWork:
+    def _work(self, piece: Piece) -> BatchWork:
         model = self.options.replacements[piece.model]
-        return BatchWork(
-            key=piece.work_key,
-            label=self._submitter.label,
-            input_file_id=file_id,
-            endpoint=arguments.CHAT_COMPLETIONS,
-            completion_window=self.options.completion_window,
-            metadata=self.options.metadata,
-            replace={"model": model} if model else None,
-        )
-
-    def _file_id(self, piece: Piece) -> str:
         source = self.folder / piece.path
         name = upload_name(f"r{piece.round}-{piece.shard.name}", piece.upload_key)
 
         def send() -> UploadedFile:
             return self._client.upload_file(source, size=piece.shard.bytes, filename=name)
 
-        return self._submission.upload(piece.upload_key, name, piece.shard.bytes, send).id
+        return BatchWork(
+            key=piece.work_key,
+            label=self._submitter.label,
+            input_file_id=None,
+            endpoint=arguments.CHAT_COMPLETIONS,
+            completion_window=self.options.completion_window,
+            metadata=self.options.metadata,
+            replace={"model": model} if model else None,
+            upload=Upload(piece.upload_key, name, piece.shard.bytes, piece.shard.sha256, send),
+            submitter=self._submitter,
+        )
 
     def note(self, batches: Iterable[Batch]) -> None:
         """Take what became of batches: those that ended are not waited for any more."""
@@ -730,7 +729,7 @@ class BatchRun:
             if self._rounds
             else []
         )
-        works = (self._work(piece, "") for piece in unrecorded)
+        works = (self._work(piece) for piece in unrecorded)
         return [batch.id for batch in self._submission.find(works, patience)] if unrecorded else []
 
 

@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
-from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES, BatchStatus
+from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES, Batch, BatchStatus
 
 #: Longest text that is kept of an id, of a message and of a status, in characters.
 MAX_ID, _MAX_MESSAGE, _MAX_STATUS = 256, 2000, 64
@@ -96,6 +96,17 @@ class Ended:
     counts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     errors: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, batch: Batch, number: int) -> Ended:
+        """
+        Return what is kept of a batch.
+
+        :param number: that of its intent.
+        """
+        counts = batch.request_counts
+        numbers = {"total": counts.total, "completed": counts.completed, "failed": counts.failed}
+        return cls(batch.id, number, batch.status, numbers, tuple(batch.error_messages[:MAX_ERRORS]))
+
     def __post_init__(self) -> None:
         """Bound what is kept, and freeze it."""
         counts = {name: _clamped(self.counts.get(name)) for name in _COUNTS if name in self.counts}
@@ -140,8 +151,8 @@ TRANSITIONS: Mapping[type[State], frozenset[type[State]]] = MappingProxyType(
         Sending: frozenset({Sending, Planned, Sent, Refused}),
         # Sent: the account has the work under another id. Sending: the record proved wrong, so the account decides.
         Sent: frozenset({Sent, Sending, Ended}),
-        # Planned: a batch that died is to be replaced.
-        Ended: frozenset({Planned}),
+        # Planned: a batch that died is to be replaced. Sending: as above.
+        Ended: frozenset({Planned, Sending}),
         Refused: frozenset({Planned}),
     }
 )
@@ -268,6 +279,17 @@ class Uploaded:
 
 #: ``Uploading`` and ``Uploaded`` may each follow either, since an upload is free of charge.
 UploadState: TypeAlias = Planned | Uploading | Uploaded
+
+
+def files_of(state: UploadState) -> tuple[str, ...]:
+    """Return the files that are recorded for an upload, the present one last."""
+    match state:
+        case Planned():
+            return ()
+        case Uploading(earlier=earlier):
+            return earlier
+        case Uploaded(file_id, earlier):
+            return (*earlier, file_id)
 
 
 def encode_upload(state: UploadState) -> dict[str, Any] | None:
