@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 from airflow_provider_siliconflow.api.exceptions import JobTakenOverError
 from airflow_provider_siliconflow.batch_files.atomic_files import write_json
-from airflow_provider_siliconflow.jobs.folder import read_json
+from airflow_provider_siliconflow.jobs.folder import read_json, remove_tree
 from airflow_provider_siliconflow.jobs.identity import Submitter
 from airflow_provider_siliconflow.jobs.states import (
     IN_DOUBT,
@@ -358,6 +358,25 @@ class FolderLedger:
             for key, state in self._work.items()
             if isinstance(state, Sent | Sending)
         )
+
+    def remove_folder(self) -> bool:
+        """
+        Remove the folder that the ledger lies in, with all that is in it, unless something of it may run.
+
+        :returns: whether it was removed.
+        :raises JobTakenOverError: a newer try does this job now.
+        """
+        self.check_owner()
+        if open_batches := self.open_batches:
+            log.warning(
+                "%s stays: %d batches of it have not ended, or may exist (%s), and it is what knows of them",
+                self._path.parent,
+                len(open_batches),
+                ", ".join(open_batches[:5]),
+            )
+            return False
+        remove_tree(self._path.parent)
+        return True
 
     def flush(self) -> None:
         """Write what is not written yet."""
