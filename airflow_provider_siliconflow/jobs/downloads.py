@@ -128,7 +128,7 @@ class ResultFiles:
             return self.reference(kind)
 
         rows = self._rows or min(self.batch.request_counts.total, MAX_FILE_LINES) or MAX_FILE_LINES
-        yield from self._api.iter_file(reference, fresh)
+        yield from self._api.iter_file(reference, fresh, limit=rows * _ROW_BYTES + _SPARE_BYTES)
 
     def copy(self, kind: Kind, path: Path) -> int:
         """
@@ -177,9 +177,7 @@ class _Copies:
 
     def held(self, batch_id: str) -> Held:
         found = BatchFiles(self.path("output"), self.path("error"), batch_id=batch_id)
-        return Held(
-            self.lines.get("output", 0), self.lines.get("error", 0), lambda: len(outcomes_in(found))
-        )
+        return Held(self.lines.get("output", 0), self.lines.get("error", 0), lambda: len(outcomes_in(found)))
 
 
 @contextlib.contextmanager

@@ -117,7 +117,9 @@ def encode(event: Event, *, counts_only: bool = False) -> dict[str, Any]:
     except Exception as exc:  # noqa: BLE001
         batches = event.batches if isinstance(event, BatchesEnded) else ()
         ids = tuple(batch.id for batch in batches) or getattr(event, "batch_ids", ())
-        message = f"The event of this wait cannot be encoded ({type(exc).__name__}). The batches are untouched."
+        message = (
+            f"The event of this wait cannot be encoded ({type(exc).__name__}). The batches are untouched."
+        )
         return _encode_failure(WaitFailed(message, ids, retryable=True))
 
 
@@ -126,9 +128,15 @@ def _payload(event: Event, *, counts_only: bool) -> dict[str, Any]:
         return _encode_failure(event)
     if counts_only:
         return _as_many_as_fit([_described(batch, _COUNTS_ONLY) for batch in event.batches])
-    payload = {"status": "ended", "batches": [_described(batch, _FIELDS, metadata=True) for batch in event.batches]}
+    payload = {
+        "status": "ended",
+        "batches": [_described(batch, _FIELDS, metadata=True) for batch in event.batches],
+    }
     if _size(payload) > MAX_BYTES:
-        log.warning("%d batches are too many for one event: it leaves out their metadata and times", len(event.batches))
+        log.warning(
+            "%d batches are too many for one event: it leaves out their metadata and times",
+            len(event.batches),
+        )
         payload["batches"] = [_described(batch, _SLIM) for batch in event.batches]
     return payload
 
@@ -138,7 +146,11 @@ def _as_many_as_fit(described: list[dict[str, Any]]) -> dict[str, Any]:
     for number, batch in enumerate(described):
         room -= _size(batch) + 1
         if room < 0:
-            log.info("The event has room for %d of %d batches; the task waits for the others again", number, len(described))
+            log.info(
+                "The event has room for %d of %d batches; the task waits for the others again",
+                number,
+                len(described),
+            )
             return {"status": "ended", "batches": described[:number]}
     return {"status": "ended", "batches": described}
 

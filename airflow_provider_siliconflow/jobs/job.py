@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from airflow_provider_siliconflow.api import arguments
-from airflow_provider_siliconflow.api.models import DEAD_STATUSES, Batch
+from airflow_provider_siliconflow.api.models import DEAD_STATUSES, Batch, UploadedFile
 from airflow_provider_siliconflow.batch_files.shards import Shard
-from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter
+from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, Upload, upload_name
 from airflow_provider_siliconflow.jobs.ledger import FolderLedger
 from airflow_provider_siliconflow.jobs.options import RunOptions
 from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, Piece, Plan, PlanFolder, Rest
@@ -25,8 +25,8 @@ class OpenJob:
     """
     A job whose plan was made, in this process.
 
-    :param options: what is asked; window and metadata are taken from the plan.
-    :param submitter: who asks.
+    :param options: what is asked; models, window and metadata are taken from the plan.
+    :param plan: the plan.
     :param conn_id: the connection, a part of each identity. Not the host: under another name of the same service the
         work is the same, and must not be paid again.
     :param plans: the job's folder.
@@ -39,18 +39,22 @@ class OpenJob:
         options: RunOptions,
         plan: Plan,
         *,
-        submitter: Submitter,
         conn_id: str,
         plans: PlanFolder,
         ledger: FolderLedger,
         submission: Submission,
     ) -> None:
-        self.options = replace(options, completion_window=plan.completion_window, metadata=plan.metadata)
+        self.options = replace(
+            options,
+            models=plan.models,
+            completion_window=plan.completion_window,
+            metadata=plan.metadata,
+        )
         self.plan = plan
         self.plans = plans
         self.ledger = ledger
         self.submission = submission
-        self._submitter = submitter
+        self.submitter: Submitter = plan.submitter
         self._where = {"conn_id": conn_id}
         self.rounds = [self._pieces(0, dict.fromkeys(self.models, plan.split.shards))]
         while (shards := plans.read_round(len(self.rounds))) is not None:
@@ -95,8 +99,8 @@ class OpenJob:
             shard=shard,
             folder=folder or (FIRST_ROUND if number == 0 else f"round-{number}/{model}"),
             rest_of=rest_of,
-            upload_key=self._submitter.key(upload=shard.sha256, **self._where),
-            work_key=self._submitter.key(
+            upload_key=self.submitter.key(upload=shard.sha256, **self._where),
+            work_key=self.submitter.key(
                 input=shard.sha256,
                 completion_window=self.options.completion_window,
                 model=self.options.replacements[model],
@@ -140,17 +144,25 @@ class OpenJob:
         """Return the request file of a batch."""
         return self.plans.path / piece.path
 
-    def work(self, piece: Piece, file_id: str) -> BatchWork:
-        """Return the request for a batch, over the uploaded file."""
+    def work(self, piece: Piece, send: Callable[[str], UploadedFile]) -> BatchWork:
+        """
+        Return the request for a batch.
+
+        :param send: uploads its request file under a name, when it is needed.
+        """
         model = self.options.replacements[piece.model]
+        name = upload_name(f"r{piece.round}-{piece.shard.name}", piece.upload_key)
+        upload = Upload(piece.upload_key, name, piece.shard.bytes, piece.shard.sha256, lambda: send(name))
         return BatchWork(
             key=piece.work_key,
-            label=self._submitter.label,
-            input_file_id=file_id,
+            label=self.submitter.label,
+            input_file_id=None,
             endpoint=arguments.CHAT_COMPLETIONS,
             completion_window=self.options.completion_window,
             metadata=self.options.metadata,
             replace={"model": model} if model else None,
+            upload=upload,
+            submitter=self.submitter,
         )
 
     # States -----------------------------------------------------------------------------------------------
@@ -226,7 +238,7 @@ class OpenJob:
             if not isinstance(state, Sent) or batch is None:
                 continue
             if is_settled(batch):
-                states[piece.work_key] = ended_state(state, batch, at=at)
+                states[piece.work_key] = Ended.of(batch, state.number, at=state.terminal_since or at)
             elif state.terminal_since is None:
                 states[piece.work_key] = replace(state, terminal_since=at)
         self._record(states)
@@ -236,7 +248,7 @@ class OpenJob:
         state = self.state(piece)
         assert isinstance(state, Sent)
         assert state.terminal_since is not None
-        self._record({piece.work_key: ended_state(state, batch, at=state.terminal_since)})
+        self._record({piece.work_key: Ended.of(batch, state.number, at=state.terminal_since)})
 
     def _record(self, states: Mapping[str, State]) -> None:
         if not states:
@@ -245,15 +257,3 @@ class OpenJob:
         pieces = self.rounds[-1]
         done = sum(self.ended(piece) is not None for piece in pieces)
         log.info("Round %d: %d of %d batches have ended", len(self.rounds) - 1, done, len(pieces))
-
-
-def ended_state(sent: Sent, batch: Batch, *, at: float) -> Ended:
-    """Return the state of a batch that has ended, first seen so at a time."""
-    return Ended(
-        batch.id,
-        sent.number,
-        batch.status,
-        batch.request_counts.model_dump(mode="json", include={"total", "completed", "failed"}),
-        tuple(batch.error_messages[:3]),
-        sent.terminal_since or at,
-    )

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_provider_siliconflow.api.exceptions import (
     BatchCancelledError,
+    BatchError,
     BatchExpiredError,
     BatchFailedError,
     BatchPartialFailureError,
+    IncompleteResultsError,
     SiliconFlowError,
 )
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus, Outcome, RequestCounts
@@ -22,6 +24,7 @@ from airflow_provider_siliconflow.jobs.options import RunOptions
 from airflow_provider_siliconflow.jobs.settled import is_settled
 
 if TYPE_CHECKING:
+    from airflow_provider_siliconflow.jobs.collecting import Collected
     from airflow_provider_siliconflow.jobs.job import OpenJob
 
 log = logging.getLogger(__name__)
@@ -129,7 +132,9 @@ def _counted_by_files(api: ResultAPI, batch: Batch) -> Batch:
     ok = outcomes.count(Outcome.OK)
     total = max(fresh.request_counts.total, len(outcomes))
     counts = RequestCounts(total=total, completed=ok, failed=len(outcomes) - ok)
-    log.info("The counts of batch %s do not add up; by its files %d of %d rows succeeded", batch.id, ok, total)
+    log.info(
+        "The counts of batch %s do not add up; by its files %d of %d rows succeeded", batch.id, ok, total
+    )
     return fresh.model_copy(update={"request_counts": counts})
 
 
@@ -208,17 +213,22 @@ def _rows_story(manifest: Mapping[str, Any]) -> str:
     return story
 
 
-def unfinished_job(job: OpenJob, output_dir: Any) -> BatchFailedError | None:
+def unfinished_job(job: OpenJob, collected: Collected, output_dir: Any) -> BatchError | None:
     """
-    Return the error for batches that a retry has to submit (again); ``None`` if there are none.
+    Return the error for batches that a retry has to submit (again) or to read; ``None`` if there are none.
 
     :param job: the job; the results of its other batches are written.
-    :param output_dir: where they are, for the message.
+    :param collected: what its batches brought.
+    :param output_dir: where the results are, for the message.
     """
     pieces = list(job.pieces)
     story: list[str] = []
     # The rows of a batch that failed in an earlier round went into the next one.
-    dead = [ended for piece in job.rounds[-1] if (ended := job.dead(piece))]
+    dead = [
+        ended
+        for piece in job.rounds[-1]
+        if (ended := job.dead(piece)) and collected.unanswered.get(ended.batch_id, 1)
+    ]
     if dead:
         named = ", ".join(f"{ended.batch_id} ({ended.status})" for ended in dead[:5])
         reasons = [message for ended in dead for message in ended.errors]
@@ -231,11 +241,14 @@ def unfinished_job(job: OpenJob, output_dir: Any) -> BatchFailedError | None:
             f"{len(refused)} of {len(pieces)} batches were refused, of {', '.join(sorted(models))}: HTTP "
             f"{first.status}, {first.message.rstrip('.')}."
         )
+    for batch_id, why in list(collected.spoilt.items())[:5]:
+        story.append(f"Batch {batch_id} cannot be read: {why.rstrip('.')}.")
     if not story:
         return None
-    also = " (of a cancelled one also the rows that were done)" if dead else ""
-    return BatchFailedError(
-        f"{' '.join(story)} The rows of the others are written to {output_dir}. A retry submits these "
-        f"batches{also} and pays for nothing else again; a clear would pay for all.",
-        batch_id=dead[0].batch_id if dead else None,
+    kind = BatchFailedError if dead or refused else IncompleteResultsError
+    named_first = dead[0].batch_id if dead else next(iter(collected.spoilt), None)
+    return kind(
+        f"{' '.join(story)} The rows of the other batches are written to {output_dir}. A retry submits the rows that "
+        "have no answer, reads again what could not be read, and pays for nothing else again.",
+        batch_id=named_first,
     )

@@ -15,15 +15,15 @@ from airflow_provider_siliconflow.api.exceptions import (
     RateLimitedError,
     SiliconFlowError,
 )
-from airflow_provider_siliconflow.api.models import Batch, UploadedFile
+from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.batch_files.shards import Shard, select_rows
 from airflow_provider_siliconflow.jobs.clock import Clock
 from airflow_provider_siliconflow.jobs.collecting import Collector
-from airflow_provider_siliconflow.jobs.identity import BatchWork, Upload, upload_name
+from airflow_provider_siliconflow.jobs.identity import BatchWork
 from airflow_provider_siliconflow.jobs.job import OpenJob
 from airflow_provider_siliconflow.jobs.plan import Piece, Rest
+from airflow_provider_siliconflow.jobs.posting import REFUSAL_PATIENCE
 from airflow_provider_siliconflow.jobs.states import Planned, Refused, Sending, Sent
-from airflow_provider_siliconflow.jobs.submission import REFUSAL_PATIENCE
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,9 @@ class Sender:
             if batch is None:
                 unread.append(piece)
                 continue
-            log.info("Taking up batch %s (%s) of an earlier try: nothing is paid again", batch.id, batch.status)
+            log.info(
+                "Taking up batch %s (%s) of an earlier try: nothing is paid again", batch.id, batch.status
+            )
             found.append(batch)
         job.record_ended(found, at=self._began)
         for piece in unread:
@@ -185,21 +187,13 @@ class Sender:
     def _submit(self, piece: Piece) -> Batch:
         # Sitting a full account out makes no sense while batches of this job are what fills it.
         patience = FULL_ACCOUNT_PATIENCE if self._job.running else REFUSAL_PATIENCE
-        batch = self._job.submission.submit(
-            self._work(piece), rate_limit_patience=patience, adopt_dead=True
-        )
+        batch = self._job.submission.submit(self._work(piece), rate_limit_patience=patience, adopt_dead=True)
         self._job.record_ended([batch], at=self._clock.time())
         return batch
 
     def _work(self, piece: Piece) -> BatchWork:
-        source = self._job.source(piece)
-        name = upload_name(f"r{piece.round}-{piece.shard.name}", piece.upload_key)
-        size, sha256 = piece.shard.bytes, piece.shard.sha256
-
-        def send() -> UploadedFile:
-            return self._client.upload_file(source, size=size, filename=name)
-
-        return self._job.work(piece, Upload(piece.upload_key, name, size, sha256, send))
+        source, size = self._job.source(piece), piece.shard.bytes
+        return self._job.work(piece, lambda name: self._client.upload_file(source, size=size, filename=name))
 
     def find_unrecorded(self, patience: float) -> list[str]:
         """

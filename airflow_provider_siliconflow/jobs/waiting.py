@@ -226,7 +226,9 @@ class BatchWait:
         not settled counts as pending for :data:`~.settled.SETTLE_PATIENCE`, and has ended as it is then.
         """
         if batch.id != batch_id:
-            answered = UnexpectedAnswerError(f"The answer about batch {batch_id} is about another one, {batch.id}")
+            answered = UnexpectedAnswerError(
+                f"The answer about batch {batch_id} is about another one, {batch.id}"
+            )
             self.fault(batch_id, answered, now)
             return False
         state = self._pending[batch_id]

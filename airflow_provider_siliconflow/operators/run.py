@@ -295,18 +295,22 @@ class RunBatchOperator(SubmittingOperator):
 
         :raises SiliconFlowError: the task was ended before it came as far as this.
         """
+        from airflow_provider_siliconflow.jobs.ledger import Owner
         from airflow_provider_siliconflow.jobs.run import BatchRun
         from airflow_provider_siliconflow.paths import open_folder
 
         client = self.hook.get_conn()
+        submitter, ti = submitter_of(context), context["ti"]
         run = BatchRun(
             options,
-            submitter=submitter_of(context),
+            submitter=submitter,
             client=client,
             conn_id=self.conn_id,
             output_dir=open_folder("output_dir", self.output_dir),
             open_submission=lambda ledger: open_submission(context, client, ledger),
-            earlier_tries=context["ti"].try_number > 1,
+            earlier_tries=ti.try_number > 1,
+            owner=Owner.new(submitter, try_number=ti.try_number, try_id=str(getattr(ti, "id", None) or "")),
+            cancel_on_kill=self.cancel_on_kill,
         )
         self._run = run
         if self._killed:

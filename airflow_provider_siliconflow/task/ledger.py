@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
     from airflow_provider_siliconflow.api.client import SiliconFlowClient
     from airflow_provider_siliconflow.jobs.ledger import Ledger
-    from airflow_provider_siliconflow.jobs.states import State, UploadState
+    from airflow_provider_siliconflow.jobs.states import Ended, State, UploadState
     from airflow_provider_siliconflow.jobs.submission import Submission
 
 
 #: Names in the task state store beside the keys of work: the generation it was there from the start of, and the batch
 #: recorded last.
 _GENERATION, _LAST = "generation", "last"
+#: Batches that died which are kept for each piece of work.
+_MOST_RETIRED = 20
 #: Entries outlive the longest batch and the files of the service, whatever the store's own default is.
 _RETENTION = timedelta(days=31)
 
@@ -57,10 +59,10 @@ class TaskStateLedger:
     @property
     def submitted(self) -> str | None:
         """The batch that a try of this generation recorded last, whatever its request was."""
-        last = self._get(_LAST)
-        if not isinstance(last, dict) or last.get("generation") != self._generation:
-            return None
-        return last.get("batch_id")
+        from airflow_provider_siliconflow.jobs.states import Ended, Sent
+
+        _, state = self.earlier_work("") or ("", None)
+        return state.batch_id if isinstance(state, Sent | Ended) else None
 
     def state(self, key: str) -> State:
         """Return what a piece of work is."""
@@ -72,7 +74,7 @@ class TaskStateLedger:
 
     def record(self, key: str, state: State) -> None:
         """Record what a piece of work is now."""
-        from airflow_provider_siliconflow.jobs.states import Sent, check_transition, encode
+        from airflow_provider_siliconflow.jobs.states import Sending, check_transition, encode
 
         before = self.state(key)
         if state == before:
@@ -80,14 +82,42 @@ class TaskStateLedger:
         check_transition(key, before, state)
         self._set(key, encode(state))
         self._known[key] = state
-        if isinstance(state, Sent):
-            self._set(_LAST, {"batch_id": state.batch_id, "generation": self._generation})
+        if isinstance(state, Sending) and not isinstance(before, Sending):
+            self._set(_LAST, {"key": key, "generation": self._generation})
 
     def retire(self, key: str) -> None:
-        """Plan a piece of work anew whose batch died."""
-        from airflow_provider_siliconflow.jobs.states import Planned
+        """Plan a piece of work anew whose batch died, and keep that batch among the retired."""
+        from airflow_provider_siliconflow.jobs.states import Ended, Planned, encode
 
+        state = self.state(key)
+        if isinstance(state, Ended):
+            kept = [encode(each) for each in (*self.retired(key), state)]
+            self._set(f"{key}.retired", kept[-_MOST_RETIRED:])
         self.record(key, Planned())
+
+    def retired(self, key: str) -> tuple[Ended, ...]:
+        """Return the batches of a piece of work that died before the present one."""
+        from airflow_provider_siliconflow.jobs.states import Ended, decode
+
+        stored = self._get(f"{key}.retired")
+        states = map(decode, stored if isinstance(stored, list) else ())
+        return tuple(state for state in states if isinstance(state, Ended))
+
+    def holds(self, batch_id: str) -> bool:
+        """Return that nothing is known: the store cannot be searched."""
+        return False
+
+    def earlier_work(self, key: str) -> tuple[str, State] | None:
+        """Return the work that a try of this generation recorded last, if it is another."""
+        from airflow_provider_siliconflow.jobs.states import decode
+
+        last = self._get(_LAST)
+        if not isinstance(last, dict) or last.get("generation") != self._generation:
+            return None
+        earlier = last.get("key")
+        if not isinstance(earlier, str) or earlier == key:
+            return None
+        return earlier, decode(self._get(earlier))
 
     def next_number(self) -> int:
         """Return the only number there is: a task that submits a single batch has one intent."""
