@@ -78,7 +78,9 @@ def cancel_all(
         futures = [pool.submit(work, share) for share in shares]
     for share, future in zip(shares, futures, strict=True):
         if (error := future.exception()) is not None:
-            log.error("Not all of %s could be cancelled: %s: %s", ", ".join(share), type(error).__name__, error)
+            log.error(
+                "Not all of %s could be cancelled: %s: %s", ", ".join(share), type(error).__name__, error
+            )
 
 
 def _check(api: CancelAPI, batch_id: str, is_ours: Callable[[Batch], bool]) -> bool:

@@ -55,7 +55,7 @@ def _open(path: Any) -> BinaryIO:
     if local is None:
         stream: BinaryIO = path.open("rb")
         return stream
-    return open(os.open(local, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")  # noqa: SIM115
+    return open(os.open(local, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
 
 
 def remove_tree(folder: Any) -> None:
