@@ -109,7 +109,7 @@ def stdlib(folder: Path, out: Path) -> dict[str, int]:
 
 def nothing(folder: Path, out: Path) -> dict[str, int]:
     """The imports alone, for the base of the memory."""
-    import airflow_provider_siliconflow.batch_files.results  # noqa: F401
+    import airflow_provider_siliconflow.batch_files.merge  # noqa: F401
 
     return {}
 

@@ -350,6 +350,10 @@ class FolderLedger:
         if not isinstance(state, Uploaded):
             self._write()
 
+    def work(self) -> Iterator[tuple[str, State]]:
+        """Yield the key and the state of each piece of work that something is recorded of."""
+        yield from list(self._work.items())
+
     @property
     def open_batches(self) -> tuple[str, ...]:
         """What may run and be billed: ids of batches that have not ended, and keys of work whose outcome is open."""

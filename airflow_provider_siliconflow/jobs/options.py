@@ -8,7 +8,8 @@ from typing import Any
 
 from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-from airflow_provider_siliconflow.batch_files.manifest import check_prices
+from airflow_provider_siliconflow.batch_files.parameters import check_parameters
+from airflow_provider_siliconflow.batch_files.prices import check_prices
 from airflow_provider_siliconflow.jobs.identity import check_user_metadata
 
 
@@ -85,10 +86,7 @@ def check_options(
         max_row_attempts=max_row_attempts,
         max_error_rate=max_error_rate,
     )
-    if request_params is not None and not isinstance(request_params, Mapping):
-        raise InvalidInputError(
-            f"request_params must be a mapping such as {{'temperature': 0.2}}; got {type(request_params).__name__}"
-        )
+    check_parameters("request_params", request_params)
     check_prices(prices)
     return RunOptions(
         models=tuple(name.strip() for name in names),

@@ -17,7 +17,6 @@ from airflow_provider_siliconflow.operators.base import (
     FileOperator,
     SiliconFlowOperator,
     SubmittingOperator,
-    finish_batch,
     wait_deadline,
 )
 from airflow_provider_siliconflow.operators.run import RunBatchOperator
@@ -271,14 +270,14 @@ class CreateBatchOperator(SubmittingOperator):
     def execute_complete(self, context: Context, event: Any = None) -> str:
         """Resume after the trigger."""
         self._ti = context["ti"]
-        from airflow_provider_siliconflow.jobs.events import read_event
+        from airflow_provider_siliconflow.jobs.events import batches_of
 
         with task_errors(fail_fast=self.fail_fast), self._paid_batch(context, resumed=True):
             if event == "success":
                 # dag.test() resumes the task even where the trigger ended it.
                 return str(context["ti"].xcom_pull(task_ids=self.task_id, key="batch_id"))
             try:
-                (batch,) = read_event(event)
+                (batch,) = batches_of(event)
             except Exception as exc:
                 self.batch_id = getattr(exc, "batch_id", None)
                 self._after_timeout(exc)
@@ -373,8 +372,10 @@ class CreateBatchOperator(SubmittingOperator):
         )
 
     def _finish(self, batch: Batch) -> str:
+        from airflow_provider_siliconflow.jobs.outcome import finish_batch
+
         warning = finish_batch(
-            self.hook,
+            self.hook.get_conn(),
             batch,
             fail_on_partial_error=self.fail_on_partial_error,
             allow_all_failed=self.allow_all_failed,
