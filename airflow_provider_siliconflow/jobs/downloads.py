@@ -233,7 +233,7 @@ def download_results(
             write_whole(output_dir / "results.jsonl") as results,
             write_whole(output_dir / "errors.jsonl") as errors,
         ):
-            tally = merge_batch(files, results, errors, rows=batch.request_counts.total)
+            tally = merge_batch(files, results, errors, rows=batch.request_counts.total).tally
         summary = BatchSummary(
             batch.id, batch.status, tally.rows, counts=batch.request_counts.model_dump(mode="json")
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +14,8 @@ from airflow_provider_siliconflow.api.exceptions import (
     SiliconFlowError,
 )
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus
+from airflow_provider_siliconflow.batch_files.result_lines import results_in
 from airflow_provider_siliconflow.batch_files.tally import OTHER_MESSAGES, ModelTally
-from airflow_provider_siliconflow.batch_files.verdicts import NotJSONError, read_result
 from airflow_provider_siliconflow.jobs.downloads import ResultAPI, ResultFiles
 from airflow_provider_siliconflow.jobs.options import RunOptions
 
@@ -159,10 +158,10 @@ def commonest_error(api: ResultAPI, batch: Batch) -> str | None:
     """
     tally = ModelTally()
     try:
-        for line in ResultFiles(api, batch.id, patience=()).lines("error"):
-            with contextlib.suppress(NotJSONError):
-                if result := read_result(line):
-                    tally.add_message(result.error_message or "no reason given")
+        chunks = ResultFiles(api, batch.id, patience=()).chunks("error")
+        # One line that cannot be read says nothing about the others.
+        for result in results_in(chunks, name="the error file", on_unreadable=lambda _: None):
+            tally.add_message(result.error_message or "no reason given")
     except SiliconFlowError as exc:
         log.warning("The error file of batch %s cannot be read: %s", batch.id, exc)
     tally.messages.pop(OTHER_MESSAGES, None)
