@@ -34,7 +34,7 @@ def resolve_path(name: str, path: Any) -> Any:
         raise InvalidInputError(f"{name} must be a path, a URI or a path object; got {type(path).__name__}")
     text = str(path)
     # It goes into XCom, which can hold neither.
-    if "\0" in text or valid_text(text) != text:
+    if valid_text(text) != text:
         raise InvalidInputError(f"{name} holds a NUL or half of a surrogate pair: {text!r}")
     # Airflow 2.11 takes a relative path for one below the root.
     if isinstance(path, str) and "://" not in path:

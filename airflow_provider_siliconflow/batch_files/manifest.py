@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from airflow_provider_siliconflow.api.bounds import MAX_COUNT
 from airflow_provider_siliconflow.api.redaction import brief
 from airflow_provider_siliconflow.batch_files.prices import Price, cost, price_of, rounded
 from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
-from airflow_provider_siliconflow.batch_files.verdicts import LARGEST_COUNT
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def _tokens(usage: Usage) -> dict[str, int]:
 
 def _number(value: int) -> int:
     """Return a figure from outside as XCom can hold it."""
-    return min(max(value, 0), LARGEST_COUNT)
+    return min(max(value, 0), MAX_COUNT)
 
 
 def _costs(billed: Usage, price: Price | None) -> tuple[Fraction, Fraction] | None:

@@ -16,15 +16,13 @@ from typing import Annotated, Any, Generic, TypeVar
 import msgspec
 import pydantic
 
+from airflow_provider_siliconflow.api.bounds import MAX_COUNT, MAX_STATUS
 from airflow_provider_siliconflow.api.models import BatchResult, Outcome, has_content, judge
 from airflow_provider_siliconflow.api.redaction import READ_CHARACTERS, brief, valid_text
 from airflow_provider_siliconflow.batch_files.tally import MESSAGE_CHARACTERS, Usage
 
-#: More than this is no count of tokens, and does not fit into a column of a data frame.
-LARGEST_COUNT = (1 << 63) - 1
-
-#: Characters of the longest finish reason and model name of a usual answer.
-_LONGEST_REASON, _LONGEST_MODEL = 64, 256
+#: Characters of the longest model name that is kept.
+_LONGEST_MODEL = 256
 
 #: A line of more bytes is looked at before it is read: as Python objects it may take thirty times its size.
 _LARGE_LINE = 4 << 20
@@ -84,7 +82,7 @@ def worth_retrying(
     return bool(_TRANSIENT_TEXT.search(words)) and not _PERMANENT_TEXT.search(words)
 
 
-_Count = Annotated[int, msgspec.Meta(ge=0, le=LARGEST_COUNT)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 
 
 class _Details(msgspec.Struct, gc=False):
@@ -104,7 +102,7 @@ class _Message(msgspec.Struct, gc=False):
 
 class _Choice(msgspec.Struct, gc=False):
     message: _Message
-    finish_reason: Annotated[str, msgspec.Meta(max_length=_LONGEST_REASON)] | None = None
+    finish_reason: Annotated[str, msgspec.Meta(max_length=MAX_STATUS)] | None = None
 
 
 class _LargeMessage(_Message, gc=False):
@@ -163,6 +161,7 @@ class Verdict(msgspec.Struct, gc=False):
 
     :param empty: whether an answer that is ok holds no text.
     :param metered: whether the line counts the tokens of prompt and completion.
+    :param code: ``error.code`` of a row that is not ok, short.
     :param message: what the service said of a row that is not ok, short and without secrets.
     :param transient: whether the row, not ok, is worth another attempt.
     :param out_of_balance: whether the row failed because the account cannot pay.
@@ -178,6 +177,7 @@ class Verdict(msgspec.Struct, gc=False):
     completion: int = 0
     reasoning: int = 0
     total: int = 0
+    code: str | None = None
     message: str | None = None
     transient: bool = False
     out_of_balance: bool = False
@@ -344,7 +344,7 @@ def _read_unusual(line: bytes) -> Verdict | None:
     verdict = Verdict(
         result.custom_id,
         outcome,
-        valid_text(reason[:_LONGEST_REASON]) if isinstance(reason, str) else None,
+        valid_text(reason[:MAX_STATUS]) if isinstance(reason, str) else None,
         valid_text(model[:_LONGEST_MODEL]) if isinstance(model, str) else None,
         outcome is Outcome.OK and _is_blank(result.text),
         prompt is not None and completion is not None,
@@ -357,12 +357,13 @@ def _read_unusual(line: bytes) -> Verdict | None:
         code, message = _reason(result)
         status = (result.response or {}).get("status_code")
         status = status if isinstance(status, int) else None
-        code, words = code and code[:READ_CHARACTERS], message[:READ_CHARACTERS]
+        words = message[:READ_CHARACTERS]
         verdict.transient = worth_retrying(outcome, code=code, message=words, status=status)
         verdict.out_of_balance = outcome is Outcome.ERROR and is_balance_error(
             code=code, message=words, status=status
         )
         # Thousands of them may be kept, most of them the same.
+        verdict.code = code and intern(code)
         verdict.message = intern(brief(message, MESSAGE_CHARACTERS))
     return verdict
 
@@ -394,6 +395,6 @@ def whole_number(value: Any) -> int | None:
     digits = isinstance(value, str) and value.isdecimal() and len(value) < 20
     if digits or (isinstance(value, float) and value.is_integer()):
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST_COUNT:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
         return None
     return value

@@ -236,13 +236,13 @@ class SiliconFlowHook(BaseHook):
         *,
         poll_interval: float = 60,
         deadline: float | None = None,
-        enough: int | None = None,
+        min_ended: int | None = None,
     ) -> list[Batch]:
         """
         Wait until several batches have ended; see :meth:`wait_for_batch`.
 
         :param deadline: epoch seconds.
-        :param enough: return once so many have ended; by default all.
+        :param min_ended: return once so many have ended; by default all.
         :returns: the ended batches.
         """
         from airflow_provider_siliconflow.api.arguments import check_identifiers
@@ -250,7 +250,7 @@ class SiliconFlowHook(BaseHook):
         from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
         wait = BatchWait(
-            check_identifiers("batch_ids", list(batch_ids)), time.time(), poll_interval, deadline, enough
+            check_identifiers("batch_ids", list(batch_ids)), time.time(), poll_interval, deadline, min_ended
         )
         with ProgressBar(wait) as bar:
             while True:
@@ -286,13 +286,9 @@ class SiliconFlowHook(BaseHook):
         :param batch: the batch or its id; it is read anew for fresh URLs.
         :raises IncompleteResultsError: a file is cut, or holds fewer rows than the batch counts.
         """
-        from airflow_provider_siliconflow.batch_files.result_lines import results_in
-        from airflow_provider_siliconflow.jobs.downloads import KINDS, ResultFiles
+        from airflow_provider_siliconflow.jobs.downloads import iter_results
 
-        files = ResultFiles(self._client, batch if isinstance(batch, str) else batch.id)
-        for kind in KINDS:
-            lines = (line + b"\n" for line in files.lines(kind))
-            yield from results_in(lines, name=f"the {kind} file", batch_id=files.batch.id)
+        yield from iter_results(self._client, batch if isinstance(batch, str) else batch.id)
 
     def download_results(self, batch_id: str, output_dir: str | Path | ObjectStoragePath) -> dict[str, Any]:
         """

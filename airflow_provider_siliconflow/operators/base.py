@@ -195,29 +195,3 @@ def wait_deadline(batch: Batch, timeout: float | None) -> float:
 
     now = time.time()
     return default_deadline(batch, now) if timeout is None else now + timeout
-
-
-def finish_batch(
-    hook: SiliconFlowHook, batch: Batch, *, fail_on_partial_error: bool, allow_all_failed: bool
-) -> str | None:
-    """
-    Judge an ended batch; where it is not flawless, look up the commonest error first.
-
-    :returns: a warning, or ``None``.
-    :raises BatchError: the batch is a failure.
-    """
-    from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
-    from airflow_provider_siliconflow.jobs.downloads import ResultFiles
-    from airflow_provider_siliconflow.jobs.outcome import commonest_error, is_flawless, judge_batch
-
-    hook.log.info("Batch %s has ended: %s", batch.id, batch.status)
-    if not batch.request_counts.total and not batch.is_dead:
-        # Counts and files may come a moment after the status; judged without them, paid rows would pass for none.
-        try:
-            batch = ResultFiles(hook.get_conn(), batch.id).batch
-        except SiliconFlowError as exc:
-            hook.log.warning("Batch %s cannot be read again, and is judged as it is: %s", batch.id, exc)
-    reason = None if is_flawless(batch) else commonest_error(hook.get_conn(), batch)
-    return judge_batch(
-        batch, fail_on_partial_error=fail_on_partial_error, allow_all_failed=allow_all_failed, reason=reason
-    )

@@ -17,7 +17,6 @@ from airflow_provider_siliconflow.operators.base import (
     FileOperator,
     SiliconFlowOperator,
     SubmittingOperator,
-    finish_batch,
     wait_deadline,
 )
 from airflow_provider_siliconflow.operators.run import RunBatchOperator
@@ -37,10 +36,10 @@ from airflow_provider_siliconflow.triggers.batch import BatchTrigger
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
-    from airflow_provider_siliconflow.api.models import Batch
+    from airflow_provider_siliconflow.api.models import Batch, UploadedFile
     from airflow_provider_siliconflow.api.sources import Source
     from airflow_provider_siliconflow.batch_files.reader import RequestFileSummary
-    from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter
+    from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, Upload
     from airflow_provider_siliconflow.jobs.submission import Submission
 
 __all__ = [
@@ -77,36 +76,32 @@ class UploadBatchFileOperator(FileOperator):
         """Upload, and return the file id."""
         with task_errors(fail_fast=self.fail_fast):
             submission = open_submission(context, self.hook.get_conn())
-            file_id, _ = upload_once(self.hook, submission, submitter_of(context), self.input_path)
+            file_id = submission.upload(upload_of(self.hook, submitter_of(context), self.input_path)).id
         context["ti"].xcom_push(key="file_id", value=file_id)
         return file_id
 
 
-def upload_once(
-    hook: SiliconFlowHook,
-    submission: Submission,
-    submitter: Submitter,
-    input_path: Any,
-    *,
-    needs_model: bool = False,
-) -> tuple[str, str]:
+def upload_of(
+    hook: SiliconFlowHook, submitter: Submitter, input_path: Any, *, needs_model: bool = False
+) -> Upload:
     """
-    Check a file, and upload it unless an earlier try did.
+    Check a file, and return how it is uploaded once.
 
     :param needs_model: refuse lines that name no model.
-    :returns: file id, and the sha256 of the content.
     """
-    from airflow_provider_siliconflow.jobs.identity import upload_name
+    from airflow_provider_siliconflow.jobs.identity import Upload, upload_name
 
     source, summary = _checked(input_path, needs_model=needs_model)
     client = hook.get_conn()
     key = submitter.key(upload=summary.sha256, conn_id=hook.conn_id)
     name = upload_name(str(input_path), key)
-    file = submission.upload(
-        key, name, summary.bytes, lambda: client.upload_file(source, size=summary.bytes, filename=name)
-    )
-    hook.log.info("%s (%d rows, %d bytes) is file %s", input_path, summary.rows, summary.bytes, file.id)
-    return file.id, summary.sha256
+
+    def send() -> UploadedFile:
+        file = client.upload_file(source, size=summary.bytes, filename=name)
+        hook.log.info("%s (%d rows, %d bytes) is file %s", input_path, summary.rows, summary.bytes, file.id)
+        return file
+
+    return Upload(key, name, summary.bytes, summary.sha256, send)
 
 
 def _checked(input_path: Any, *, needs_model: bool) -> tuple[Source, RequestFileSummary]:
@@ -275,14 +270,14 @@ class CreateBatchOperator(SubmittingOperator):
     def execute_complete(self, context: Context, event: Any = None) -> str:
         """Resume after the trigger."""
         self._ti = context["ti"]
-        from airflow_provider_siliconflow.jobs.events import read_event
+        from airflow_provider_siliconflow.jobs.events import batches_of
 
         with task_errors(fail_fast=self.fail_fast), self._paid_batch(context, resumed=True):
             if event == "success":
                 # dag.test() resumes the task even where the trigger ended it.
                 return str(context["ti"].xcom_pull(task_ids=self.task_id, key="batch_id"))
             try:
-                (batch,) = read_event(event)
+                (batch,) = batches_of(event)
             except Exception as exc:
                 self.batch_id = getattr(exc, "batch_id", None)
                 self._after_timeout(exc)
@@ -308,18 +303,19 @@ class CreateBatchOperator(SubmittingOperator):
         submission = self._submission = open_submission(context, client)
         if self._killed:
             submission.stop()
+        upload: Upload | None = None
         if input_path is not None:
             needs_model = not (replace or {}).get("model")
             if self.durable:
-                file_id, content = upload_once(
-                    self.hook, submission, submitter, input_path, needs_model=needs_model
-                )
+                upload = upload_of(self.hook, submitter, input_path, needs_model=needs_model)
+                file_id, content = None, upload.sha256
             else:
                 source, _ = _checked(input_path, needs_model=needs_model)
                 file_id = self.hook.upload_file(source).id
         else:
             file_id = content = arguments.check_identifier("input_file_id", input_file_id)
         if not self.durable:
+            assert file_id is not None
             submission.check_not_stopped("POST /batches")
             batch = self.hook.create_batch(
                 file_id, endpoint=endpoint, completion_window=window, metadata=metadata, replace=replace
@@ -341,6 +337,9 @@ class CreateBatchOperator(SubmittingOperator):
             completion_window=window,
             metadata=metadata,
             replace=replace,
+            upload=upload,
+            submitter=submitter,
+            only_one=True,
         )
         self._work = work
         batch = submission.submit(work)
@@ -348,7 +347,7 @@ class CreateBatchOperator(SubmittingOperator):
             "Batch %s (%s) over file %s, window %s%s; it is billed as its rows are done",
             batch.id,
             batch.status,
-            file_id,
+            batch.input_file_id,
             window,
             f", model {replace['model']}" if replace and "model" in replace else "",
         )
@@ -373,8 +372,10 @@ class CreateBatchOperator(SubmittingOperator):
         )
 
     def _finish(self, batch: Batch) -> str:
+        from airflow_provider_siliconflow.jobs.outcome import finish_batch
+
         warning = finish_batch(
-            self.hook,
+            self.hook.get_conn(),
             batch,
             fail_on_partial_error=self.fail_on_partial_error,
             allow_all_failed=self.allow_all_failed,

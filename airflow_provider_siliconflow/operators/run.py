@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
     from airflow_provider_siliconflow.jobs.options import RunOptions
-    from airflow_provider_siliconflow.jobs.run import BatchRun
+    from airflow_provider_siliconflow.jobs.run import BatchRun, Wait
 
 
 class RunBatchOperator(SubmittingOperator):
@@ -197,14 +197,9 @@ class RunBatchOperator(SubmittingOperator):
                     self.log.info("Dry run, nothing is sent: %s", json.dumps(found, ensure_ascii=False))
                     return found
                 run = self._open_run(context, options)
-                manifest = run.finished_before()
-                if manifest is not None:
-                    self.log.info("An earlier try did everything but say so")
-                    return self._judged(context, manifest, options)
-                run.prepare(self._rows, self._requests_name())
-                run.set_deadline(None if timeout is None else time.time() + timeout)
-                run.revive()
-                return self._advance(context, run)
+                return self._carry_out(
+                    context, run, run.start(self._rows, self._requests_name(), timeout=timeout)
+                )
             except NoRowsError as exc:
                 if self.skip_if_empty:
                     raise AirflowSkipException(f"Skipping, since skip_if_empty is set: {exc}") from None
@@ -212,39 +207,38 @@ class RunBatchOperator(SubmittingOperator):
 
     def execute_complete(self, context: Context, event: Any = None) -> dict[str, Any]:
         """Resume after the trigger: note what ended, submit what is due, or finish."""
-        from airflow_provider_siliconflow.jobs.events import read_event
+        from airflow_provider_siliconflow.jobs.events import batches_of
 
         self._ti = context["ti"]
         with task_errors(fail_fast=self.fail_fast), self._paid_batches(possible=True):
-            run = self._open_run(context, self._options(), opened=True)
+            run = self._open_run(context, self._options())
             with self._failed_waits(run):
-                run.note(read_event(event))
-            return self._advance(context, run)
+                ended = batches_of(event)
+            return self._carry_out(context, run, run.resume(ended))
 
-    def _advance(self, context: Context, run: BatchRun) -> dict[str, Any]:
+    def _carry_out(self, context: Context, run: BatchRun, wait: Wait | None) -> dict[str, Any]:
         poll_interval, _ = self.wait_arguments()
-        while True:
-            while open_batches := run.submit_due():
-                context["ti"].xcom_push(key="batch_ids", value=run.batch_ids)
-                enough = run.wake_after(len(open_batches))
-                if self.deferrable:
-                    self._defer(run, open_batches, enough, poll_interval)
-                with self._failed_waits(run):
-                    ended = self.hook.wait_for_batches(
-                        open_batches, poll_interval=poll_interval, deadline=run.deadline, enough=enough
-                    )
-                run.note(ended)
-            if not run.merge():
-                break
-        return self._judged(context, run.finish(), run.options)
+        while wait is not None:
+            context["ti"].xcom_push(key="batch_ids", value=list(run.batch_ids))
+            if self.deferrable:
+                self._defer(wait, poll_interval)
+            with self._failed_waits(run):
+                ended = self.hook.wait_for_batches(
+                    wait.batch_ids,
+                    poll_interval=poll_interval,
+                    deadline=wait.deadline,
+                    min_ended=wait.min_ended,
+                )
+            wait = run.resume(ended)
+        return self._judged(context, run.finish())
 
-    def _judged(self, context: Context, manifest: dict[str, Any], options: RunOptions) -> dict[str, Any]:
+    def _judged(self, context: Context, manifest: dict[str, Any]) -> dict[str, Any]:
         from airflow_provider_siliconflow.api.exceptions import BatchPartialFailureError
         from airflow_provider_siliconflow.jobs.outcome import judge_run
 
         self._manifest = manifest
         try:
-            warning = judge_run(manifest, options)
+            warning = judge_run(manifest, self._options())
         except BatchPartialFailureError:
             # A task that fails returns nothing, and its results are there and paid all the same.
             if self.do_xcom_push:
@@ -254,22 +248,20 @@ class RunBatchOperator(SubmittingOperator):
             self.log.warning("%s", warning)
         return manifest
 
-    def _defer(
-        self, run: BatchRun, open_batches: list[str], enough: int | None, poll_interval: float
-    ) -> None:
+    def _defer(self, wait: Wait, poll_interval: float) -> None:
         from airflow_provider_siliconflow.api.arguments import MAX_WINDOW_HOURS
         from airflow_provider_siliconflow.jobs.waiting import EXPIRY_MARGIN
 
         now = time.time()
-        longest = MAX_WINDOW_HOURS * 3600.0 if run.deadline is None else max(run.deadline - now, 0.0)
+        longest = MAX_WINDOW_HOURS * 3600.0 if wait.deadline is None else max(wait.deadline - now, 0.0)
         self.defer(
             trigger=BatchTrigger(
-                batch_ids=open_batches,
+                batch_ids=wait.batch_ids,
                 conn_id=self.conn_id,
                 poll_interval=poll_interval,
-                deadline=run.deadline,
+                deadline=wait.deadline,
                 cancel_on_kill=self.cancel_on_kill,
-                wake_after=enough,
+                wake_after=wait.min_ended,
                 began=now,
                 brief=True,
             ),
@@ -297,33 +289,34 @@ class RunBatchOperator(SubmittingOperator):
             allow_all_failed=self.allow_all_failed,
         )
 
-    def _open_run(self, context: Context, options: RunOptions, *, opened: bool = False) -> BatchRun:
+    def _open_run(self, context: Context, options: RunOptions) -> BatchRun:
         """
         Return the job.
 
-        :param opened: take up one that was prepared before.
         :raises SiliconFlowError: the task was ended before it came as far as this.
         """
+        from airflow_provider_siliconflow.jobs.ledger import Owner
         from airflow_provider_siliconflow.jobs.run import BatchRun
         from airflow_provider_siliconflow.paths import open_folder
 
         client = self.hook.get_conn()
+        submitter, ti = submitter_of(context), context["ti"]
         run = BatchRun(
             options,
-            submitter=submitter_of(context),
+            submitter=submitter,
             client=client,
             conn_id=self.conn_id,
             output_dir=open_folder("output_dir", self.output_dir),
             open_submission=lambda ledger: open_submission(context, client, ledger),
-            earlier_tries=context["ti"].try_number > 1,
+            earlier_tries=ti.try_number > 1,
+            owner=Owner.new(submitter, try_number=ti.try_number, try_id=str(getattr(ti, "id", None) or "")),
+            cancel_on_kill=self.cancel_on_kill,
         )
         self._run = run
         if self._killed:
             # The signal came while there was no job yet to be stopped by it.
             self._stop(run)
             run.check_not_stopped()
-        if opened:
-            run.open()
         return run
 
     def _rows(self) -> Any:
@@ -359,7 +352,7 @@ class RunBatchOperator(SubmittingOperator):
         except BatchPartialFailureError:
             raise
         except SiliconFlowError as exc:
-            ids = self._run.batch_ids if self._run is not None else []
+            ids = self._run.batch_ids if self._run is not None else ()
             if not exc.retryable and (ids or possible):
                 self.log.error(
                     "%s; they stay as they are. Mend what is wrong and let the task retry: it takes them up. A clear "

@@ -19,7 +19,7 @@ from airflow.triggers.base import StartTriggerArgs
 
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.links.batch import BatchConsoleLink
-from airflow_provider_siliconflow.operators.base import DEFERRAL_BACKSTOP, finish_batch
+from airflow_provider_siliconflow.operators.base import DEFERRAL_BACKSTOP
 from airflow_provider_siliconflow.task.errors import task_errors
 from airflow_provider_siliconflow.task.state import airflow_version
 from airflow_provider_siliconflow.task.templating import rendered_list
@@ -130,10 +130,10 @@ class BatchSensor(BaseSensorOperator):
 
     def execute_complete(self, context: Context, event: Any = None) -> Any:
         """Resume after the trigger."""
-        from airflow_provider_siliconflow.jobs.events import read_event
+        from airflow_provider_siliconflow.jobs.events import batches_of
 
         with task_errors(fail_fast=self.fail_fast, soft_fail=self.soft_fail), self._timeouts():
-            return self._finish(read_event(event))
+            return self._finish(batches_of(event))
 
     def poke(self, context: Context) -> bool | PokeReturnValue:
         """Look once at every batch that has not ended."""
@@ -196,12 +196,13 @@ class BatchSensor(BaseSensorOperator):
     def _finish(self, batches: list[Batch]) -> Any:
         """Judge every batch, so that the log names each, then fail for the first that is a failure."""
         from airflow_provider_siliconflow.api.exceptions import BatchError
+        from airflow_provider_siliconflow.jobs.outcome import finish_batch
 
         failures: list[BatchError] = []
         for batch in batches:
             try:
                 warning = finish_batch(
-                    self.hook,
+                    self.hook.get_conn(),
                     batch,
                     fail_on_partial_error=self.fail_on_partial_error,
                     allow_all_failed=self.allow_all_failed,

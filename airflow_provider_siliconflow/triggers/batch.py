@@ -101,7 +101,7 @@ class BatchTrigger(BaseTrigger):
         """Wait, and yield one event."""
         from airflow_provider_siliconflow.api.arguments import check_identifiers
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
-        from airflow_provider_siliconflow.jobs.events import ended_event, error_event
+        from airflow_provider_siliconflow.jobs.events import encode, ended, failed
         from airflow_provider_siliconflow.jobs.outcome import is_flawless
         from airflow_provider_siliconflow.jobs.waiting import BatchWait
         from airflow_provider_siliconflow.task.templating import rendered_list
@@ -119,14 +119,14 @@ class BatchTrigger(BaseTrigger):
                 self._settings = client.settings
                 await self._until_ended(self._wait, client)
         except SiliconFlowError as exc:
-            yield TriggerEvent(error_event(exc, batch_ids))
+            yield TriggerEvent(encode(failed(exc, batch_ids)))
             return
         batches = self._wait.batches
         if self.end_in_trigger and all(is_flawless(batch) for batch in batches):
             self.log.info("Every row succeeded; the task ends here, without a worker")
             yield TaskSuccessEvent()
             return
-        yield TriggerEvent(ended_event(batches, brief=self.brief))
+        yield TriggerEvent(encode(ended(batches), counts_only=self.brief))
 
     async def _read_connection(self) -> ClientSettings:
         """Read the connection once; Airflow's own API may be away for a moment."""
