@@ -376,8 +376,10 @@ def _reason(result: BatchResult) -> tuple[str | None, str]:
     if isinstance(said, dict) and said and not said.get("choices"):
         error = said.get("error", said)
         from_body = BatchResult.model_construct(custom_id="", error=error)
-        if isinstance(error, str) or (isinstance(error, dict) and error.get("message")):
-            return from_body.error_code, from_body.error_message or ""
+        is_one = isinstance(error, str) or (isinstance(error, dict) and error.get("message"))
+        # A body that says success, but holds no answer, does not say why.
+        if is_one and (message := from_body.error_message):
+            return from_body.error_code, message
     elif isinstance(said, str) and said.strip():
         return None, said
     status = (result.response or {}).get("status_code")

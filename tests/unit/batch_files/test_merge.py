@@ -277,7 +277,7 @@ def test_every_row_ends_as_exactly_one_line(tmp_path_factory: pytest.TempPathFac
     folder = Folder(tmp_path_factory.mktemp("merge"), list("abcd"))
     batches = []
     for number in range(3):
-        lines = {"o": [], "e": []}
+        lines: dict[str, list[Any]] = {"o": [], "e": []}
         for name, at, kind in arrivals:
             if at == number:
                 lines[kind].append(answer(name) if kind == "o" else failure(name))
