@@ -111,9 +111,16 @@ class Ledger(Protocol):
 
 
 class NoLedger:
-    """Where nothing outlives a try: every retry searches the account."""
+    """
+    Where nothing outlives a try: every retry searches the account.
+
+    Within the try it knows its own uploads, which prove that a batch over one of them is its own.
+    """
 
     complete = False
+
+    def __init__(self) -> None:
+        self._uploads: dict[str, UploadState] = {}
 
     def state(self, key: str) -> State:
         """Return that nothing is recorded."""
@@ -142,11 +149,12 @@ class NoLedger:
         return 1
 
     def upload(self, key: str) -> UploadState:
-        """Return that nothing is recorded."""
-        return Planned()
+        """Return what an upload is, as far as this try knows."""
+        return self._uploads.get(key, Planned())
 
     def record_upload(self, key: str, state: UploadState) -> None:
-        """Keep nothing."""
+        """Keep what an upload is, for this try."""
+        self._uploads[key] = state
 
     def older_batches(self, key: str) -> Set[str]:
         """Return none."""
