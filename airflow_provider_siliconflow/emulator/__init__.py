@@ -1,5 +1,5 @@
 """
-A local SiliconFlow: try DAGs and test clients with no key and no spending.
+A local SiliconFlow: try DAGs and test clients without a key or any spending.
 
 Run ``siliconflow-emulator`` beside an Airflow, or :func:`running_emulator` inside a test::
 

@@ -1,4 +1,4 @@
-"""``siliconflow-emulator``: a SiliconFlow on this machine, to try DAGs without a key and without spending."""
+"""``siliconflow-emulator``: a local SiliconFlow, to try DAGs without a key or any spending."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import sys
 import tempfile
 from dataclasses import fields
 from pathlib import Path
+from textwrap import fill, indent
 from typing import TYPE_CHECKING, Any
 
-from airflow_provider_siliconflow.emulator.config import DEFAULT_MODELS, EmulatorConfig
+from airflow_provider_siliconflow.emulator.config import CHOICES, DEFAULT_MODELS, EmulatorConfig
 from airflow_provider_siliconflow.emulator.faults import KINDS, Fault, Faults
 from airflow_provider_siliconflow.emulator.server import EmulatorServer, connection_json
 from airflow_provider_siliconflow.emulator.service import EmulatedService
@@ -26,11 +27,15 @@ log = logging.getLogger("siliconflow-emulator")
 
 _EPILOG = f"""\
 faults (--fault, repeatable): MATCH:KIND[=VALUE][,NAME=VALUE...] or a JSON object
-  'POST /batches:status-after=502'                  the batch is made, the answer is a 502
+  'POST /batches:status-after=502'                  the batch is created, the answer is a 502
   'GET /batches/*:status=429,times=3,retry-after=2' three polls are refused
-  'GET storage:cut=1000,skip=1'                     the second download breaks off after 1,000 bytes
-  kinds: {", ".join(KINDS[:6])},
-         {", ".join(KINDS[6:])}
+  'GET storage:cut=1000,skip=1'                     the second download ends after 1,000 bytes
+  'GET /batches/*:gzip-bomb=500000000'              a poll is answered with 500 MB, packed to 0.5 MB
+  '{{"match": "POST /batches", "kind": "rewrite", "rename": {{"id": "batch_id"}}, "remove": ["status"]}}'
+{indent(fill("kinds: " + ", ".join(KINDS), 90), "  ")}
+  An answer is rewritten with rename, merge, remove, envelope=true, status=CODE, body or raw (text).
+  Paths have dots, * is every item: {{"merge": {{"data.*.metadata": null}}}}. Also {{"$text": 1000000}},
+  {{"$digits": 400}}, {{"$nested": 500}} as values. Seconds are real seconds, whatever the speed.
 
 markers in the last user message of a row:
   [[emulator:error=400]]   the row fails            [[emulator:once=429]]  ... only the first time it is run
@@ -39,8 +44,10 @@ markers in the last user message of a row:
   [[emulator:empty]]       the answer is empty      [[emulator:duplicate]] its line comes twice
   [[emulator:wrong-model]] another model answers
 
-The API of the emulator itself is below /_emulator/ on the same port: GET state, GET requests, POST faults,
-DELETE faults, POST release, POST clock, POST config, POST batches/ID/status, POST seed.
+The emulator's own API is below /_emulator/ on the same port. It needs a loopback Host, and a
+Content-Type of application/json for all but GET:
+  GET state, requests, faults, config    POST faults, config, release, clock, seed    DELETE faults
+  POST batches/ID/status, batches/ID/cancel (as on the console), files/ID/forget
 """
 
 
@@ -49,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
         prog="siliconflow-emulator",
         description="Run a local SiliconFlow batch API: no key, no network, no cost. "
-        "Its answers are made up, but the same rows always get the same ones.",
+        "The answers are made up; the same rows always get the same answers.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -76,20 +83,20 @@ def parser() -> argparse.ArgumentParser:
 
     account = command.add_argument_group("account and answers")
     account.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="keep files and batches here over restarts"
+        "--data-dir", type=Path, metavar="DIR", help="keep files and batches here across restarts"
     )
     account.add_argument(
         "--answers",
         type=Path,
         metavar="FILE",
-        help='JSONL of {"question": ..., "answer": ...} that models know',
+        help='JSONL of {"question": ..., "answer": ...}: what the models know',
     )
     account.add_argument(
         "--model",
         action="append",
         default=[],
         metavar="NAME=SKILL",
-        help="add a model, or change one; skill 0 to 1 is the share of the questions it answers rightly",
+        help="add or change a model; skill (0 to 1) is the share of known questions it answers correctly",
     )
     account.add_argument(
         "--key",
@@ -99,15 +106,31 @@ def parser() -> argparse.ArgumentParser:
         help="accept only this API key (default: any that does not begin with sk-invalid)",
     )
     _number(account, "--balance", "charge balance in CNY; 0 refuses new batches")
+    _number(account, "--max-open-batches", "refuse a batch with 429 while this many are open; 0 is no limit")
+    _choice(account, "--missing-file-status", "status that refuses a batch over an unknown file")
 
     odd = command.add_argument_group("odd behaviour (seconds here are never divided by the speed)")
     odd.add_argument("--fault", action="append", default=[], metavar="SPEC", help="see below")
-    _number(odd, "--late-output-seconds", "completed batches show their result URL this much later")
-    _number(odd, "--list-lag-seconds", "new batches show up in the list this much later")
-    _number(odd, "--url-ttl-seconds", "time a result URL is valid")
-    _switch(odd, "--ignore-cursor", "the batch list repeats its first page for ever")
+    _number(odd, "--late-output-seconds", "finished batches show their result URLs this many seconds later")
+    _number(odd, "--late-error-seconds", "the same for the error file alone", "as --late-output-seconds")
+    _number(
+        odd,
+        "--partial-output-seconds",
+        "the output file holds half of its lines until this many seconds after the end",
+    )
+    _number(odd, "--settle-seconds", "request counts are right only this many seconds after the end")
+    _choice(odd, "--settle-as", "what is shown for the counts until then")
+    _number(odd, "--list-lag-seconds", "new batches show up in the list this many seconds later")
+    _switch(odd, "--list-oldest-first", "the batch list begins with the oldest")
+    _number(odd, "--list-limit", "the batch list holds only this many and has no pages; 0 is no limit")
+    _switch(odd, "--list-endless", "the batch list never ends: every page is full of new batches")
+    _choice(odd, "--list-metadata", "how the batch list shows metadata")
+    _choice(odd, "--batch-metadata", "how an answer about one batch shows metadata")
+    _number(odd, "--clock-offset-seconds", "added to every time the service states; may be negative")
+    _number(odd, "--url-ttl-seconds", "time for which a result URL is valid")
+    _switch(odd, "--ignore-cursor", "the batch list repeats its first page forever")
     _switch(odd, "--flat-files", "file answers are flat, OpenAI-style objects")
-    _switch(odd, "--results-as-file-ids", "output_file_id is a file id in place of a URL")
+    _switch(odd, "--results-as-file-ids", "output_file_id is a file id instead of a URL")
 
     command.add_argument("-v", "--verbose", action="store_true", help="log every request, polls too")
     command.add_argument("-q", "--quiet", action="store_true", help="log warnings only")
@@ -140,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             asyncio.run(_serve(EmulatorServer(service, faults), options))
         except (OSError, OverflowError) as error:
-            print(f"{command.prog}: can not listen: {error}", file=sys.stderr)
+            print(f"{command.prog}: cannot listen: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             pass
@@ -148,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _allow_many_connections() -> None:
-    """Raise the limit on open files as far as allowed: the usual 1,024 is less than a load test opens."""
+    """Raise the limit on open files as far as allowed: the usual 1,024 is too low for a load test."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -197,9 +220,20 @@ def _fail(text: str) -> str:
     raise ValueError(f"--model is written NAME=SKILL, for example Qwen/Qwen3-32B=0.8, not {text!r}")
 
 
-def _number(group: argparse._ArgumentGroup, name: str, text: str) -> None:
-    default = getattr(EmulatorConfig, name[2:].replace("-", "_"))
-    group.add_argument(name, type=float, metavar="N", help=f"{text} (default: {default:.10g})")
+def _default(name: str) -> Any:
+    return getattr(EmulatorConfig, name[2:].replace("-", "_"))
+
+
+def _number(group: argparse._ArgumentGroup, name: str, text: str, default: str | None = None) -> None:
+    kind = int if isinstance(_default(name), int) else float
+    shown = default or f"{_default(name):.10g}"
+    group.add_argument(name, type=kind, metavar="N", help=f"{text} (default: {shown})")
+
+
+def _choice(group: argparse._ArgumentGroup, name: str, text: str) -> None:
+    default = _default(name)
+    choices = CHOICES[name[2:].replace("-", "_")]
+    group.add_argument(name, type=type(default), choices=choices, help=f"{text} (default: {default})")
 
 
 def _switch(group: argparse._ArgumentGroup, name: str, text: str) -> None:
@@ -207,7 +241,7 @@ def _switch(group: argparse._ArgumentGroup, name: str, text: str) -> None:
 
 
 def _write_at_once(path: Path, text: str) -> None:
-    """Write a file that a watcher never sees half written."""
+    """Write a file so that a watcher never sees half of it."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(text + "\n")
     os.replace(part, path)

@@ -1,15 +1,20 @@
-"""What the emulated service can be told, for the command line, tests and the control API alike."""
+"""Settings of the emulated service, for the command line, tests and the control API."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
-#: Chat models of the emulated account and the share of questions each answers rightly (see ``answers``).
+#: How metadata is shown: as it was given, not at all, null, as a JSON text, or as a list of pairs.
+MetadataForm = Literal["object", "missing", "null", "text", "pairs"]
+
+#: Chat models of the emulated account and the share of questions each answers correctly (see ``answers``).
 DEFAULT_MODELS: dict[str, float] = {
     "deepseek-ai/DeepSeek-V3": 0.88,
     "deepseek-ai/DeepSeek-R1": 0.93,
@@ -32,8 +37,8 @@ class EmulatorConfig:
     """
     Behaviour of the emulated service.
 
-    Durations in *service* seconds are divided by ``speed``; those in *wall* seconds are not, because they say
-    how long a client sees something odd.
+    Durations in *service* seconds are divided by ``speed``. Those in *wall* seconds are not, because they say how
+    long a client sees something odd; they pass on the service's clock, so ``advance`` shortens them.
 
     :param speed: how many times faster than the real service batches run.
     :param queue_seconds: service seconds a batch stays ``in_queue``.
@@ -41,19 +46,36 @@ class EmulatorConfig:
     :param finalizing_seconds: service seconds between the last row and ``completed``.
     :param cancelling_seconds: service seconds between ``cancelling`` and ``cancelled``.
     :param late_output_seconds: wall seconds a finished batch still shows no result files.
+    :param late_error_seconds: wall seconds a finished batch still shows no error file; None is as
+        ``late_output_seconds``, which then holds for both files.
+    :param partial_output_seconds: wall seconds after its end for which the output file of a batch holds only the
+        first half of its lines.
+    :param settle_seconds: wall seconds after its end before a batch shows its counts; until then, while it runs
+        too, ``settle_as`` is shown.
+    :param settle_as: what is shown for the counts: ``"zeros"`` (total, 0, 0), ``"null"`` or ``"empty"`` (``{}``).
     :param list_lag_seconds: wall seconds before a new batch shows up in the list; by id it is found at once.
+    :param list_oldest_first: the list begins with the oldest batch.
+    :param list_limit: the list shows only this many batches, ignores ``after`` and ``limit`` and says that there
+        is no more; 0 is no limit.
+    :param list_endless: pages are filled with new made-up batches and always say that there is more.
+    :param list_metadata: how the list shows metadata.
+    :param batch_metadata: how an answer about one batch shows metadata.
+    :param clock_offset_seconds: added to every time the service states, the ``Date`` header and signed URLs
+        included; may be negative. The service itself still runs on time.
     :param url_ttl_seconds: wall seconds a signed result URL is valid.
     :param row_error_rate: share of rows (0 to 1) that fail with a 429 or 503 the first time they are run.
     :param balance: charge balance in CNY; at or below zero a batch is refused with 402.
+    :param max_open_batches: a batch is refused with 429 while this many have not ended; 0 is no limit.
+    :param missing_file_status: status, 404 or 400, that refuses a batch over an unknown file.
     :param keys: accepted API keys; empty accepts any key that does not begin with ``sk-invalid``.
-    :param models: model id to skill (0 to 1), the share of known questions it answers rightly.
+    :param models: model id to skill (0 to 1), the share of known questions it answers correctly.
     :param answers: JSONL file of ``{"question": ..., "answer": ...}``.
     :param ignore_cursor: the list ignores ``after`` and claims that there is more, forever.
-    :param flat_files: file calls answer a flat OpenAI-style object in place of the documented envelope.
-    :param results_as_file_ids: ``output_file_id`` and ``error_file_id`` are file ids in place of signed URLs.
+    :param flat_files: file calls answer a flat OpenAI-style object instead of the documented envelope.
+    :param results_as_file_ids: ``output_file_id`` and ``error_file_id`` are file ids instead of signed URLs.
     :param max_file_bytes: upload limit in bytes.
     :param max_file_lines: upload limit in lines.
-    :param kept_results: batches whose result files are kept on disk; others are written again when asked for.
+    :param kept_results: batches whose result files are kept on disk; others are written again on request.
     """
 
     speed: float = 1.0
@@ -62,10 +84,22 @@ class EmulatorConfig:
     finalizing_seconds: float = 5.0
     cancelling_seconds: float = 5.0
     late_output_seconds: float = 0.0
+    late_error_seconds: float | None = None
+    partial_output_seconds: float = 0.0
+    settle_seconds: float = 0.0
+    settle_as: Literal["zeros", "null", "empty"] = "zeros"
     list_lag_seconds: float = 0.0
+    list_oldest_first: bool = False
+    list_limit: int = 0
+    list_endless: bool = False
+    list_metadata: MetadataForm = "object"
+    batch_metadata: MetadataForm = "object"
+    clock_offset_seconds: float = 0.0
     url_ttl_seconds: float = 30 * 86400.0
     row_error_rate: float = 0.0
     balance: float = 88.0
+    max_open_batches: int = 0
+    missing_file_status: Literal[400, 404] = 404
     keys: tuple[str, ...] = ()
     models: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_MODELS))
     answers: Path | None = None
@@ -80,9 +114,18 @@ class EmulatorConfig:
         for name in ("speed", "rows_per_second"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in _DURATIONS:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        for name in _AT_LEAST_ZERO:
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be 0 or more, not {value}")
+        if not math.isfinite(self.clock_offset_seconds):
+            raise ValueError(
+                f"clock_offset_seconds must be a number of seconds, not {self.clock_offset_seconds}"
+            )
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                known = ", ".join(map(str, choices))
+                raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
         if not 0 <= self.row_error_rate <= 1:
             raise ValueError(f"row_error_rate must lie between 0 and 1, not {self.row_error_rate}")
         for model, skill in self.models.items():
@@ -111,11 +154,22 @@ class EmulatorConfig:
         return dataclasses.replace(self, **values)
 
 
-_DURATIONS = (
+_AT_LEAST_ZERO = (
     "queue_seconds",
     "finalizing_seconds",
     "cancelling_seconds",
     "late_output_seconds",
+    "late_error_seconds",
+    "partial_output_seconds",
+    "settle_seconds",
     "list_lag_seconds",
+    "list_limit",
+    "max_open_batches",
     "url_ttl_seconds",
 )
+#: The settings that take one of a few values.
+CHOICES: dict[str, tuple[object, ...]] = {
+    name: typing.get_args(hint)
+    for name, hint in typing.get_type_hints(EmulatorConfig).items()
+    if typing.get_origin(hint) is Literal
+}

@@ -1,17 +1,21 @@
-"""Faults that the server can be told to make, each for a number of matching requests."""
+"""Fault rules: what to do to how many of the requests that match."""
 
 from __future__ import annotations
 
 import json
 import re
 import threading
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, get_type_hints
 
 import msgspec
 
+from airflow_provider_siliconflow.emulator.odd_json import encode_odd
+
 #: Kind to what a value right behind it sets (``status=503``, ``slow=2``), and what it is when left out.
+#: The value may be left out and then stays unset.
+_NO_DEFAULT = object()
 _KINDS: dict[str, tuple[str, Any]] = {
     "status": ("status", 503),
     "status-after": ("status", 502),
@@ -25,34 +29,18 @@ _KINDS: dict[str, tuple[str, Any]] = {
     "hold": ("", None),
     "hold-after": ("", None),
     "redirect": ("location", None),
+    "rewrite": ("status", _NO_DEFAULT),
+    "huge": ("bytes", 100_000_000),
+    "gzip-bomb": ("bytes", 500_000_000),
+    "endless": ("seconds", 60.0),
+    "drip": ("every", 0.3),
+    "drip-headers": ("every", 0.3),
+    "endless-continue": ("seconds", 60.0),
+    "many-headers": ("count", 1_000_000),
 }
+#: How ``huge``, ``endless`` and ``gzip-bomb`` fill a body.
+FILLS = ("spaces", "junk", "lines")
 KINDS = tuple(_KINDS)
-
-HTML_BODY = (
-    "<html>\r\n<head><title>{status}</title></head>\r\n<body>\r\n"
-    "<center><h1>{status}</h1></center>\r\n<hr><center>openresty</center>\r\n</body>\r\n</html>\r\n"
-)
-
-#: What the real service answers with a status; a string is sent as a JSON string.
-DEFAULT_BODIES: dict[int, Any] = {
-    400: {"code": 20015, "message": "Invalid parameter.", "data": None},
-    401: "Invalid token",
-    402: {"code": 30001, "message": "Sorry, your account balance is insufficient"},
-    403: "Forbidden",
-    404: "404 page not found",
-    408: "Request Timeout",
-    429: {
-        "message": "Request was rejected due to rate limiting. Details: TPM limit reached.",
-        "data": None,
-    },
-    500: {"code": 50000, "message": "Internal server error.", "data": None},
-    503: {
-        "code": 50505,
-        "message": "Model service overloaded. Please try again later.",
-        "data": "string",
-    },
-    504: "Gateway Timeout",
-}
 
 
 @dataclass
@@ -62,19 +50,38 @@ class Fault:
 
     Kinds that leave the work undone: ``status``, ``html``, ``redirect``, ``reset``;
     ``hold`` waits, then works.
-    Kinds that do the work first: ``status-after``, ``reset-after``, ``slow``, ``cut``, ``truncated-json``,
-    ``empty``, ``hold-after``.
+    All others do the work first and spoil the answer: ``status-after``, ``reset-after``, ``slow``, ``cut``,
+    ``truncated-json``, ``empty``, ``hold-after``; ``rewrite`` changes the JSON answer; ``huge``, ``gzip-bomb``
+    (an encoding the client did not ask for) and ``endless`` fill it, ``drip`` and ``drip-headers`` send it byte
+    by byte, ``endless-continue`` sends ``100 Continue`` before it, ``many-headers`` adds headers.
+
+    ``rewrite`` applies, in this order, ``rename``, ``merge``, ``remove`` and ``envelope`` to the true answer, or
+    sends ``body`` or ``raw`` instead. A path is a name, or several with dots between them; a star stands for
+    every item of a list: ``data.*.metadata``. Inside ``merge`` and ``body``, ``{"$text": N}`` is a text of N
+    characters, ``{"$digits": N}`` a whole number of N digits and ``{"$nested": N}`` N lists inside each other.
 
     :param match: method and path, as ``POST /batches``, ``GET /batches/*``, ``* /files`` or ``GET storage``;
         a star is one part of the path.
     :param kind: one of ``KINDS``.
-    :param times: how many requests it hits; -1 is for ever.
+    :param times: how many requests it hits; -1 is forever.
     :param skip: how many matching requests pass first.
-    :param status: of ``status``, ``status-after`` and ``html``.
-    :param body: of ``status`` and ``status-after``: JSON, in place of the service's own body for that status.
+    :param status: of ``status``, ``status-after``, ``html`` and ``rewrite``.
+    :param body: of ``status``, ``status-after`` and ``rewrite``: JSON that replaces the service's own body.
+    :param raw: of ``rewrite``: text sent as it is.
+    :param rename: of ``rewrite``: path to new name.
+    :param merge: of ``rewrite``: path to new value.
+    :param remove: of ``rewrite``: paths.
+    :param envelope: of ``rewrite``: put the answer into ``{"code": 20000, ..., "data": ...}``.
     :param headers: added to the answer, for example ``{"Retry-After": "3"}``.
-    :param seconds: of ``slow``.
-    :param bytes: of ``cut``: how much of the body is sent before the connection ends.
+    :param seconds: of ``slow``, ``endless`` and ``endless-continue``: how long, in real seconds.
+    :param every: of ``drip`` and ``drip-headers``: real seconds between two bytes.
+    :param bytes: of ``cut``: how much of the body is sent before the connection ends; of ``huge`` and
+        ``gzip-bomb``: size of the body, once it is decoded.
+    :param count: of ``many-headers``.
+    :param fill: of ``huge``, ``gzip-bomb`` and ``endless``: ``spaces`` inside the true answer, which stays valid
+        JSON; ``junk`` alone; or ``lines`` of the result file again and again. Default: ``lines`` for a
+        download, else ``spaces``.
+    :param chunked: of ``huge``: do not announce the length.
     :param location: of ``redirect``.
     :param hits: requests hit so far.
     """
@@ -86,8 +93,17 @@ class Fault:
     status: int | None = None
     body: Any = None
     headers: dict[str, str] = field(default_factory=dict)
+    raw: str | None = None
+    rename: dict[str, str] = field(default_factory=dict)
+    merge: dict[str, Any] = field(default_factory=dict)
+    remove: list[str] = field(default_factory=list)
+    envelope: bool = False
     seconds: float | None = None
+    every: float | None = None
     bytes: int | None = None
+    count: int | None = None
+    fill: str | None = None
+    chunked: bool = False
     location: str | None = None
     hits: int = 0
 
@@ -101,10 +117,21 @@ class Fault:
         # Written as in a URL it means the same.
         self.match = self.match.replace(" /v1/", " /", 1)
         name, default = _KINDS[self.kind]
-        if name and getattr(self, name) is None:
+        if name and getattr(self, name) is None and default is not _NO_DEFAULT:
             if default is None:
                 raise ValueError(f"fault kind {self.kind} needs {name}")
             setattr(self, name, default)
+        for name in ("seconds", "every", "bytes", "count"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"fault {name} must be 0 or more, not {value}")
+        if self.fill not in (None, *FILLS):
+            raise ValueError(f"fault fill must be one of {', '.join(FILLS)}, not {self.fill!r}")
+        for name in ("body", "merge"):
+            try:
+                encode_odd(getattr(self, name))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ValueError(f"fault {name} cannot be written as JSON: {error}") from None
 
     @classmethod
     def parse(cls, spec: str | dict[str, Any] | Fault) -> Fault:
@@ -140,7 +167,8 @@ class Fault:
         return _pattern(path).fullmatch(target) is not None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        # Not asdict(): it copies, and a body may be nested too deeply for that.
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
 
 class Faults:
@@ -209,6 +237,8 @@ def _read_text(text: str) -> dict[str, Any]:
                 values[_KINDS[name][0]] = value
         elif name == "retry-after":
             values["headers"] = {"Retry-After": value}
+        elif name == "remove" and equals:
+            values.setdefault(name, []).append(value)
         elif not equals or name not in known:
             raise ValueError(f"{part!r} in fault {text!r} is not understood")
         else:

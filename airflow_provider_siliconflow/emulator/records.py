@@ -1,13 +1,21 @@
-"""What the service keeps of a file and of a batch."""
+"""What the service keeps of a file, of a batch and of itself."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import random
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from airflow_provider_siliconflow.emulator.rows import FileScan
+from airflow_provider_siliconflow.emulator.rows import ENDPOINT, FileScan
 from airflow_provider_siliconflow.emulator.timeline import Timeline
+
+if TYPE_CHECKING:
+    from collections.abc import Container
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# Not random's own generator: tests seed it, and ids must still differ between emulators.
+_random = random.SystemRandom()
 
 ResultKind = Literal["output", "error"]
 RESULT_KINDS: tuple[ResultKind, ...] = ("output", "error")
@@ -23,10 +31,12 @@ class FileRecord(msgspec.Struct, kw_only=True):
     purpose: str
     scan: FileScan
     deleted: bool = False
+    #: The service has lost the file, but its list still shows it.
+    still_listed: bool = False
 
 
 class BatchRecord(msgspec.Struct, kw_only=True):
-    """A batch: what was asked, when it does what, and which rows do not simply succeed."""
+    """A batch: the request, the times, and which rows are special."""
 
     id: str
     seq: int
@@ -44,5 +54,40 @@ class BatchRecord(msgspec.Struct, kw_only=True):
     missing_positions: list[int] = []
     foreign: bool = False
 
+    @classmethod
+    def of_another_user(cls, batch_id: str, seq: int, created: float) -> BatchRecord:
+        """Return a completed batch without results of another user of the account."""
+        return cls(
+            id=batch_id,
+            seq=seq,
+            request={
+                "input_file_id": "file-foreignxyz",
+                "endpoint": ENDPOINT,
+                "completion_window": "24h",
+            },
+            file_name="foreign.jsonl",
+            window="24h",
+            timeline=Timeline.plan(
+                created=created, window=86400.0, queue=0.0, processing=0.0, finalizing=0.0, total=1
+            ),
+            missing_positions=[0],
+            foreign=True,
+        )
+
     def sort_key(self) -> tuple[float, int, str]:
         return (self.timeline.created, self.seq, self.id)
+
+
+class SavedState(msgspec.Struct):
+    """What outlives a restart beside files and batches."""
+
+    secret: str
+    clock_offset: float = 0.0
+
+
+def new_id(prefix: str, taken: Container[str] = ()) -> str:
+    """Return a random id that is not taken."""
+    while True:
+        new = prefix + "".join(_random.choices(LETTERS, k=10))
+        if new not in taken:
+            return new

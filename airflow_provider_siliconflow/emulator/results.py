@@ -1,4 +1,4 @@
-"""Result files: written when they are first asked for, and kept on disk only for the last few batches."""
+"""Result files: written on the first request, and kept on disk only for the last few batches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import secrets
 import shutil
 import threading
 from collections import OrderedDict
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from airflow_provider_siliconflow.emulator.answers import error_line, expired_line
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from airflow_provider_siliconflow.emulator.answers import Answerer
     from airflow_provider_siliconflow.emulator.records import BatchRecord, ResultKind
+
+_HALF = ".half.jsonl"
 
 
 class ResultStore:
@@ -64,6 +67,22 @@ class ResultStore:
                     os.replace(part, self._path(batch_id, one))
         return path
 
+    def get_half(
+        self, batch_id: str, kind: ResultKind, write: Callable[[Path, Path], None], modified: int
+    ) -> Path:
+        """Return the path of a file with the first half of the lines; the arguments are those of :meth:`get`."""
+        whole = self.get(batch_id, kind, write, modified)
+        half = self._path(batch_id, kind, _HALF)
+        if not half.exists():
+            part = half.with_name(f"half.{secrets.token_hex(4)}")
+            with whole.open("rb", buffering=1 << 20) as lines, part.open("wb", buffering=1 << 20) as kept:
+                count = sum(1 for _ in lines)
+                lines.seek(0)
+                kept.writelines(islice(lines, count // 2))
+            os.utime(part, (modified, modified))
+            os.replace(part, half)
+        return half
+
     def forget(self, batch_id: str) -> None:
         """Drop the files of a batch, so that they are written anew."""
         with self._lock:
@@ -81,9 +100,10 @@ class ResultStore:
     def _remove(self, batch_id: str) -> None:
         for kind in RESULT_KINDS:
             self._path(batch_id, kind).unlink(missing_ok=True)
+            self._path(batch_id, kind, _HALF).unlink(missing_ok=True)
 
-    def _path(self, batch_id: str, kind: ResultKind) -> Path:
-        return self._folder / batch_id / f"{kind}.jsonl"
+    def _path(self, batch_id: str, kind: ResultKind, suffix: str = ".jsonl") -> Path:
+        return self._folder / batch_id / f"{kind}{suffix}"
 
 
 def write_results(

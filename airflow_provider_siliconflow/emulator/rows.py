@@ -1,4 +1,4 @@
-"""The input file seen as rows: what the service checks on upload, and the markers a row may carry."""
+"""The rows of an input file: what the service checks on upload, and the markers in a row."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TooManyLinesError(Exception):
 
 
 class MarkedRow(msgspec.Struct, frozen=True):
-    """A row that asks the emulator for a special behaviour."""
+    """A row with markers."""
 
     row: int
     custom_id: str
@@ -57,7 +57,7 @@ class Row(msgspec.Struct):
 
 
 class RowName(msgspec.Struct):
-    """The part of a request line that is needed to choose its fate."""
+    """The part of a request line that decides its outcome."""
 
     class Body(msgspec.Struct):
         model: str | None = None

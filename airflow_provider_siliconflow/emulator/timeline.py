@@ -1,4 +1,4 @@
-"""The life of one batch as instants fixed in advance: its state at any time is read off, never stepped."""
+"""The life of one batch as instants fixed in advance: its state at any time is computed, never stepped."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Timeline(msgspec.Struct, kw_only=True):
     cancel_at: float | None = None
     #: Rows that were done when the batch was stopped early.
     stopped_rows: int | None = None
-    #: A status shown in place of the true one.
+    #: A status shown instead of the true one.
     shown_status: str | None = None
 
     @classmethod
     def plan(
         cls, *, created: float, window: float, queue: float, processing: float, finalizing: float, total: int
     ) -> Timeline:
-        """Lay out a batch that is not disturbed; all durations in wall seconds."""
+        """Plan a batch that nothing interrupts; all durations in wall seconds."""
         queue_until = created + queue
         rows_until = queue_until + processing
         expires = created + window
@@ -103,7 +103,7 @@ class Timeline(msgspec.Struct, kw_only=True):
         }
 
     def cancel(self, now: float, duration: float) -> None:
-        """Stop the batch; one whose last rows are done before the cancellation is completes all the same."""
+        """Stop the batch. It still completes if its last rows are done before the cancellation takes effect."""
         self.cancel_at = now
         started = now >= self.queue_until
         if started and self.rows_until <= now + duration:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airflow_provider_siliconflow.emulator import EmulatedService, EmulatorConfig, ServiceError
+from airflow_provider_siliconflow.emulator import ServiceError
+from tests.unit.emulator.clients import MODEL, Account, row, rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
 TIME_FIELDS = {
@@ -27,62 +27,6 @@ RANKS = {
     name: rank
     for rank, name in enumerate(["in_queue", "in_progress", "finalizing", "cancelling", *TIME_FIELDS])
 }
-MODEL = "Qwen/Qwen3-32B"
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.time = 1_741_685_413.25
-
-    def __call__(self) -> float:
-        return self.time
-
-
-class Account:
-    """A service with a clock that only we move."""
-
-    def __init__(self, folder: Path, *, persistent: bool = False, **settings: Any) -> None:
-        self.clock = Clock()
-        self.folder = folder
-        self.service = EmulatedService(EmulatorConfig(**settings), folder, self.clock, persistent=persistent)
-
-    def upload(self, lines: Iterable[dict[str, Any] | bytes]) -> str:
-        chunks = [line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines]
-        file = self.service.add_file("requests.jsonl", "batch", chunks)
-        return str(file["data"]["id"])
-
-    def create(self, file_id: str, **request: Any) -> dict[str, Any]:
-        return self.service.create_batch(
-            {
-                "input_file_id": file_id,
-                "endpoint": "/v1/chat/completions",
-                "completion_window": "24h",
-                **request,
-            }
-        )
-
-    def run(self, rows: list[dict[str, Any]], **request: Any) -> dict[str, Any]:
-        batch = self.create(self.upload(rows), **request)
-        self.clock.time += 10_000
-        return self.service.get_batch(batch["id"])
-
-    def lines(self, batch: dict[str, Any], kind: Any) -> list[dict[str, Any]]:
-        path = self.service.open_results(batch["id"], kind)
-        return [json.loads(line) for line in path.read_bytes().splitlines()]
-
-    def ids(self, batch: dict[str, Any], kind: Any) -> list[str]:
-        return [line["custom_id"] for line in self.lines(batch, kind)]
-
-
-def row(custom_id: str, text: str = "What is a batch?", **body: Any) -> dict[str, Any]:
-    return {
-        "custom_id": custom_id,
-        "body": {"model": MODEL, "messages": [{"role": "user", "content": text}], **body},
-    }
-
-
-def rows(count: int) -> list[dict[str, Any]]:
-    return [row(f"r{number}") for number in range(count)]
 
 
 @pytest.fixture
@@ -248,7 +192,7 @@ def test_cancelled_batch_keeps_the_rows_that_were_done(tmp_path: Path) -> None:
     batch = account.service.get_batch(batch_id)
     assert (batch["status"], batch["error_file_id"]) == ("cancelled", None)
     assert len(account.ids(batch, "output")) == 40
-    with pytest.raises(ServiceError, match="can not be cancelled"):
+    with pytest.raises(ServiceError, match="cannot be cancelled"):
         account.service.cancel_batch(batch_id)
 
 

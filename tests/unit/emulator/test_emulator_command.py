@@ -24,6 +24,10 @@ COMMAND = [sys.executable, "-m", "airflow_provider_siliconflow.emulator"]
 def test_runs_tells_how_to_connect_and_ends_on_sigterm(tmp_path: Path) -> None:
     port_file = tmp_path / "url"
     options = ["--port", "0", "--port-file", str(port_file), "--model", "my/model=0.5", "--key", "sk-mine"]
+    odd = {"settle_as": "null", "max_open_batches": 3, "missing_file_status": 400, "list_endless": True}
+    odd |= {"late_error_seconds": 2.5, "clock_offset_seconds": -7200.0}
+    for name, value in odd.items():
+        options += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     process = subprocess.Popen(
         [*COMMAND, *options],
         stdout=subprocess.PIPE,
@@ -44,6 +48,8 @@ def test_runs_tells_how_to_connect_and_ends_on_sigterm(tmp_path: Path) -> None:
         headers = {"Authorization": f"Bearer {given['password']}"}
         models = requests.get(f"{given['host']}/models?sub_type=chat", headers=headers, timeout=20).json()
         assert "my/model" in [model["id"] for model in models["data"]]
+        config = requests.get(f"{given['host'].removesuffix('/v1')}/_emulator/config", timeout=20).json()
+        assert {name: config[name] for name in odd} == odd
         headers = {"Authorization": "Bearer sk-other"}
         assert requests.get(f"{given['host']}/models", headers=headers, timeout=20).status_code == 401
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -11,61 +10,12 @@ import pytest
 import requests
 
 from airflow_provider_siliconflow.emulator import Emulator, Fault, running_emulator
+from tests.unit.emulator.clients import Client
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TRACE = "x-siliconcloud-trace-id"
-
-
-class Client:
-    """Calls as a client makes them; knows the emulator's addresses and nothing of its insides."""
-
-    def __init__(self, emulator: Emulator) -> None:
-        self.emulator = emulator
-        self.headers = {"Authorization": "Bearer sk-test"}
-
-    def call(self, method: str, path: str, **arguments: Any) -> requests.Response:
-        return requests.request(
-            method,
-            self.emulator.base_url + path,
-            headers=self.headers,
-            timeout=20,
-            allow_redirects=False,
-            **arguments,
-        )
-
-    def control(self, method: str, path: str, body: Any = None) -> Any:
-        answer = requests.request(method, f"{self.emulator.control_url}/{path}", json=body, timeout=20)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def upload(self, rows: int = 3) -> requests.Response:
-        lines = [
-            {
-                "custom_id": f"r{n}",
-                "body": {"model": "Qwen/Qwen3-32B", "messages": [{"role": "user", "content": "Hi"}]},
-            }
-            for n in range(rows)
-        ]
-        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
-        return self.call(
-            "POST", "/files", data={"purpose": "batch"}, files={"file": ("requests.jsonl", content)}
-        )
-
-    def create(self, file_id: str) -> requests.Response:
-        body = {
-            "input_file_id": file_id,
-            "endpoint": "/v1/chat/completions",
-            "completion_window": "24h",
-        }
-        return self.call("POST", "/batches", json=body)
-
-    def finished(self, rows: int = 3) -> dict[str, Any]:
-        batch = self.create(self.upload(rows).json()["data"]["id"]).json()
-        self.emulator.service.advance(1000)
-        finished: dict[str, Any] = self.call("GET", f"/batches/{batch['id']}").json()
-        return finished
 
 
 @pytest.fixture
