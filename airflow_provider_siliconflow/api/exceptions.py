@@ -1,31 +1,77 @@
 """
 The errors of this package, by what a person can do about them.
 
-Everything derives from :class:`SiliconFlowError`. A message says what happened, to which batch, whether
-money was spent and what a retry will do, as far as the place that raises knows it.
+Everything derives from :class:`SiliconFlowError`::
+
+    SiliconFlowError
+      + InvalidInputError (also a ValueError)     nothing was sent
+      | + NoRowsError
+      | ' InvalidRequestFileError
+      + TransportError                            no usable answer
+      | + NotSentError
+      | + NoAnswerError
+      | ' UnexpectedAnswerError
+      + APIError                                  the service answered with an error
+      | + InvalidRequestError                     400, 413, 422
+      | + AuthenticationError                     401
+      | + InsufficientBalanceError                402, or code 30001
+      | + PermissionDeniedError                   403
+      | + NotFoundError                           404
+      | + RateLimitedError                        429
+      | ' ServiceUnavailableError                 408, 425, 5xx
+      + SubmissionUnknownError                    a batch may or may not exist
+      + JobTakenOverError                         a newer try of the task does the work
+      + CredentialLeakError                       nothing was sent
+      ' BatchError                                about one batch
+        + BatchFailedError
+        + BatchExpiredError
+        + BatchCancelledError
+        + BatchPartialFailureError
+        + BatchTimeoutError
+        | ' BatchCancelledAtTimeoutError
+        + BatchWaitError
+        ' IncompleteResultsError
+
+Every constructor takes the keyword ``retryable``: whether running the same task again, unchanged, can succeed, where
+the place that raises knows better than the class. Every error survives ``pickle`` and ``copy`` with its message,
+attributes and notes. A message says what happened, to which batch, whether money was spent and what a retry does, as
+far as the place that raises knows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 
 class SiliconFlowError(Exception):
     """
     Root of all errors raised by this package.
 
-    ``retryable`` says whether running the same task again, unchanged, can succeed: operators turn an error that
-    is not retryable into ``AirflowFailException``. The class says what is usual; see :meth:`worth_a_retry`.
+    :param args: the message.
+    :param retryable: whether running the same task again, unchanged, can succeed: operators turn an error that is
+        not retryable into ``AirflowFailException``. ``None`` leaves it to the class.
     """
 
-    retryable = True
+    retryable: bool = True
 
-    def worth_a_retry(self, retryable: bool = True) -> Self:
-        """Say for this one error, where its place knows better than its class, whether a retry can succeed."""
-        self.retryable = retryable
-        return self
+    def __init__(self, *args: object, retryable: bool | None = None) -> None:
+        super().__init__(*args)
+        if retryable is not None:
+            self.retryable = retryable
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild without the constructor, whose arguments are not kept."""
+        state = dict(self.__dict__)
+        if "__notes__" in state:
+            # A copy gets further notes of its own.
+            state["__notes__"] = list(state["__notes__"])
+        return _rebuild, (type(self), self.args), state
+
+
+def _rebuild(kind: type[SiliconFlowError], args: tuple[object, ...]) -> SiliconFlowError:
+    return kind.__new__(kind, *args)
 
 
 class InvalidInputError(SiliconFlowError, ValueError):
@@ -64,15 +110,26 @@ class InvalidRequestFileError(InvalidInputError):
     :param source: the file or the name of the argument that held the rows.
     :param problems: what was found, at most the first 20.
     :param more: whether the search stopped there, so that there may be more.
+    :param retryable: as for :class:`SiliconFlowError`.
     """
 
-    def __init__(self, source: str, problems: Sequence[LineProblem], *, more: bool = False) -> None:
+    def __init__(
+        self,
+        source: str,
+        problems: Sequence[LineProblem],
+        *,
+        more: bool = False,
+        retryable: bool | None = None,
+    ) -> None:
         self.source = source
         self.problems = tuple(problems)
         self.more = more
         count = f"the first {len(self.problems)} problems" if more else f"{len(self.problems)} problem(s)"
         lines = "\n".join(f"  {problem}" for problem in self.problems)
-        super().__init__(f"{source} is not a valid batch input, {count}; nothing was uploaded:\n{lines}")
+        super().__init__(
+            f"{source} is not a valid batch input, {count}; nothing was uploaded:\n{lines}",
+            retryable=retryable,
+        )
 
 
 class TransportError(SiliconFlowError):
@@ -88,7 +145,17 @@ class NoAnswerError(TransportError):
 
 
 class UnexpectedAnswerError(TransportError):
-    """An answer with a success status that is not what the API documents (HTML, cut JSON, no id)."""
+    """
+    An answer with a success status that is not what the API documents (HTML, cut JSON, no id).
+
+    :param args: the message.
+    :param accepted: whether the status was 2xx, so that the service may well have done what was asked.
+    :param retryable: as for :class:`SiliconFlowError`.
+    """
+
+    def __init__(self, *args: object, accepted: bool = False, retryable: bool | None = None) -> None:
+        super().__init__(*args, retryable=retryable)
+        self.accepted = accepted
 
 
 class APIError(SiliconFlowError):
@@ -101,6 +168,7 @@ class APIError(SiliconFlowError):
     :param trace_id: what the vendor's support asks for (header ``x-siliconcloud-trace-id``).
     :param retry_after: seconds the service asked to wait, where it did.
     :param call: method and path of the request, without its query.
+    :param retryable: as for :class:`SiliconFlowError`.
     """
 
     #: What to do about it.
@@ -115,6 +183,7 @@ class APIError(SiliconFlowError):
         trace_id: str | None = None,
         retry_after: float | None = None,
         call: str = "",
+        retryable: bool | None = None,
     ) -> None:
         self.message = message
         self.status_code = status_code
@@ -130,7 +199,7 @@ class APIError(SiliconFlowError):
         #: What happened, without the hint: that is about the API, and a storage answers with errors as well.
         self.summary = f"{call or 'request'} was refused ({', '.join(parts)}): {message}"
         stop = "." if self.hint and self.summary[-1:] not in ".!?。" else ""
-        super().__init__(f"{self.summary}{stop} {self.hint}".rstrip())
+        super().__init__(f"{self.summary}{stop} {self.hint}".rstrip(), retryable=retryable)
 
 
 class InvalidRequestError(APIError):
@@ -196,6 +265,14 @@ class SubmissionUnknownError(SiliconFlowError):
     retryable = False
 
 
+class JobTakenOverError(SiliconFlowError):
+    """
+    A newer try of the same task has taken the job over, and this one has stopped and changes nothing more.
+
+    Nothing is lost: the newer try finds every batch that this one submitted. Retryable, since the newer try is one.
+    """
+
+
 class CredentialLeakError(SiliconFlowError):
     """A request would have carried the API key to a host other than the connection's own; not sent."""
 
@@ -208,10 +285,11 @@ class BatchError(SiliconFlowError):
 
     :param message: the whole story.
     :param batch_id: the batch.
+    :param retryable: as for :class:`SiliconFlowError`.
     """
 
-    def __init__(self, message: str, *, batch_id: str | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, batch_id: str | None = None, retryable: bool | None = None) -> None:
+        super().__init__(message, retryable=retryable)
         self.batch_id = batch_id
 
 

@@ -59,5 +59,5 @@ def read_event(event: Any) -> list[Batch]:
         kind = BatchTimeoutError if status == "timeout" else BatchWaitError
         message = event.get("message") or "the trigger gave no reason"
         retryable = bool(event.get("retryable", kind.retryable))
-        raise kind(message, batch_id=batch_ids[0]).worth_a_retry(retryable)
+        raise kind(message, batch_id=batch_ids[0], retryable=retryable)
     raise BatchError(f"The trigger sent an event this version does not know: {event!r}")

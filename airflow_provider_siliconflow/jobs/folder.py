@@ -12,24 +12,34 @@ from airflow_provider_siliconflow.batch_files.atomic_files import local_path
 log = logging.getLogger(__name__)
 
 
-def read_json(path: Any, *, or_cut: str) -> dict[str, Any] | None:
+#: Largest file of a job's folder that is read as JSON, in bytes.
+MAX_JSON_BYTES = 64 << 20
+
+
+def read_json(path: Any, *, or_cut: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
     """
-    Return what a JSON file holds; ``None`` where there is none, or a part of one.
+    Return the object in a JSON file; ``None`` if there is no file, or one that is damaged.
 
     A store without atomic writes may leave a part of a file. All that is needed to go on is written before anything is
     sent by it.
 
-    :param or_cut: what becomes of it then, for the log.
+    :param or_cut: what becomes of a damaged one, for the log.
+    :param max_bytes: a larger one counts as damaged.
     """
     try:
         with path.open("rb") as stream:
-            value = json.load(stream)
+            content = stream.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise ValueError(f"it has more than {max_bytes} bytes")
+        value = json.loads(content)
+        if not isinstance(value, dict):
+            raise TypeError("it holds no object")
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as exc:
+    except (ValueError, TypeError, RecursionError) as exc:
         log.warning("%s is cut, or none of ours (%s); %s", path, exc, or_cut)
         return None
-    return value if isinstance(value, dict) else None
+    return value
 
 
 def remove_tree(folder: Any) -> None:

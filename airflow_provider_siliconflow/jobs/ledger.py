@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
-from typing import Any, Protocol
+import contextlib
+import logging
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol, TypeVar
 
+from airflow_provider_siliconflow.api.exceptions import JobTakenOverError
 from airflow_provider_siliconflow.batch_files.atomic_files import write_json
 from airflow_provider_siliconflow.jobs.folder import read_json
+from airflow_provider_siliconflow.jobs.identity import Submitter
+from airflow_provider_siliconflow.jobs.states import (
+    IN_DOUBT,
+    Ended,
+    Planned,
+    Sending,
+    Sent,
+    State,
+    Uploaded,
+    Uploading,
+    UploadState,
+    check_transition,
+    decode,
+    decode_upload,
+    encode,
+    encode_upload,
+)
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Keys of work and of uploads are hashes in hexadecimal; anything else in a ledger is none of ours.
+_KEY = re.compile(r"[0-9A-Za-z_.-]{1,64}")
+#: Largest ledger and owner file that are read, in bytes. 10,000 batches take about 2 MB.
+_MAX_LEDGER_BYTES, _MAX_OWNER_BYTES = 64 << 20, 1 << 16
 
 
 class Ledger(Protocol):
@@ -18,25 +53,44 @@ class Ledger(Protocol):
 
     complete: bool
 
+    def state(self, key: str) -> State:
+        """Return what a piece of work is; :class:`~.states.Planned` if nothing is recorded."""
+        ...
+
+    def record(self, key: str, state: State) -> None:
+        """
+        Record what a piece of work is now.
+
+        When it returns, a :class:`~.states.Sending` survives a crash. What came of it may be written with the next
+        one: whoever finds the intent alone searches for what came of it.
+
+        :raises ImpossibleTransitionError: the state cannot follow the one before.
+        :raises JobTakenOverError: a newer try does this work now; nothing may be sent.
+        """
+        ...
+
+    def retire(self, key: str) -> None:
+        """
+        Plan a piece of work anew whose batch died.
+
+        :raises ImpossibleTransitionError: its batch has not ended, or is completed.
+        """
+        ...
+
+    def next_number(self) -> int:
+        """Return the number for the next :class:`~.states.Sending`."""
+        ...
+
+    def upload(self, key: str) -> UploadState:
+        """Return what an upload is; :class:`~.states.Planned` if nothing is recorded."""
+        ...
+
+    def record_upload(self, key: str, state: UploadState) -> None:
+        """Record what an upload is now; an :class:`~.states.Uploading` survives a crash when this returns."""
+        ...
+
     def older_batches(self, key: str) -> Set[str]:
         """Return recorded batches that are certainly older than any batch of a key whose intent is recorded."""
-        ...
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        """Return the entry of a key."""
-        ...
-
-    def set(self, key: str, entry: dict[str, Any]) -> None:
-        """
-        Write the entry of a key.
-
-        When it returns, an intent survives a crash. What came of it may be written with the next intent: whoever
-        finds the intent alone looks for what came of it.
-        """
-        ...
-
-    def delete(self, key: str) -> None:
-        """Forget a key."""
         ...
 
 
@@ -45,19 +99,74 @@ class NoLedger:
 
     complete = False
 
+    def state(self, key: str) -> State:
+        """Return that nothing is recorded."""
+        return Planned()
+
+    def record(self, key: str, state: State) -> None:
+        """Keep nothing."""
+
+    def retire(self, key: str) -> None:
+        """Keep nothing."""
+
+    def next_number(self) -> int:
+        """Return the only number there is."""
+        return 1
+
+    def upload(self, key: str) -> UploadState:
+        """Return that nothing is recorded."""
+        return Planned()
+
+    def record_upload(self, key: str, state: UploadState) -> None:
+        """Keep nothing."""
+
     def older_batches(self, key: str) -> Set[str]:
         """Return none."""
         return frozenset()
 
-    def get(self, key: str) -> dict[str, Any] | None:
-        """Return nothing."""
-        return None
 
-    def set(self, key: str, entry: dict[str, Any]) -> None:
-        """Keep nothing."""
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """
+    The try that does a job now.
 
-    def delete(self, key: str) -> None:
-        """Forget nothing."""
+    :param token: random; it tells two tries apart whatever else they share.
+    :param try_id: Airflow's id of the try (the task instance's ``id`` on Airflow 3), or ``""``: a resumption after a
+        deferral finds by it that the job is its own.
+    :param host: where it runs; with ``pid`` and ``at`` for people who look into the folder.
+    """
+
+    token: str
+    dag_id: str
+    run_id: str
+    task_id: str
+    map_index: int
+    try_number: int
+    try_id: str
+    host: str
+    pid: int
+    at: float
+
+    @classmethod
+    def new(cls, submitter: Submitter, *, try_number: int, try_id: str = "") -> Owner:
+        """Return an owner with a fresh token for this process."""
+        return cls(
+            token=secrets.token_hex(16),
+            dag_id=submitter.dag_id,
+            run_id=submitter.run_id,
+            task_id=submitter.task_id,
+            map_index=submitter.map_index,
+            try_number=try_number,
+            try_id=try_id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            at=time.time(),
+        )
+
+    def __str__(self) -> str:
+        """Say who it is, for messages."""
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(self.at))
+        return f"try {self.try_number} of {self.task_id} (pid {self.pid} on {self.host}, since {when} UTC)"
 
 
 class FolderLedger:
@@ -67,62 +176,269 @@ class FolderLedger:
     What came of an intent is written with the next intent or by :meth:`flush`: until then the intent alone leads to it.
     So one write serves each batch, and a crash leaves one intent open at most.
 
+    Two tries may be alive at once. Each calls :meth:`claim` when it starts, which leaves its token in ``owner.json``
+    beside the ledger; every write of a try that has claimed the job reads the token again, and stops if it is
+    another's. An intent is checked before and after it is written: a newer try reads the ledger after it has left its
+    token, so either it sees the intent, or this one sees the token.
+
     :param path: the file.
     :param complete: whether a key without an entry was certainly never sent.
     """
 
     def __init__(self, path: Any, *, complete: bool) -> None:
         self._path = path
-        self._unwritten = False
-        stored = read_json(path, or_cut="the account is searched for what was sent")
-        self.entries: dict[str, dict[str, Any]] = stored or {}
-        # Without its file, cut or gone, the account is what is left to ask.
-        self.complete = complete and stored is not None
+        self._owner_path = path.parent / "owner.json"
+        self._expected_complete = complete
+        self._token: str | None = None
+        self._read()
 
-    def get(self, key: str) -> dict[str, Any] | None:
-        """Return the entry of a key."""
-        return self.entries.get(key)
+    def _read(self) -> None:
+        stored = read_json(
+            self._path, or_cut="the account is searched for what was sent", max_bytes=_MAX_LEDGER_BYTES
+        )
+        parts = stored or {}
+        self._unwritten = False
+        self._work: dict[str, State] = dict(_entries(parts.get("work"), decode))
+        self._uploads: dict[str, UploadState] = dict(_entries(parts.get("uploads"), decode_upload))
+        self._retired: dict[str, tuple[Ended, ...]] = dict(_entries(parts.get("retired"), _decode_retired))
+        self._deadline = _decode_deadline(parts.get("deadline"))
+        self._written_by = parts.get("owner")
+        self._number = max((_number_of(each) for each in self._all_states()), default=0)
+        # Without its file, cut or gone, the account is what is left to ask; also for every try after this one.
+        self.complete = (
+            self._expected_complete
+            and stored is not None
+            and parts.get("complete", True) is True
+            and all(map(_is_whole, (parts.get(name, {}) for name in ("work", "uploads", "retired"))))
+        )
+
+    def _all_states(self) -> Iterator[State]:
+        yield from self._work.values()
+        for states in self._retired.values():
+            yield from states
+
+    # What is recorded -------------------------------------------------------------------------------------
+
+    def state(self, key: str) -> State:
+        """Return what a piece of work is."""
+        return self._work.get(key, Planned())
+
+    def record(self, key: str, state: State) -> None:
+        """Record what a piece of work is now; an intent is written before this returns."""
+        if self.state(key) == state:
+            # An intent after an intent says nothing that was not known, but is as good a reason to ask whose job it is.
+            if isinstance(state, Sending):
+                self.check_owner()
+            return
+        self._set(key, state)
+        if isinstance(state, Sending):
+            self._write()
+            # A newer try that claimed the job in between has not seen this intent, and may be sending.
+            self.check_owner()
+        elif isinstance(state, Planned):
+            self._write()
+
+    def record_all(self, states: Mapping[str, State]) -> None:
+        """Record several pieces of work in one write, with whatever is not written yet."""
+        for key, state in states.items():
+            check_transition(key, self.state(key), state)
+        for key, state in states.items():
+            self._set(key, state)
+        self.flush()
+
+    def _set(self, key: str, state: State) -> None:
+        check_transition(key, self.state(key), state)
+        if isinstance(state, Planned):
+            self._work.pop(key, None)
+        else:
+            self._work[key] = state
+            self._number = max(self._number, _number_of(state))
+        self._unwritten = True
+
+    def next_number(self) -> int:
+        """Return a number that is larger than that of every intent so far."""
+        return self._number + 1
 
     def older_batches(self, key: str) -> Set[str]:
         """Return batches whose intents came before that of a key."""
-        number = self.entries.get(key, {}).get("number", 0)
+        number = _number_of(self.state(key))
         return {
-            entry["batch_id"]
-            for entry in self.entries.values()
-            if "batch_id" in entry and entry.get("number", 0) < number
+            state.batch_id
+            for state in self._all_states()
+            if isinstance(state, Sent | Ended) and 0 < state.number < number
         }
 
-    def set(self, key: str, entry: dict[str, Any]) -> None:
-        """Take the entry of a key; an intent is written before this returns."""
-        known = self.entries.get(key, {})
-        if "intent" in entry:
-            # An intent after an intent says nothing that was not known.
-            if "intent" in known:
-                return
-            number = 1 + max((each.get("number", 0) for each in self.entries.values()), default=0)
-            self.update({key: {**entry, "number": number}})
-        else:
-            self.entries[key] = {**entry, "number": known.get("number", 0)}
-            self._unwritten = True
+    def retire(self, key: str) -> None:
+        """
+        Plan a piece of work anew whose batch died, and keep that batch among the retired; in one write.
 
-    def update(self, entries: Mapping[str, dict[str, Any]]) -> None:
-        """Write several entries at once, and whatever is not written yet."""
-        if entries or self._unwritten:
-            self.entries.update(entries)
-            write_json(self._path, self.entries)
-            self._unwritten = False
+        :raises ImpossibleTransitionError: its batch has not ended, or is completed.
+        """
+        state = self.state(key)
+        check_transition(key, state, Planned())
+        if isinstance(state, Ended):
+            self._retired[key] = (*self.retired(key), state)
+        self._set(key, Planned())
+        self._write()
+
+    def retired(self, key: str) -> tuple[Ended, ...]:
+        """Return the batches of a piece of work that died before the present one; rows of theirs may be paid."""
+        return self._retired.get(key, ())
+
+    @property
+    def deadline(self) -> float | None:
+        """When this try's wait ends, in epoch seconds; ``None`` leaves it to the batches."""
+        return self._deadline
+
+    @deadline.setter
+    def deadline(self, value: float | None) -> None:
+        self._deadline = value
+        self._unwritten = True
+        self.flush()
+
+    def upload(self, key: str) -> UploadState:
+        """Return what an upload is."""
+        return self._uploads.get(key, Planned())
+
+    def record_upload(self, key: str, state: UploadState) -> None:
+        """Record what an upload is now; the intent is written before this returns."""
+        if self.upload(key) == state:
+            return
+        if isinstance(state, Planned):
+            self._uploads.pop(key, None)
+        else:
+            self._uploads[key] = state
+        self._unwritten = True
+        if not isinstance(state, Uploaded):
+            self._write()
+
+    @property
+    def open_batches(self) -> tuple[str, ...]:
+        """What may run and be billed: ids of batches that have not ended, and keys of work whose outcome is open."""
+        return tuple(
+            state.batch_id if isinstance(state, Sent) else key
+            for key, state in self._work.items()
+            if isinstance(state, Sent | Sending)
+        )
 
     def flush(self) -> None:
         """Write what is not written yet."""
-        self.update({})
+        if self._unwritten:
+            self._write()
 
-    def replace(self, key: str, other: str, entry: dict[str, Any]) -> None:
-        """Forget a key and write the entry of another, in one."""
-        self.entries.pop(key, None)
-        self.update({other: entry})
+    def _write(self) -> None:
+        self.check_owner()
+        write_json(
+            self._path,
+            {
+                "owner": self._token or self._written_by,
+                "complete": self.complete,
+                "deadline": self._deadline,
+                "work": {key: encode(state) for key, state in self._work.items()},
+                "uploads": {key: encode_upload(state) for key, state in self._uploads.items()},
+                "retired": {key: [encode(each) for each in states] for key, states in self._retired.items()},
+            },
+        )
+        self._unwritten = False
 
-    def delete(self, key: str) -> None:
-        """Forget a key."""
-        if self.entries.pop(key, None) is not None:
-            self._unwritten = True
-            self.flush()
+    # Whose job it is --------------------------------------------------------------------------------------
+
+    def owner(self) -> Owner | None:
+        """Return the try that claimed the job last; ``None`` if none did, or its file is damaged."""
+        return _decode_owner(
+            read_json(self._owner_path, or_cut="nobody is taken for its owner", max_bytes=_MAX_OWNER_BYTES)
+        )
+
+    def claim(self, owner: Owner) -> None:
+        """
+        Take the job over from whichever try had it, and read what that one left.
+
+        :param owner: this try, with a fresh token.
+        """
+        before = self.owner()
+        if before is not None:
+            log.info("This try takes the job over from %s", before)
+        write_json(self._owner_path, asdict(owner))
+        self._read()
+        if before is not None and self._written_by != before.token:
+            # An older try wrote over what the last one had recorded, or the last one recorded nothing.
+            self.complete = False
+        self._token = owner.token
+        self._write()
+
+    def continue_as(self, token: str) -> None:
+        """
+        Go on with a job that another process of the same try has claimed.
+
+        :param token: the token of its owner.
+        :raises JobTakenOverError: a newer try has claimed the job since.
+        """
+        self._token = token
+        self.check_owner()
+
+    def check_owner(self) -> None:
+        """
+        Stop if another try has claimed the job; a job that this process did not claim is not checked.
+
+        :raises JobTakenOverError: it has; nothing may be sent or written any more.
+        """
+        if self._token is None:
+            return
+        owner = self.owner()
+        if owner is None:
+            raise JobTakenOverError(
+                f"{self._owner_path} is gone: another try of this task has finished the job, or somebody removed its "
+                "folder. This try sends and writes nothing more; a retry finds what was submitted in the account."
+            )
+        if owner.token != self._token:
+            raise JobTakenOverError(
+                f"Another try of this task does the job now: {owner}. This one stops and sends nothing more. What it "
+                "submitted is not lost: the other one takes it up."
+            )
+
+
+def _is_whole(part: Any) -> bool:
+    """Whether a part of a ledger has nothing but keys that can be ours."""
+    return isinstance(part, dict) and all(map(_KEY.fullmatch, part))
+
+
+def _entries(stored: Any, read: Callable[[Any], T]) -> Iterator[tuple[str, T]]:
+    """Yield the entries of one part of a ledger; what is damaged is read as being in doubt, never believed."""
+    if not isinstance(stored, dict):
+        return
+    for key, entry in stored.items():
+        if not _KEY.fullmatch(key):
+            log.warning("The ledger holds a key that is none of ours; it is dropped: %.80r", key)
+            continue
+        state = read(entry)
+        if state == IN_DOUBT or (isinstance(state, Uploading) and not state.at):
+            log.warning("The ledger's entry %s is damaged; the account is searched for it", key)
+        yield key, state
+
+
+def _number_of(state: State) -> int:
+    return state.number if isinstance(state, Sending | Sent | Ended) else 0
+
+
+def _decode_retired(stored: Any) -> tuple[Ended, ...]:
+    found = map(decode, stored if isinstance(stored, list) else ())
+    return tuple(state for state in found if isinstance(state, Ended))
+
+
+def _decode_deadline(stored: Any) -> float | None:
+    usable = isinstance(stored, int | float) and not isinstance(stored, bool) and 0 <= stored < 2**53
+    return float(stored) if usable else None
+
+
+def _decode_owner(stored: Mapping[str, Any] | None) -> Owner | None:
+    if stored is None:
+        return None
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        owner = Owner(**{each.name: stored[each.name] for each in fields(Owner)})
+        texts = (owner.token, owner.dag_id, owner.run_id, owner.task_id, owner.try_id, owner.host)
+        numbers = (owner.map_index, owner.try_number, owner.pid, owner.at)
+        if all(isinstance(text, str) and len(text) <= 1000 for text in texts) and all(
+            isinstance(number, int | float) and abs(number) < 2**53 for number in numbers
+        ):
+            return owner
+    return None

@@ -72,13 +72,15 @@ def judge_batch(
             f"{story}. The completion window ended before any row did; a retry finds the same batch. Clear "
             "the task to submit anew, with a longer completion_window.",
             batch_id=batch.id,
-        ).worth_a_retry(not counts.total)
+            retryable=not counts.total,
+        )
     if counts.total and counts.completed == 0 and not allow_all_failed:
         raise BatchFailedError(
             f"{story}. Not one row succeeded; a retry finds the same batch. Correct the requests and clear "
             "the task, or set allow_all_failed=True.",
             batch_id=batch.id,
-        ).worth_a_retry(False)
+            retryable=False,
+        )
     if not counts.total and batch.error_file_id and not batch.output_file_id and not allow_all_failed:
         raise BatchFailedError(
             f"{story}. The service gives no counts and names a file with errors, but none with results; a retry "

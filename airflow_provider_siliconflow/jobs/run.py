@@ -46,6 +46,7 @@ from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, upl
 from airflow_provider_siliconflow.jobs.ledger import FolderLedger
 from airflow_provider_siliconflow.jobs.options import RunOptions
 from airflow_provider_siliconflow.jobs.plan import plan
+from airflow_provider_siliconflow.jobs.states import Ended, Planned, Refused, Sending, Sent
 from airflow_provider_siliconflow.jobs.submission import Submission
 
 log = logging.getLogger(__name__)
@@ -55,9 +56,6 @@ WORK_FOLDER = ".siliconflow"
 
 #: Batches of a model that the service refuses, taking none, before the others of the model are not sent either.
 _REFUSALS_OF_A_MODEL = 3
-
-#: Entry of the ledger that is no work but the try's own.
-_DEADLINE = "deadline"
 
 OpenSubmission = Callable[[FolderLedger], Submission]
 
@@ -231,8 +229,9 @@ class BatchRun:
             raise InvalidInputError(
                 f"{self.folder} holds no plan any more: output_dir must be seen by every worker, and render the "
                 "same, while the task waits. The batches are untouched. A retry makes the plan anew, searches the "
-                "account and adopts them; a clear would pay for all again."
-            ).worth_a_retry()
+                "account and adopts them; a clear would pay for all again.",
+                retryable=True,
+            )
         self.split = Split.from_dict(stored["split"])
         self.options = replace(
             self.options,
@@ -254,11 +253,11 @@ class BatchRun:
     @property
     def deadline(self) -> float | None:
         """When this try's wait ends, in epoch seconds; ``None`` leaves it to the batches."""
-        return (self.ledger.get(_DEADLINE) or {}).get("at")
+        return self.ledger.deadline
 
     def set_deadline(self, deadline: float | None) -> None:
         """Fix the end of this try's wait, over all of its deferrals."""
-        self.ledger.update({_DEADLINE: {"at": deadline}})
+        self.ledger.deadline = deadline
 
     def wake_after(self, open_batches: int) -> int | None:
         """Return how many batches must end before the next ones are submitted; ``None`` for all."""
@@ -308,25 +307,25 @@ class BatchRun:
         late = [piece for pieces in self._rounds[:-1] for piece in pieces if not self._ended(piece)]
         return [*late, *self._rounds[-1]]
 
-    def _entry(self, piece: Piece) -> dict[str, Any]:
-        return self.ledger.get(piece.work_key) or {}
-
     def _batch_id(self, piece: Piece) -> str | None:
-        return self._entry(piece).get("batch_id")
+        state = self.ledger.state(piece.work_key)
+        return state.batch_id if isinstance(state, Sent | Ended) else None
 
-    def _ended(self, piece: Piece) -> dict[str, Any] | None:
-        return self._entry(piece).get("ended")
+    def _ended(self, piece: Piece) -> Ended | None:
+        state = self.ledger.state(piece.work_key)
+        return state if isinstance(state, Ended) else None
 
-    def _refused(self, piece: Piece) -> dict[str, Any] | None:
-        """Return ``status`` and ``message`` where the service did not take the batch in this try."""
-        return self._entry(piece).get("refused")
+    def _refused(self, piece: Piece) -> Refused | None:
+        """Return what the service said where it did not take the batch in this try."""
+        state = self.ledger.state(piece.work_key)
+        return state if isinstance(state, Refused) else None
 
     def _is_waiting(self, piece: Piece) -> bool:
         return not self._batch_id(piece) and not self._refused(piece)
 
-    def _dead(self, piece: Piece) -> list[dict[str, Any]]:
-        """Return ``batch_id`` and ``ended`` of batches that died before the present one; rows of theirs may be paid."""
-        return list((self.ledger.get(f"dead/{piece.work_key}") or {}).get("batches", ()))
+    def _dead(self, piece: Piece) -> tuple[Ended, ...]:
+        """Return the batches that died before the present one; rows of theirs may be paid."""
+        return self.ledger.retired(piece.work_key)
 
     @property
     def open_batches(self) -> list[str]:
@@ -344,11 +343,10 @@ class BatchRun:
         adopted = []
         for piece in self._current:
             ended = self._ended(piece)
-            if ended and ended["status"] in DEAD_STATUSES:
-                dead = [*self._dead(piece), {"batch_id": self._batch_id(piece), "ended": ended}]
-                self.ledger.replace(piece.work_key, f"dead/{piece.work_key}", {"batches": dead})
+            if ended and ended.status in DEAD_STATUSES:
+                self.ledger.retire(piece.work_key)
             elif self._refused(piece):
-                self.ledger.delete(piece.work_key)
+                self.ledger.record(piece.work_key, Planned())
             elif self._batch_id(piece) and piece.work_key not in self._alive:
                 adopted.append(self._submission.submit(self._work(piece, self._file_id(piece))))
         self.note(adopted)
@@ -396,7 +394,7 @@ class BatchRun:
                 if not self.batch_ids:
                     raise
                 # Perhaps the file is gone: the retry uploads it again.
-                self.ledger.delete(piece.upload_key)
+                self.ledger.record_upload(piece.upload_key, Planned())
                 self._refuse([piece], exc)
                 return True
             except (InvalidRequestError, PermissionDeniedError) as exc:
@@ -426,7 +424,7 @@ class BatchRun:
         return [
             piece
             for piece in pieces
-            if piece != but and self._is_waiting(piece) and "intent" not in self._entry(piece)
+            if piece != but and isinstance(self.ledger.state(piece.work_key), Planned)
         ]
 
     def _refuse(self, pieces: Iterable[Piece], error: APIError) -> None:
@@ -436,8 +434,8 @@ class BatchRun:
         :raises SiliconFlowError: there are no others; nothing was paid, so there is nothing to lose.
         """
         refused = list(pieces)
-        message = {"status": error.status_code, "message": error.message}
-        self.ledger.update({piece.work_key: {"refused": message} for piece in refused})
+        why = Refused(error.status_code, error.message)
+        self.ledger.record_all({piece.work_key: why for piece in refused})
         nothing_paid = not self.batch_ids and not any(map(self._dead, self._current))
         if nothing_paid and not any(map(self._is_waiting, self._current)):
             raise error
@@ -482,8 +480,10 @@ class BatchRun:
             if batch is None or self._ended(piece):
                 continue
             counts = batch.request_counts.model_dump(mode="json", include={"total", "completed", "failed"})
-            ended = {"status": batch.status, "counts": counts, "errors": batch.error_messages[:3]}
-            self.ledger.set(piece.work_key, {"batch_id": batch.id, "ended": ended})
+            state = self.ledger.state(piece.work_key)
+            number = state.number if isinstance(state, Sent) else 0
+            ended = Ended(batch.id, number, batch.status, counts, tuple(batch.error_messages[:3]))
+            self.ledger.record(piece.work_key, ended)
         self.ledger.flush()
         pieces = self._rounds[-1]
         done = sum(self._ended(piece) is not None for piece in pieces)
@@ -588,17 +588,19 @@ class BatchRun:
 
             for dead in self._dead(piece):
                 try:
-                    found.append(download(dead["batch_id"]))
+                    found.append(download(dead.batch_id))
                 except IncompleteResultsError as exc:
                     log.warning(
-                        "%s Batch %s was replaced, so the job goes on without it.", exc, dead["batch_id"]
+                        "%s Batch %s was replaced, so the job goes on without it.", exc, dead.batch_id
                     )
             if batch_id is not None:
                 found.append(download(batch_id))
             elif refused is not None and piece.round == 0:
                 # In a later round the rows have a result already, which says more.
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="siliconflow-"))
-                lines = refused_lines(self.folder / piece.path, **refused)
+                lines = refused_lines(
+                    self.folder / piece.path, status=refused.status, message=refused.message
+                )
                 path = Path(folder) / "error.jsonl"
                 with path.open("wb") as stream:
                     stream.writelines(lines)
@@ -652,12 +654,12 @@ class BatchRun:
         dead = [
             (self._batch_id(piece), ended)
             for piece in self._rounds[-1]
-            if (ended := self._ended(piece)) and ended["status"] in DEAD_STATUSES
+            if (ended := self._ended(piece)) and ended.status in DEAD_STATUSES
         ]
         if dead:
             first = dead[0][0]
-            named = ", ".join(f"{batch_id} ({ended['status']})" for batch_id, ended in dead[:5])
-            reasons = [message for _, ended in dead for message in ended["errors"]]
+            named = ", ".join(f"{batch_id} ({ended.status})" for batch_id, ended in dead[:5])
+            reasons = [message for _, ended in dead for message in ended.errors]
             reason = f"; the service says: {reasons[0]}" if reasons else ""
             said.append(f"{len(dead)} of {len(pieces)} batches failed or were cancelled: {named}{reason}.")
         if refused := [(piece, why) for piece in pieces if (why := self._refused(piece))]:
@@ -666,7 +668,7 @@ class BatchRun:
             }
             said.append(
                 f"{len(refused)} of {len(pieces)} batches were refused, of {', '.join(sorted(models))}: HTTP "
-                f"{refused[0][1]['status']}, {refused[0][1]['message'].rstrip('.')}."
+                f"{refused[0][1].status}, {refused[0][1].message.rstrip('.')}."
             )
         if not said:
             return None
@@ -678,16 +680,16 @@ class BatchRun:
         )
 
     def _summaries(self, piece: Piece) -> Iterator[BatchSummary]:
-        present = {"batch_id": self._batch_id(piece), "ended": self._ended(piece) or {}}
-        for batch in [*self._dead(piece), present]:
-            if batch["batch_id"] is not None:
+        for state in [*self._dead(piece), self.ledger.state(piece.work_key)]:
+            if isinstance(state, Sent | Ended):
+                ended = state if isinstance(state, Ended) else None
                 yield BatchSummary(
-                    id=batch["batch_id"],
-                    status=batch["ended"].get("status", ""),
+                    id=state.batch_id,
+                    status=ended.status if ended else "",
                     rows=piece.shard.rows,
                     shard=piece.shard.index,
                     round=piece.round,
-                    counts=batch["ended"].get("counts", {}),
+                    counts=dict(ended.counts) if ended else {},
                 )
 
     def stop(self, *, cancels: bool) -> list[str]:
@@ -724,7 +726,9 @@ class BatchRun:
         :raises SiliconFlowError: the account cannot be searched.
         """
         unrecorded = (
-            [piece for piece in self._current if "intent" in self._entry(piece)] if self._rounds else []
+            [piece for piece in self._current if isinstance(self.ledger.state(piece.work_key), Sending)]
+            if self._rounds
+            else []
         )
         works = (self._work(piece, "") for piece in unrecorded)
         return [batch.id for batch in self._submission.find(works, patience)] if unrecorded else []

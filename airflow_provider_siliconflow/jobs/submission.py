@@ -22,6 +22,17 @@ from airflow_provider_siliconflow.api.models import Batch, BatchStatus, Uploaded
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork
 from airflow_provider_siliconflow.jobs.ledger import Ledger
+from airflow_provider_siliconflow.jobs.states import (
+    Ended,
+    Planned,
+    Refused,
+    Sending,
+    Sent,
+    State,
+    Uploaded,
+    Uploading,
+    UploadState,
+)
 
 log = logging.getLogger(__name__)
 
@@ -124,35 +135,54 @@ class Submission:
         :raises SubmissionUnknownError: it stayed open whether a batch exists; a retry searches again.
         :raises SiliconFlowError: the service refused; no batch was created.
         """
-        entry = self._ledger.get(work.key)
-        listed_at = self._listed_at(entry)
-        recorded = (entry or {}).get("batch_id")
-        if recorded:
-            batch = self._read(recorded)
+        state = self._ledger.state(work.key)
+        listed_at = self._listed_at(state)
+        if isinstance(state, Sent | Ended):
+            batch = self._read(state.batch_id)
             if batch is not None and self._may_adopt(batch):
                 return batch
-            # A try that submitted after this batch had died would have left an intent instead of its id.
-            listed_at = self._started + LIST_LAG if batch is None else None
+            if batch is None:
+                listed_at = self._started + LIST_LAG
+            else:
+                # A try that submitted after this batch had died would have left an intent instead of its id.
+                listed_at = None
+                self._bury(work, state, batch)
         if listed_at is not None:
-            batch = self._search(work, listed_at, after_intent=bool(entry))
-            if batch is None and recorded:
-                raise _unreadable(work, recorded)
+            batch = self._search(work, listed_at, after_intent=not isinstance(state, Planned))
+            if batch is None and isinstance(state, Sent | Ended):
+                raise _unreadable(work, state.batch_id)
             if batch is not None:
-                self._ledger.set(work.key, {"batch_id": batch.id})
+                self._record_sent(work, batch)
                 return batch
-        self._ledger.set(work.key, {"intent": self._clock.time()})
+        if isinstance(self._ledger.state(work.key), Refused):
+            self._ledger.record(work.key, Planned())
+        if not isinstance(self._ledger.state(work.key), Sending):
+            self._ledger.record(work.key, Sending(self._ledger.next_number(), self._clock.time()))
         batch = self._send_once(
             f"POST /batches for {work.label}",
             lambda: self._api.create_batch(**work.request()),
             lambda: self._search(work, self._clock.time() + LIST_LAG, after_intent=True),
-            lambda: self._ledger.delete(work.key),
+            lambda: self._ledger.record(work.key, Planned()),
         )
-        self._ledger.set(work.key, {"batch_id": batch.id})
+        self._record_sent(work, batch)
         return batch
 
-    def _listed_at(self, entry: dict[str, Any] | None) -> float | None:
+    def _record_sent(self, work: BatchWork, batch: Batch) -> None:
+        state = self._ledger.state(work.key)
+        number = state.number if isinstance(state, Sending | Sent | Ended) else 0
+        self._ledger.record(work.key, Sent(batch.id, number))
+
+    def _bury(self, work: BatchWork, state: Sent | Ended, batch: Batch) -> None:
+        """Record that a batch died, so that its work is planned anew."""
+        if isinstance(state, Sent):
+            counts = batch.request_counts.model_dump(mode="json", include={"total", "completed", "failed"})
+            errors = tuple(batch.error_messages)
+            self._ledger.record(work.key, Ended(batch.id, state.number, batch.status, counts, errors))
+        self._ledger.retire(work.key)
+
+    def _listed_at(self, state: State | UploadState) -> float | None:
         """Return when the account surely lists what an earlier try left; ``None`` when it left nothing."""
-        if entry:
+        if not isinstance(state, Planned | Refused):
             return self._started + LIST_LAG
         if self._ledger.complete or self._earlier_tries == "none":
             return None
@@ -232,8 +262,9 @@ class Submission:
                     raise SubmissionUnknownError(
                         f"The account lists its newest {len(self._seen)} batches only, and none is {work.label}: it "
                         "may be an older one, paid for by an earlier try. Nothing was sent. Look on the console for "
-                        f"the metadata {WORK_KEY}={work.key}; clear the task where there is none."
-                    ).worth_a_retry()
+                        f"the metadata {WORK_KEY}={work.key}; clear the task where there is none.",
+                        retryable=True,
+                    )
                 return None
             pause = min(next(pauses, LIST_LAG), left)
             log.info("No batch of an earlier try is listed; looking again in %.0f s, the list may lag", pause)
@@ -282,22 +313,22 @@ class Submission:
         :param size: size in bytes; a file of another size is not adopted.
         :param send: uploads.
         """
-        entry = self._ledger.get(key)
-        if entry and entry.get("file_id"):
-            return UploadedFile(id=entry["file_id"], filename=filename, bytes=size)
-        if self._listed_at(entry) is not None:
+        state = self._ledger.upload(key)
+        if isinstance(state, Uploaded):
+            return UploadedFile(id=state.file_id, filename=filename, bytes=size)
+        if self._listed_at(state) is not None:
             file = self._search_file(filename, size)
             if file is not None:
-                self._ledger.set(key, {"file_id": file.id})
+                self._ledger.record_upload(key, Uploaded(file.id))
                 return file
-        self._ledger.set(key, {"intent": self._clock.time()})
+        self._ledger.record_upload(key, Uploading(self._clock.time()))
         file = self._send_once(
             f"POST /files of {filename}",
             send,
             lambda: self._search_file(filename, size),
-            lambda: self._ledger.delete(key),
+            lambda: self._ledger.record_upload(key, Planned()),
         )
-        self._ledger.set(key, {"file_id": file.id})
+        self._ledger.record_upload(key, Uploaded(file.id))
         return file
 
     def _search_file(self, filename: str, size: int) -> UploadedFile | None:
@@ -361,8 +392,9 @@ def _unreadable(work: BatchWork, batch_id: str) -> SubmissionUnknownError:
     return SubmissionUnknownError(
         f"Batch {batch_id} was submitted for {work.label} by an earlier try, and the account neither answers to its id "
         "nor lists it. Nothing was sent, since that would pay twice. Check that the connection leads to the account "
-        "that it was submitted with. A retry looks again; a clear submits anew."
-    ).worth_a_retry()
+        "that it was submitted with. A retry looks again; a clear submits anew.",
+        retryable=True,
+    )
 
 
 def _unknown(what: str, sends: int, last: SiliconFlowError) -> SubmissionUnknownError:
@@ -371,5 +403,6 @@ def _unknown(what: str, sends: int, last: SiliconFlowError) -> SubmissionUnknown
     return SubmissionUnknownError(
         f"{what} was sent {sends} time(s) without a usable answer, and it may have counted: the account lists "
         "nothing of it so far, or cannot be read. A retry of this task searches the account before it sends "
-        f"again; a clear would not, and might pay twice. Last answer: {last}"
-    ).worth_a_retry()
+        f"again; a clear would not, and might pay twice. Last answer: {last}",
+        retryable=True,
+    )

@@ -252,7 +252,8 @@ class BatchWait:
                     f"one the batch was created with. {_CLEAR}",
                     batch_id=batch_id,
                     # Whether looks before this process found it, nobody knows.
-                ).worth_a_retry(self.began != self.now) from error
+                    retryable=self.began != self.now,
+                ) from error
         elif isinstance(error, AuthenticationError | PermissionDeniedError):
             raise BatchWaitError(
                 f"Waiting for batch {batch_id} ended: {error} The batch is untouched: it goes on running, is "

@@ -269,7 +269,7 @@ class CreateBatchOperator(SubmittingOperator):
                     f"{exc} {which}, and stays as it is. Mend what is wrong and let the task retry: it takes the "
                     "batch up. A clear would pay for another.",
                 )
-                exc.worth_a_retry()
+                exc.retryable = True
             raise
 
     def execute_complete(self, context: Context, event: Any = None) -> str:

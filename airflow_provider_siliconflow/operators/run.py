@@ -368,7 +368,7 @@ class RunBatchOperator(SubmittingOperator):
                     if ids
                     else "Batches may be submitted by now",
                 )
-                exc.worth_a_retry()
+                exc.retryable = True
             raise
 
     @contextlib.contextmanager
@@ -383,7 +383,7 @@ class RunBatchOperator(SubmittingOperator):
             raise
         except BatchWaitError as exc:
             # Failing for good would leave a person nothing but a clear, which pays for every batch again.
-            exc.worth_a_retry()
+            exc.retryable = True
             raise
 
     def on_kill(self) -> None:

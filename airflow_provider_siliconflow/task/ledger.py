@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from airflow.providers.common.compat.sdk import Context
-
-    from airflow_provider_siliconflow.api.client import SiliconFlowClient
-    from airflow_provider_siliconflow.jobs.ledger import Ledger
-    from airflow_provider_siliconflow.jobs.submission import Submission
-
 from collections.abc import Set
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import conf
 
@@ -22,7 +13,10 @@ from airflow_provider_siliconflow.task.state import earliest_start, how_to_searc
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
+    from airflow_provider_siliconflow.api.client import SiliconFlowClient
     from airflow_provider_siliconflow.jobs.ledger import Ledger
+    from airflow_provider_siliconflow.jobs.states import State, UploadState
+    from airflow_provider_siliconflow.jobs.submission import Submission
 
 
 #: Names in the task state store beside the keys of work: the generation it was there from the start of, and the batch
@@ -47,9 +41,10 @@ class TaskStateLedger:
     def __init__(self, store: Any, *, generation: int, first: bool) -> None:
         self._store = store
         self._generation = generation
+        self._known: dict[str, State] = {}
         if first:
-            self.set(_GENERATION, {"number": generation})
-        self.complete = first or (self.get(_GENERATION) or {}).get("number") == generation
+            self._set(_GENERATION, {"number": generation})
+        self.complete = first or self._get(_GENERATION) == {"number": generation}
 
     @staticmethod
     def _name(key: str) -> str:
@@ -62,24 +57,62 @@ class TaskStateLedger:
     @property
     def submitted(self) -> str | None:
         """The batch that a try of this generation recorded last, whatever its request was."""
-        last = self.get(_LAST) or {}
-        return last.get("batch_id") if last.get("generation") == self._generation else None
+        last = self._get(_LAST)
+        if not isinstance(last, dict) or last.get("generation") != self._generation:
+            return None
+        return last.get("batch_id")
 
-    def get(self, key: str) -> dict[str, Any] | None:
-        """Return the entry of a key."""
-        value = self._store.get(self._name(key))
-        return value if isinstance(value, dict) else None
+    def state(self, key: str) -> State:
+        """Return what a piece of work is."""
+        from airflow_provider_siliconflow.jobs.states import decode
 
-    def set(self, key: str, entry: dict[str, Any]) -> None:
-        """Write the entry of a key."""
-        self._store.set(self._name(key), entry, retention=_RETENTION)
-        if batch_id := entry.get("batch_id"):
-            last = {"batch_id": batch_id, "generation": self._generation}
-            self._store.set(self._name(_LAST), last, retention=_RETENTION)
+        if key not in self._known:
+            self._known[key] = decode(self._get(key))
+        return self._known[key]
 
-    def delete(self, key: str) -> None:
-        """Forget a key."""
-        self._store.delete(self._name(key))
+    def record(self, key: str, state: State) -> None:
+        """Record what a piece of work is now."""
+        from airflow_provider_siliconflow.jobs.states import Sent, check_transition, encode
+
+        before = self.state(key)
+        if state == before:
+            return
+        check_transition(key, before, state)
+        self._set(key, encode(state))
+        self._known[key] = state
+        if isinstance(state, Sent):
+            self._set(_LAST, {"batch_id": state.batch_id, "generation": self._generation})
+
+    def retire(self, key: str) -> None:
+        """Plan a piece of work anew whose batch died."""
+        from airflow_provider_siliconflow.jobs.states import Planned
+
+        self.record(key, Planned())
+
+    def next_number(self) -> int:
+        """Return the only number there is: a task that submits a single batch has one intent."""
+        return 1
+
+    def upload(self, key: str) -> UploadState:
+        """Return what an upload is."""
+        from airflow_provider_siliconflow.jobs.states import decode_upload
+
+        return decode_upload(self._get(key))
+
+    def record_upload(self, key: str, state: UploadState) -> None:
+        """Record what an upload is now."""
+        from airflow_provider_siliconflow.jobs.states import encode_upload
+
+        self._set(key, encode_upload(state))
+
+    def _get(self, name: str) -> Any:
+        return self._store.get(self._name(name))
+
+    def _set(self, name: str, value: Any) -> None:
+        if value is None:
+            self._store.delete(self._name(name))
+        else:
+            self._store.set(self._name(name), value, retention=_RETENTION)
 
 
 def ledger_of(context: Context) -> Ledger:

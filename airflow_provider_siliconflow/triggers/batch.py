@@ -147,8 +147,9 @@ class BatchTrigger(BaseTrigger):
                 missing = isinstance(exc, AirflowNotFoundException)
                 if missing and time.time() >= began + _MISSING_CONNECTION_PATIENCE:
                     raise InvalidInputError(
-                        f"connection {self.conn_id!r} is not defined: {exc}. The batches are untouched."
-                    ).worth_a_retry() from exc
+                        f"connection {self.conn_id!r} is not defined: {exc}. The batches are untouched.",
+                        retryable=True,
+                    ) from exc
                 if self.deadline is not None and time.time() >= self.deadline:
                     raise BatchTimeoutError(
                         f"The wait ended at its deadline: connection {self.conn_id!r} could not be read ({exc}). The "

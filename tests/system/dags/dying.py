@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.jobs import downloads, submission
 from airflow_provider_siliconflow.jobs.ledger import NoLedger
+from airflow_provider_siliconflow.jobs.states import Sent, Uploaded
 from airflow_provider_siliconflow.operators.batch import CreateBatchOperator, DownloadBatchResultsOperator
 from airflow_provider_siliconflow.task.ledger import TaskStateLedger
 from airflow_provider_siliconflow.task.state import airflow_version
@@ -65,13 +66,15 @@ class DyingCreate(CreateBatchOperator):
             case "after-upload":
                 client.upload_file = _then_die(client.upload_file)
             case "upload-recorded":
-                self._die_after_recording("file_id")
+                for ledger in (TaskStateLedger, NoLedger):
+                    self._die_after(ledger, "record_upload", Uploaded)
             case "before-post":
                 client.create_batch = _die
             case "after-post":
                 client.create_batch = _then_die(client.create_batch)
             case "recorded":
-                self._die_after_recording("batch_id")
+                for ledger in (TaskStateLedger, NoLedger):
+                    self._die_after(ledger, "record", Sent)
             case "xcom-pushed":
                 ti = context["ti"]
                 object.__setattr__(ti, "xcom_push", _then_die(ti.xcom_push))
@@ -79,9 +82,9 @@ class DyingCreate(CreateBatchOperator):
                 self.defer = _die  # type: ignore[method-assign]
 
     @staticmethod
-    def _die_after_recording(name: str) -> None:
-        for ledger in (TaskStateLedger, NoLedger):
-            ledger.set = _then_die(ledger.set, lambda _, __, entry: name in entry)  # type: ignore[attr-defined]
+    def _die_after(ledger: type, method: str, state: type) -> None:
+        recording = getattr(ledger, method)
+        setattr(ledger, method, _then_die(recording, lambda _, __, recorded: isinstance(recorded, state)))
 
 
 class DyingWhenResumed(DyingCreate):

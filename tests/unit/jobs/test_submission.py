@@ -21,6 +21,14 @@ from airflow_provider_siliconflow.api.models import Batch, UploadedFile
 from airflow_provider_siliconflow.emulator.service import EmulatedService
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork, Submitter
 from airflow_provider_siliconflow.jobs.ledger import NoLedger
+from airflow_provider_siliconflow.jobs.states import (
+    Planned,
+    State,
+    UploadState,
+    check_transition,
+    decode,
+    encode,
+)
 from airflow_provider_siliconflow.jobs.submission import Search, Submission
 from tests.unit.jobs.faulty import FAULTS, Crash, FakeClock, FaultyAPI, make_service
 
@@ -33,22 +41,34 @@ class FaultyLedger:
     complete = True
 
     def __init__(self, script: Iterator[str]) -> None:
-        self.script, self.entries = script, {}
+        self.script = script
+        self.states: dict[str, State] = {}
+        self.uploads: dict[str, UploadState] = {}
 
     def _maybe_crash(self, when: str) -> None:
         if next(self.script, "none") == when:
             raise Crash
 
-    def get(self, key: str) -> dict[str, Any] | None:
-        return self.entries.get(key)
+    def state(self, key: str) -> State:
+        return self.states.get(key, Planned())
 
-    def set(self, key: str, entry: dict[str, Any]) -> None:
+    def record(self, key: str, state: State) -> None:
+        check_transition(key, self.state(key), state)
         self._maybe_crash("crash-before")
-        self.entries[key] = entry
+        self.states[key] = decode(encode(state))
         self._maybe_crash("crash-after")
 
-    def delete(self, key: str) -> None:
-        self.entries.pop(key, None)
+    def retire(self, key: str) -> None:
+        self.record(key, Planned())
+
+    def next_number(self) -> int:
+        return 1
+
+    def upload(self, key: str) -> UploadState:
+        return self.uploads.get(key, Planned())
+
+    def record_upload(self, key: str, state: UploadState) -> None:
+        self.uploads[key] = state
 
     def older_batches(self, key: str) -> frozenset[str]:
         return frozenset()

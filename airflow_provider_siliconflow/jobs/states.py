@@ -1,0 +1,369 @@
+"""
+Everything that a piece of work may be, and what may follow what: all of it is here.
+
+A piece of work is one batch to be created exactly once::
+
+    Planned -> Sending -> Sent -> Ended -> Planned      a batch that died is replaced
+    Planned -> Refused -> Planned                       the next try asks again
+
+``Sending`` is written before the request leaves and says that the batch may exist. Whoever finds it searches the
+account, whatever else is known. A file to be uploaded once goes the same way: see :data:`UploadState`.
+
+States are what a ledger stores, and a ledger may lie where others can write. So :func:`decode` believes nothing: an
+entry that is damaged or unknown is read as :data:`IN_DOUBT`, which makes the reader search.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES, BatchStatus
+
+#: Longest text that is kept of an id, of a message and of a status, in characters.
+MAX_ID, _MAX_MESSAGE, _MAX_STATUS = 256, 2000, 64
+#: Messages kept of a batch that ended, and files kept of an upload that was replaced.
+MAX_ERRORS, MAX_EARLIER_FILES = 3, 16
+#: Largest number that is believed: what every JSON reader can hold.
+_MAX_NUMBER = 2**53 - 1
+#: The service's ids are letters, digits and marks that need no escape in a path.
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:~+=@-]*")
+_COUNTS = ("total", "completed", "failed")
+
+
+class ImpossibleTransitionError(SiliconFlowError):
+    """A piece of work would have become what it cannot become; nothing was sent and nothing recorded."""
+
+    retryable = False
+
+
+# Batches --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Nothing is recorded. If the ledger is complete, nothing was ever sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """
+    The request was about to leave, so a batch may exist.
+
+    :param number: grows with each intent of a ledger, so that a batch with a smaller one is certainly older.
+    :param at: when it was recorded, in epoch seconds of the worker's clock.
+    :param accepted: the service answered in a way that may mean "created": from now on the account is searched, and
+        the request is never sent again.
+    """
+
+    number: int
+    at: float
+    accepted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """
+    The batch exists.
+
+    :param batch_id: its id.
+    :param number: that of its intent; 0 if it was found without one.
+    """
+
+    batch_id: str
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """
+    The batch is in a status that it never leaves.
+
+    :param batch_id: its id.
+    :param number: that of its intent.
+    :param status: ``completed``, ``expired``, ``failed`` or ``cancelled``.
+    :param counts: ``total``, ``completed`` and ``failed``, in rows.
+    :param errors: the first messages of the service about the batch as a whole, at most three.
+    """
+
+    batch_id: str
+    number: int
+    status: str
+    counts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    errors: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Bound what is kept, and freeze it."""
+        counts = {name: _clamped(self.counts.get(name)) for name in _COUNTS if name in self.counts}
+        object.__setattr__(self, "counts", MappingProxyType(counts))
+        object.__setattr__(
+            self, "errors", tuple(_cut(text, _MAX_MESSAGE) for text in self.errors[:MAX_ERRORS])
+        )
+
+    def __hash__(self) -> int:
+        """Hash by the batch; counts are a mapping."""
+        return hash((self.batch_id, self.number, self.status))
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """
+    The service did not take the batch in this try.
+
+    :param status: HTTP status of its answer.
+    :param message: what it said, at most 2,000 characters.
+    """
+
+    status: int
+    message: str
+
+    def __post_init__(self) -> None:
+        """Bound what is kept."""
+        object.__setattr__(self, "message", _cut(self.message, _MAX_MESSAGE))
+
+
+State: TypeAlias = Planned | Sending | Sent | Ended | Refused
+
+#: What is read from an entry that cannot be believed: something may have been sent, so the account is searched.
+IN_DOUBT = Sending(number=0, at=0.0)
+
+#: Which state may follow which; :func:`check_transition` adds what depends on their content.
+TRANSITIONS: Mapping[type[State], frozenset[type[State]]] = MappingProxyType(
+    {
+        # Sent at once: an earlier try's batch was found in the account.
+        Planned: frozenset({Sending, Sent, Refused}),
+        # Planned: the service certainly created nothing. Sending: its answer left it open.
+        Sending: frozenset({Sending, Planned, Sent, Refused}),
+        # Sent: the account has the work under another id. Sending: the record proved wrong, so the account decides.
+        Sent: frozenset({Sent, Sending, Ended}),
+        # Planned: a batch that died is to be replaced.
+        Ended: frozenset({Planned}),
+        Refused: frozenset({Planned}),
+    }
+)
+
+
+def check_transition(key: str, before: State, after: State) -> None:
+    """
+    Refuse what cannot follow. Recording the same state twice is no transition and always allowed.
+
+    :param key: identity of the work, for the message.
+    :raises ImpossibleTransitionError: ``after`` cannot follow ``before``.
+    """
+    if after == before:
+        return
+    possible = type(after) in TRANSITIONS[type(before)]
+    match before, after:
+        case Sending(accepted=True), Sending(accepted=False) | Planned() | Refused():
+            # What may have been created is not forgotten for anything but a batch.
+            possible = False
+        case Sending(number=old), Sending(number=new):
+            possible = new == old or old == 0
+        case Sent(batch_id=sent), Ended(batch_id=ended):
+            possible = sent == ended
+        case Ended(status=BatchStatus.COMPLETED), Planned():
+            # Replacing it would pay twice.
+            possible = False
+    if not possible:
+        raise ImpossibleTransitionError(
+            f"Work {key} cannot go from {before} to {after}. Nothing was sent for it by this step. This is a fault of "
+            "the provider, or of a ledger that was edited by hand."
+        )
+
+
+def encode(state: State) -> dict[str, Any] | None:
+    """Return what a ledger stores of a state, as JSON types; ``None`` for nothing."""
+    match state:
+        case Planned():
+            return None
+        case Sending(number, at, accepted):
+            return {"state": "sending", "number": number, "at": at, "accepted": accepted}
+        case Sent(batch_id, number):
+            return {"state": "sent", "batch_id": batch_id, "number": number}
+        case Ended(batch_id, number, status, counts, errors):
+            return {
+                "state": "ended",
+                "batch_id": batch_id,
+                "number": number,
+                "status": status,
+                "counts": dict(counts),
+                "errors": list(errors),
+            }
+        case Refused(status, message):
+            return {"state": "refused", "status": status, "message": message}
+
+
+def decode(entry: Any) -> State:
+    """
+    Read what a ledger stored.
+
+    :param entry: JSON of any shape, or ``None`` for nothing.
+    :returns: the state; :data:`IN_DOUBT` if the entry is damaged or unknown.
+    """
+    if entry is None:
+        return Planned()
+    if not isinstance(entry, dict):
+        return IN_DOUBT
+    try:
+        return _decode(dict(entry))
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return IN_DOUBT
+
+
+def _decode(entry: dict[str, Any]) -> State:
+    match entry.pop("state"):
+        case "sending":
+            return Sending(_number(entry["number"]), _time(entry["at"]), _flag(entry["accepted"]))
+        case "sent":
+            return Sent(checked_id(entry["batch_id"]), _number(entry["number"]))
+        case "ended":
+            return Ended(
+                checked_id(entry["batch_id"]),
+                _number(entry["number"]),
+                _terminal(entry["status"]),
+                {
+                    name: _number(value)
+                    for name, value in _mapping(entry["counts"]).items()
+                    if name in _COUNTS
+                },
+                tuple(_text(message, _MAX_MESSAGE) for message in _list(entry["errors"])),
+            )
+        case "refused":
+            return Refused(_number(entry["status"]), _text(entry["message"], _MAX_MESSAGE))
+    raise ValueError("no state of ours")
+
+
+# Uploads --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Uploading:
+    """
+    The upload was about to begin, so a file may exist.
+
+    :param at: when that was recorded, in epoch seconds of the worker's clock.
+    :param earlier: files of the same work that the service had before; batches over them are still ours.
+    """
+
+    at: float
+    earlier: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """
+    The file exists.
+
+    :param file_id: its id.
+    :param earlier: files of the same work that it replaced, the newest last; batches over them are still ours.
+    """
+
+    file_id: str
+    earlier: tuple[str, ...] = ()
+
+
+#: ``Uploading`` and ``Uploaded`` may each follow either, since an upload is free of charge.
+UploadState: TypeAlias = Planned | Uploading | Uploaded
+
+
+def encode_upload(state: UploadState) -> dict[str, Any] | None:
+    """Return what a ledger stores of an upload, as JSON types; ``None`` for nothing."""
+    match state:
+        case Planned():
+            return None
+        case Uploading(at, earlier):
+            return {"state": "uploading", "at": at, "earlier": list(earlier)}
+        case Uploaded(file_id, earlier):
+            return {"state": "uploaded", "file_id": file_id, "earlier": list(earlier)}
+
+
+def decode_upload(entry: Any) -> UploadState:
+    """
+    Read what a ledger stored of an upload.
+
+    :param entry: JSON of any shape, or ``None`` for nothing.
+    :returns: the state; an upload that may or may not have happened if the entry is damaged or unknown.
+    """
+    if entry is None:
+        return Planned()
+    if not isinstance(entry, dict):
+        return Uploading(at=0.0)
+    try:
+        earlier = tuple(checked_id(each) for each in _list(entry["earlier"]))[-MAX_EARLIER_FILES:]
+        if entry["state"] == "uploading":
+            return Uploading(_time(entry["at"]), earlier)
+        if entry["state"] == "uploaded":
+            return Uploaded(checked_id(entry["file_id"]), earlier)
+    except (TypeError, ValueError, KeyError, OverflowError):
+        pass
+    return Uploading(at=0.0)
+
+
+# What is stored, checked ----------------------------------------------------------------------------------
+
+
+def checked_id(value: Any) -> str:
+    """
+    Return an id of the service.
+
+    :raises ValueError: it is no text, too long, or holds what no id of the service holds.
+    """
+    if not isinstance(value, str) or len(value) > MAX_ID or not _ID.fullmatch(value):
+        raise ValueError("not an id")
+    return value
+
+
+def _number(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_NUMBER:
+        raise ValueError("not a count")
+    return value
+
+
+def _clamped(value: Any) -> int:
+    usable = isinstance(value, int) and not isinstance(value, bool)
+    return min(max(value, 0), _MAX_NUMBER) if usable else 0
+
+
+def _time(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MAX_NUMBER:
+        raise ValueError("not a time")
+    return float(value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError("not a flag")
+    return value
+
+
+def _text(value: Any, most: int) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return _cut(value, most)
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError("not a list")
+    return value
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError("not a mapping")
+    return value
+
+
+def _terminal(value: Any) -> str:
+    if value not in TERMINAL_STATUSES:
+        raise ValueError("not a status that a batch ends in")
+    return str(value)
+
+
+def _cut(text: str, most: int) -> str:
+    """Return the start of a text, without what no store or log can hold."""
+    return text[:most].replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
