@@ -29,6 +29,7 @@ lint:
 	@$(call environment,$(NEWEST),dev)
 	$(newest) -m ruff check .
 	$(newest) -m ruff format --check .
+	$(dir $(newest))lint-imports --no-logo --cache-dir .cache/import-linter
 	$(newest) -m mypy
 	$(newest) -m mypy scripts tests/conftest.py
 
