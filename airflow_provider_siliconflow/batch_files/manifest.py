@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+from airflow_provider_siliconflow.api.arguments import check_prices
 from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 
 log = logging.getLogger(__name__)
@@ -68,29 +68,6 @@ class ModelRun:
     tally: ModelTally
     batches: Sequence[BatchSummary]
     paths: Mapping[str, str] = field(default_factory=dict)
-
-
-def check_prices(prices: Mapping[str, Any] | None) -> None:
-    """
-    Check the argument ``prices`` before anything is sent.
-
-    :raises InvalidInputError: it is not of the form ``{model: {"prompt": number, "completion": number}}``.
-    """
-    if prices is None:
-        return
-    if not isinstance(prices, Mapping):
-        raise InvalidInputError(f"prices must be a mapping by model, not {type(prices).__name__}")
-    for model, price in prices.items():
-        if not (
-            isinstance(model, str)
-            and isinstance(price, Mapping)
-            and set(price) == {"prompt", "completion"}
-            and all(_is_price(value) for value in price.values())
-        ):
-            raise InvalidInputError(
-                f"prices[{model!r}] must be {{'prompt': ..., 'completion': ...}} in CNY per million tokens, "
-                f"not {price!r}"
-            )
 
 
 def build_manifest(
@@ -215,10 +192,6 @@ def _rounded(prompt: float, completion: float) -> dict[str, Any]:
         "completion": round(completion, 6),
         "total": round(prompt + completion, 6),
     }
-
-
-def _is_price(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def model_slug(model: str) -> str:

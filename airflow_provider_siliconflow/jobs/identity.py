@@ -16,12 +16,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from airflow_provider_siliconflow.api import arguments
-from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+from airflow_provider_siliconflow.api.arguments import WORK_KEY, WORK_LABEL
 from airflow_provider_siliconflow.api.models import Batch
-
-#: Metadata key of the identity, and of the readable name beside it.
-WORK_KEY = "airflow_work"
-WORK_LABEL = "airflow_task"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +85,6 @@ class BatchWork:
     def is_in(self, batch: Batch) -> bool:
         """Whether a batch is this work."""
         return batch.metadata.get(WORK_KEY) == self.key
-
-
-def check_user_metadata(value: Any) -> dict[str, str]:
-    """
-    Return the author's metadata when it leaves room for the identity.
-
-    :raises InvalidInputError: it does not, uses a key of ours, or the service would not take it.
-    """
-    metadata = arguments.check_metadata(value, reserved=1)
-    for key in (WORK_KEY, WORK_LABEL):
-        if key in metadata:
-            raise InvalidInputError(f"metadata key {key!r} is used by this provider; choose another")
-    return metadata
 
 
 def upload_name(path: str, key: str) -> str:

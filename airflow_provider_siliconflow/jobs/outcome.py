@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from airflow_provider_siliconflow.api.exceptions import (
     BatchCancelledError,
@@ -19,6 +19,9 @@ from airflow_provider_siliconflow.batch_files.tally import OTHER_MESSAGES, Model
 from airflow_provider_siliconflow.batch_files.verdicts import NotJSONError, read_result
 from airflow_provider_siliconflow.jobs.downloads import ResultAPI, ResultFiles
 from airflow_provider_siliconflow.jobs.options import RunOptions
+
+if TYPE_CHECKING:
+    from airflow_provider_siliconflow.jobs.job import OpenJob
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +37,6 @@ def is_flawless(batch: Batch) -> bool:
     )
 
 
-# Outcome ----------------------------------------------------------------------------------------------------
-
-
 def judge_batch(
     batch: Batch, *, fail_on_partial_error: bool, allow_all_failed: bool = False, reason: str | None = None
 ) -> str | None:
@@ -45,7 +45,7 @@ def judge_batch(
 
     :param fail_on_partial_error: whether a single failed or expired row is a failure.
     :param allow_all_failed: whether a batch without any successful row may pass.
-    :param reason: the commonest error of the rows, where somebody looked.
+    :param reason: the most common error of the rows, if it was looked up.
     :returns: ``None`` for a flawless batch, else a sentence to warn with.
     :raises BatchError: it is a failure, by the kind of it.
     """
@@ -97,6 +97,50 @@ def judge_batch(
     return f"{story}. {fetch}"
 
 
+def finish_batch(
+    api: ResultAPI, batch: Batch, *, fail_on_partial_error: bool, allow_all_failed: bool
+) -> str | None:
+    """
+    Judge an ended batch, with the most common error of its rows unless it is flawless.
+
+    :param api: the calls.
+    :returns: a sentence to warn with, or ``None``.
+    :raises BatchError: the batch is a failure.
+    """
+    log.info("Batch %s has ended: %s", batch.id, batch.status)
+    if not batch.request_counts.total and not batch.is_dead:
+        # Counts and files may come a moment after the status; judged without them, paid rows would pass for none.
+        try:
+            batch = ResultFiles(api, batch.id).batch
+        except SiliconFlowError as exc:
+            log.warning("Batch %s cannot be read again, and is judged as it is: %s", batch.id, exc)
+    reason = None if is_flawless(batch) else most_common_error(api, batch)
+    return judge_batch(
+        batch, fail_on_partial_error=fail_on_partial_error, allow_all_failed=allow_all_failed, reason=reason
+    )
+
+
+def most_common_error(api: ResultAPI, batch: Batch) -> str | None:
+    """
+    Return the most common error message of a batch's rows, with its count; ``None`` if none can be read.
+
+    :param api: the calls.
+    :param batch: an ended batch.
+    """
+    tally = ModelTally()
+    try:
+        for line in ResultFiles(api, batch.id, patience=()).lines("error"):
+            with contextlib.suppress(NotJSONError):
+                if result := read_result(line):
+                    tally.add_message(result.error_message or "no reason given")
+    except SiliconFlowError as exc:
+        log.warning("The error file of batch %s cannot be read: %s", batch.id, exc)
+    tally.messages.pop(OTHER_MESSAGES, None)
+    for message, rows in tally.commonest_errors(1).items():
+        return f"{message} ({rows} rows)"
+    return None
+
+
 def judge_run(manifest: Mapping[str, Any], options: RunOptions) -> str | None:
     """
     Say whether a finished job is a success.
@@ -108,16 +152,10 @@ def judge_run(manifest: Mapping[str, Any], options: RunOptions) -> str | None:
     lost = rows["total"] - rows["ok"]
     if not lost:
         return None
-    story = (
-        f"{rows['ok']} of {rows['total']} rows succeeded ({rows['error']} failed, {rows['expired']} expired, "
-        f"{rows['missing']} missing)"
-    )
-    if manifest["errors"]:
-        message, count = next(iter(manifest["errors"].items()))
-        story += f"; most often: {message} ({count} rows)"
+    story = _rows_story(manifest)
     if worth := manifest.get("worth_another_attempt"):
         story += (
-            f". {worth} of them failed for a passing reason: with max_row_attempts above "
+            f". {worth} of them failed for a transient reason: with max_row_attempts above "
             f"{options.max_row_attempts} the task would have sent them again"
         )
     story += f". The results are in {manifest['paths']['output_dir']}"
@@ -135,37 +173,57 @@ def judge_run(manifest: Mapping[str, Any], options: RunOptions) -> str | None:
 
 def refuse_partial(manifest: Mapping[str, Any], what: str) -> None:
     """
-    Fail when any row of a manifest did not succeed.
+    Fail if any row of a manifest did not succeed.
 
     :param what: what the rows belong to, for the message.
     :raises BatchPartialFailureError: one did not; the files are written.
     """
     rows = manifest["rows"]
-    if rows["ok"] == rows["total"]:
-        return
-    commonest = next(iter(manifest["errors"]), None)
-    raise BatchPartialFailureError(
-        f"{what}: {rows['ok']} of {rows['total']} rows succeeded ({rows['error']} failed, {rows['expired']} "
-        f"expired, {rows['missing']} missing){f'; most often: {commonest}' if commonest else ''}. The results "
-        f"are written to {manifest['paths']['output_dir']}."
+    if rows["ok"] != rows["total"]:
+        raise BatchPartialFailureError(
+            f"{what}: {_rows_story(manifest)}. The results are written to {manifest['paths']['output_dir']}."
+        )
+
+
+def _rows_story(manifest: Mapping[str, Any]) -> str:
+    rows = manifest["rows"]
+    story = (
+        f"{rows['ok']} of {rows['total']} rows succeeded ({rows['error']} failed, {rows['expired']} expired, "
+        f"{rows['missing']} missing)"
     )
+    for message, count in list(manifest["errors"].items())[:1]:
+        story += f"; most often: {message} ({count} rows)"
+    return story
 
 
-def commonest_error(api: ResultAPI, batch: Batch) -> str | None:
+def unfinished_job(job: OpenJob, output_dir: Any) -> BatchFailedError | None:
     """
-    Return the commonest error message of a batch's rows, with its count; ``None`` where none can be read.
+    Return the error for batches that a retry has to submit (again); ``None`` if there are none.
 
-    :param batch: an ended batch.
+    :param job: the job; the results of its other batches are written.
+    :param output_dir: where they are, for the message.
     """
-    tally = ModelTally()
-    try:
-        for line in ResultFiles(api, batch.id, patience=()).lines("error"):
-            with contextlib.suppress(NotJSONError):
-                if result := read_result(line):
-                    tally.add_message(result.error_message or "no reason given")
-    except SiliconFlowError as exc:
-        log.warning("The error file of batch %s cannot be read: %s", batch.id, exc)
-    tally.messages.pop(OTHER_MESSAGES, None)
-    for message, rows in tally.commonest_errors(1).items():
-        return f"{message} ({rows} rows)"
-    return None
+    pieces = list(job.pieces)
+    story: list[str] = []
+    # The rows of a batch that failed in an earlier round went into the next one.
+    dead = [ended for piece in job.rounds[-1] if (ended := job.dead(piece))]
+    if dead:
+        named = ", ".join(f"{ended.batch_id} ({ended.status})" for ended in dead[:5])
+        reasons = [message for ended in dead for message in ended.errors]
+        reason = f"; the service says: {reasons[0]}" if reasons else ""
+        story.append(f"{len(dead)} of {len(pieces)} batches failed or were cancelled: {named}{reason}.")
+    if refused := [(piece, state) for piece in pieces if (state := job.refused(piece))]:
+        models = {job.options.replacements[piece.model] or "the rows' own models" for piece, _ in refused}
+        first = refused[0][1]
+        story.append(
+            f"{len(refused)} of {len(pieces)} batches were refused, of {', '.join(sorted(models))}: HTTP "
+            f"{first.status}, {first.message.rstrip('.')}."
+        )
+    if not story:
+        return None
+    also = " (of a cancelled one also the rows that were done)" if dead else ""
+    return BatchFailedError(
+        f"{' '.join(story)} The rows of the others are written to {output_dir}. A retry submits these "
+        f"batches{also} and pays for nothing else again; a clear would pay for all.",
+        batch_id=dead[0].batch_id if dead else None,
+    )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, Protocol, TypeVar
 
 from airflow_provider_siliconflow.api import protocol
+from airflow_provider_siliconflow.api.arguments import WORK_KEY
 from airflow_provider_siliconflow.api.exceptions import (
     NotFoundError,
     SiliconFlowError,
@@ -20,7 +21,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 )
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus, UploadedFile
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
-from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork
+from airflow_provider_siliconflow.jobs.identity import BatchWork
 from airflow_provider_siliconflow.jobs.ledger import Ledger
 from airflow_provider_siliconflow.jobs.states import (
     Ended,

@@ -99,7 +99,7 @@ class BatchWait:
     :param now: epoch seconds.
     :param poll_interval: seconds between two polls of one batch; 20 % jitter either way.
     :param deadline: epoch seconds at which the wait ends; by default an hour after the batches expire.
-    :param enough: how many ended batches end the wait; by default all.
+    :param min_ended: how many ended batches end the wait; by default all.
     :param began: epoch seconds at which the wait began, where that was in another process; by default now.
     """
 
@@ -107,7 +107,7 @@ class BatchWait:
     now: float
     poll_interval: float
     deadline: float | None = None
-    enough: int | None = None
+    min_ended: int | None = None
     began: float | None = None
     ended: dict[str, Batch] = field(default_factory=dict)
     _pending: dict[str, _Waiting] = field(default_factory=dict)
@@ -125,8 +125,8 @@ class BatchWait:
 
     @property
     def finished(self) -> bool:
-        """Whether every batch, or as many as are enough, reached a terminal status."""
-        return not self._pending or (self.enough is not None and len(self.ended) >= self.enough)
+        """Whether every batch, or as many as are asked for, reached a terminal status."""
+        return not self._pending or (self.min_ended is not None and len(self.ended) >= self.min_ended)
 
     @property
     def batches(self) -> list[Batch]:

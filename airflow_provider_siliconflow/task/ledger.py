@@ -6,22 +6,16 @@ from collections.abc import Set
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from airflow.providers.common.compat.sdk import conf
-
-from airflow_provider_siliconflow.task.state import earliest_start, how_to_search
-
 if TYPE_CHECKING:
-    from airflow.providers.common.compat.sdk import Context
-
     from airflow_provider_siliconflow.api.client import SiliconFlowClient
     from airflow_provider_siliconflow.jobs.ledger import Ledger
     from airflow_provider_siliconflow.jobs.states import State, UploadState
     from airflow_provider_siliconflow.jobs.submission import Submission
+    from airflow_provider_siliconflow.task.state import TaskTry
 
 
-#: Names in the task state store beside the keys of work: the generation it was there from the start of, and the batch
-#: recorded last.
-_GENERATION, _LAST = "generation", "last"
+#: Name in the task state store beside the keys of work: the last try that wrote there.
+_TRY = "try"
 #: Entries outlive the longest batch and the files of the service, whatever the store's own default is.
 _RETENTION = timedelta(days=31)
 
@@ -30,21 +24,24 @@ class TaskStateLedger:
     """
     The ledger over Airflow's task state store (3.3+), which survives retries, crashes and deferral.
 
-    It is complete where it was there from the first try of the generation on: an earlier try may have run before
-    Airflow was upgraded, or with the store switched off.
+    It is complete if it was there in every try so far. An earlier try may have run before Airflow was upgraded, with
+    the store switched off, or before a clear, at which some versions of Airflow discard the store. Each try leaves its
+    number, so a chain of numbers without a gap is the proof.
 
     :param store: ``context["task_state_store"]``.
-    :param generation: of the tries, see :class:`~.jobs.identity.Submitter`.
-    :param first: whether no earlier try of this generation can have submitted anything.
+    :param try_number: of this try, from 1.
     """
 
-    def __init__(self, store: Any, *, generation: int, first: bool) -> None:
+    def __init__(self, store: Any, *, try_number: int) -> None:
         self._store = store
-        self._generation = generation
         self._known: dict[str, State] = {}
-        if first:
-            self._set(_GENERATION, {"number": generation})
-        self.complete = first or self._get(_GENERATION) == {"number": generation}
+        last = self._get(_TRY)
+        self.complete = try_number <= 1 or (
+            isinstance(last, dict)
+            and last.get("complete") is True
+            and last.get("number") in (try_number - 1, try_number)
+        )
+        self._set(_TRY, {"number": try_number, "complete": self.complete})
 
     @staticmethod
     def _name(key: str) -> str:
@@ -53,14 +50,6 @@ class TaskStateLedger:
     def older_batches(self, key: str) -> Set[str]:
         """Return none: a task that submits a single batch has no older one."""
         return frozenset()
-
-    @property
-    def submitted(self) -> str | None:
-        """The batch that a try of this generation recorded last, whatever its request was."""
-        last = self._get(_LAST)
-        if not isinstance(last, dict) or last.get("generation") != self._generation:
-            return None
-        return last.get("batch_id")
 
     def state(self, key: str) -> State:
         """Return what a piece of work is."""
@@ -72,7 +61,7 @@ class TaskStateLedger:
 
     def record(self, key: str, state: State) -> None:
         """Record what a piece of work is now."""
-        from airflow_provider_siliconflow.jobs.states import Sent, check_transition, encode
+        from airflow_provider_siliconflow.jobs.states import check_transition, encode
 
         before = self.state(key)
         if state == before:
@@ -80,8 +69,6 @@ class TaskStateLedger:
         check_transition(key, before, state)
         self._set(key, encode(state))
         self._known[key] = state
-        if isinstance(state, Sent):
-            self._set(_LAST, {"batch_id": state.batch_id, "generation": self._generation})
 
     def retire(self, key: str) -> None:
         """Plan a piece of work anew whose batch died."""
@@ -115,28 +102,16 @@ class TaskStateLedger:
             self._store.set(self._name(name), value, retention=_RETENTION)
 
 
-def ledger_of(context: Context) -> Ledger:
-    """Return the task's ledger; ``[siliconflow] task_state_store = False`` does without Airflow's store."""
+def open_submission(task_try: TaskTry, client: SiliconFlowClient, ledger: Ledger | None = None) -> Submission:
+    """
+    Return what submits for a try.
+
+    :param ledger: what outlives the try; by default Airflow's task state store if there is one.
+    """
     from airflow_provider_siliconflow.jobs.ledger import NoLedger
-
-    store = context.get("task_state_store")
-    if store is None or not conf.getboolean("siliconflow", "task_state_store", fallback=True):
-        return NoLedger()
-    first = how_to_search(context) in ("none", "once")
-    return TaskStateLedger(store, generation=context["ti"].max_tries or 0, first=first)
-
-
-def open_submission(context: Context, client: SiliconFlowClient, ledger: Ledger | None = None) -> Submission:
-    """
-    Return what submits for this try.
-
-    :param ledger: what outlives a try; by default Airflow's task state store where there is one.
-    """
     from airflow_provider_siliconflow.jobs.submission import Submission
 
-    return Submission(
-        client,
-        ledger=ledger_of(context) if ledger is None else ledger,
-        earlier_tries=how_to_search(context),
-        since=earliest_start(context),
-    )
+    if ledger is None:
+        store = task_try.store
+        ledger = NoLedger() if store is None else TaskStateLedger(store, try_number=task_try.number)
+    return Submission(client, ledger=ledger, earlier_tries=task_try.search, since=task_try.since)

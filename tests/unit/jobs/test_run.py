@@ -28,7 +28,7 @@ from airflow_provider_siliconflow.jobs.ledger import FolderLedger
 from airflow_provider_siliconflow.jobs.options import check_options
 from airflow_provider_siliconflow.jobs.outcome import judge_run
 from airflow_provider_siliconflow.jobs.plan import estimate
-from airflow_provider_siliconflow.jobs.run import BatchRun
+from airflow_provider_siliconflow.jobs.run import BatchRun, Wait
 from airflow_provider_siliconflow.jobs.submission import Submission
 
 MODELS = ["Qwen/Qwen3-32B", "THUDM/GLM-4-9B-0414"]
@@ -83,6 +83,8 @@ class Job:
         self.map_index = -1
         self.host = emulator.base_url
         self.after: Callable[[str], None] = lambda _: None
+        self.timeout: float | None = None
+        self.waits: list[Wait] = []
 
     def _client(self) -> SiliconFlowClient:
         job = self
@@ -112,20 +114,15 @@ class Job:
             open_submission=open_submission,
             earlier_tries=self.tries > 1,
         )
-        if (done := run.finished_before()) is not None:
-            return done
-        run.prepare(lambda: self.requests, "requests")
-        run.revive()
-        while True:
-            while batches := run.submit_due():
-                enough = run.wake_after(len(batches)) or len(batches)
-                ended: list[Any] = []
-                while len(ended) < enough:
-                    seen = [client.get_batch(batch_id) for batch_id in batches]
-                    ended = [batch for batch in seen if batch.is_terminal]
-                run.note(ended)
-            if not run.merge():
-                return run.finish()
+        wait = run.start(lambda: self.requests, "requests", timeout=self.timeout)
+        while wait is not None:
+            self.waits.append(wait)
+            ended: list[Any] = []
+            while len(ended) < (wait.min_ended or len(wait.batch_ids)):
+                seen = [client.get_batch(batch_id) for batch_id in wait.batch_ids]
+                ended = [batch for batch in seen if batch.is_terminal]
+            wait = run.resume(ended)
+        return run.finish()
 
 
 def results(folder: Path, model: str = MODELS[0]) -> list[dict[str, Any]]:
@@ -162,7 +159,7 @@ def test_only_rows_worth_it_are_sent_again(emulator: Emulator, tmp_path: Path) -
 def test_a_row_that_another_attempt_may_mend_is_told(emulator: Emulator, tmp_path: Path) -> None:
     marks = {3: "[[emulator:once=429]]", 4: "[[emulator:error=400]]"}
     job = Job(emulator, tmp_path, rows(6, lambda i: marks.get(i, "")), models=MODELS[:1])
-    assert "1 of them failed for a passing reason: with max_row_attempts above 1" in (
+    assert "1 of them failed for a transient reason: with max_row_attempts above 1" in (
         judge_run(job.attempt(), job.options) or ""
     )
 
@@ -206,6 +203,42 @@ def test_an_empty_account_keeps_what_was_submitted_for_a_retry(emulator: Emulato
     assert [row["error"] is None for row in found] == [True] * 10 + [False] * 5, "what was paid is there"
     assert job.attempt()["rows"]["ok"] == 15
     assert posts(emulator) == (3, 4)
+
+
+def test_an_empty_account_ends_the_rounds(emulator: Emulator, tmp_path: Path) -> None:
+    """Rows fail for a transient reason as well, but who sends them again pays for nothing but refusals."""
+    marks = {3: "[[emulator:once=429]]", 4: "[[emulator:once=402]]"}
+    job = Job(emulator, tmp_path, rows(6, lambda i: marks.get(i, "")), models=MODELS[:1], max_row_attempts=3)
+    manifest = job.attempt()
+    assert [each["rows"] for each in manifest["rounds"]] == [6]
+    assert (manifest["rows"]["ok"], manifest["rows"]["error"]) == (4, 2)
+
+
+def test_a_wait_says_how_many_batches_must_end_and_until_when(emulator: Emulator, tmp_path: Path) -> None:
+    job = Job(emulator, tmp_path, rows(60), models=MODELS[:1], max_in_flight=8)
+    job.timeout = 3600.0
+    before = time.time()
+    assert job.attempt()["rows"]["ok"] == 60
+    first, *_, last = job.waits
+    assert (len(first.batch_ids), first.min_ended) == (8, 2), (
+        "a quarter, so that 12 batches do not wake 12 times"
+    )
+    assert last.min_ended is None, "nothing is left to be sent"
+    assert {wait.deadline for wait in job.waits} == {first.deadline}
+    assert first.deadline is not None
+    assert before + 3600 <= first.deadline <= time.time() + 3600
+
+
+def test_each_try_has_a_deadline_of_its_own(emulator: Emulator, tmp_path: Path) -> None:
+    job = Job(emulator, tmp_path, rows(10), models=MODELS[:1])
+    job.after = fail_first_of(emulator)
+    job.timeout = 60.0
+    with pytest.raises(BatchFailedError):
+        job.attempt()
+    job.timeout = None
+    job.attempt()
+    assert job.waits[0].deadline is not None
+    assert job.waits[-1].deadline is None
 
 
 def test_bad_rows_are_refused_before_anything_is_sent(emulator: Emulator, tmp_path: Path) -> None:
