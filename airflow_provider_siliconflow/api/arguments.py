@@ -7,7 +7,6 @@ Imports nothing heavy, since what is known when a DAG is parsed is checked then.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -24,8 +23,9 @@ MAX_METADATA_PAIRS, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
 MAX_FILE_BYTES = 10**9
 MAX_FILE_LINES = 5000
 
-#: Metadata keys of this provider: the identity of a piece of work, and a readable name beside it if there is room.
-WORK_KEY, WORK_LABEL = "airflow_work", "airflow_task"
+#: Metadata keys of this provider: the identity of a piece of work, and, if there is room, a readable name, the task
+#: instance and the deployment.
+IDENTITY_KEYS = ("airflow_work", "airflow_task", "airflow_submitter", "airflow_deployment")
 
 
 def check_completion_window(value: Any) -> str:
@@ -55,7 +55,7 @@ def check_metadata(value: Any, *, identified: bool = False) -> dict[str, str]:
     Return metadata that the service will take.
 
     :param value: a mapping of strings, or ``None``.
-    :param identified: whether the batch carries its identity besides, which takes one pair and two names.
+    :param identified: whether the batch carries its identity besides, which takes one pair and four names.
     :raises InvalidInputError: too many pairs, a name of this provider's, or a key or value that is too long or no
         string.
     """
@@ -71,7 +71,7 @@ def check_metadata(value: Any, *, identified: bool = False) -> dict[str, str]:
             else ""
         )
         raise InvalidInputError(f"metadata may hold at most {room} pairs{extra}; got {len(value)}")
-    if identified and (taken := {WORK_KEY, WORK_LABEL} & set(value)):
+    if identified and (taken := set(IDENTITY_KEYS) & set(value)):
         raise InvalidInputError(f"metadata key {min(taken)!r} is used by this provider; choose another")
     for key, item in value.items():
         if not isinstance(key, str) or not 1 <= len(key) <= MAX_METADATA_KEY or not _can_be_sent(key):
@@ -146,56 +146,6 @@ def _model_name(argument: str, value: Any) -> str:
             f"{argument} must be the name of a model such as 'Qwen/Qwen3-32B'; got {value!r}"
         )
     return value.strip()
-
-
-def check_request_params(value: Any) -> dict[str, Any] | None:
-    """
-    Return body parameters for rows that lack them.
-
-    :param value: a mapping such as ``{"temperature": 0.2}``, or ``None``.
-    :raises InvalidInputError: it is no mapping, is not JSON, holds ``messages``, or its model is not a name.
-    """
-    if value is None:
-        return None
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise InvalidInputError(
-            f"request_params must be a mapping such as {{'temperature': 0.2}}; got {type(value).__name__}"
-        )
-    if "messages" in value:
-        raise InvalidInputError("request_params must not hold 'messages': every row has its own")
-    if value.get("model") is not None:
-        _model_name("request_params['model']", value["model"])
-    _check_json("request_params", value)
-    return dict(value)
-
-
-def check_prices(value: Any) -> dict[str, dict[str, float]] | None:
-    """
-    Return prices in CNY per million tokens.
-
-    :param value: ``{model: {"prompt": number, "completion": number}}``, or ``None``.
-    :raises InvalidInputError: it is of another form.
-    """
-    if value is None:
-        return None
-    if not isinstance(value, Mapping):
-        raise InvalidInputError(f"prices must be a mapping by model; got {type(value).__name__}")
-    for model, price in value.items():
-        if not (
-            isinstance(model, str)
-            and isinstance(price, Mapping)
-            and set(price) == {"prompt", "completion"}
-            and all(_is_price(each) for each in price.values())
-        ):
-            raise InvalidInputError(
-                f"prices[{model!r}] must be {{'prompt': ..., 'completion': ...}} in CNY per million tokens; "
-                f"got {price!r}"
-            )
-    return {model: dict(price) for model, price in value.items()}
-
-
-def _is_price(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _check_json(argument: str, value: Mapping[str, Any]) -> None:

@@ -268,12 +268,9 @@ class SiliconFlowHook(BaseHook):
         :param batch: the batch or its id; it is read anew for fresh URLs.
         :raises IncompleteResultsError: a file is cut, or holds fewer rows than the batch counts.
         """
-        from airflow_provider_siliconflow.batch_files.result_lines import results_of
-        from airflow_provider_siliconflow.jobs.downloads import KINDS, ResultFiles
+        from airflow_provider_siliconflow.jobs.downloads import iter_results
 
-        files = ResultFiles(self._client, batch if isinstance(batch, str) else batch.id)
-        for kind in KINDS:
-            yield from results_of(files.lines(kind), f"the {kind} file", files.batch.id)
+        yield from iter_results(self._client, batch if isinstance(batch, str) else batch.id)
 
     def download_results(self, batch_id: str, output_dir: str | Path | ObjectStoragePath) -> dict[str, Any]:
         """

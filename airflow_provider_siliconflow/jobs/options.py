@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from airflow_provider_siliconflow.api import arguments
+from airflow_provider_siliconflow.batch_files.parameters import check_parameters
+from airflow_provider_siliconflow.batch_files.prices import check_prices
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ def check_options(
         max_row_attempts=max_row_attempts,
         max_error_rate=max_error_rate,
     )
+    check_parameters("request_params", request_params)
+    check_prices(prices)
     return RunOptions(
         models=arguments.check_models(model, models),
         completion_window=arguments.check_completion_window(completion_window),
@@ -78,7 +82,7 @@ def check_options(
         max_in_flight=max_in_flight,
         max_row_attempts=max_row_attempts,
         max_error_rate=max_error_rate,
-        prices=arguments.check_prices(prices),
-        request_params=arguments.check_request_params(request_params),
+        prices=prices,
+        request_params=request_params,
         **rest,
     )

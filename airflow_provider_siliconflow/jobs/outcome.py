@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_siliconflow.api.exceptions import (
     BatchCancelledError,
+    BatchError,
     BatchExpiredError,
     BatchFailedError,
     BatchPartialFailureError,
+    IncompleteResultsError,
     SiliconFlowError,
 )
-from airflow_provider_siliconflow.api.models import Batch, BatchStatus
+from airflow_provider_siliconflow.api.models import Batch, BatchStatus, Outcome, RequestCounts
+from airflow_provider_siliconflow.batch_files.decimals import exceeds
+from airflow_provider_siliconflow.batch_files.result_lines import results_in
 from airflow_provider_siliconflow.batch_files.tally import OTHER_MESSAGES, ModelTally
-from airflow_provider_siliconflow.batch_files.verdicts import NotJSONError, read_result
-from airflow_provider_siliconflow.jobs.downloads import ResultAPI, ResultFiles
+from airflow_provider_siliconflow.jobs.downloads import ResultAPI, ResultFiles, downloaded, outcomes_in
 from airflow_provider_siliconflow.jobs.options import RunOptions
+from airflow_provider_siliconflow.jobs.settled import is_settled
 
 if TYPE_CHECKING:
+    from airflow_provider_siliconflow.jobs.collecting import Collected
     from airflow_provider_siliconflow.jobs.job import OpenJob
 
 log = logging.getLogger(__name__)
@@ -81,10 +85,9 @@ def judge_batch(
             batch_id=batch.id,
             retryable=False,
         )
-    if not counts.total and batch.error_file_id and not batch.output_file_id and not allow_all_failed:
+    if not counts.total and not batch.output_file_id and not allow_all_failed:
         raise BatchFailedError(
-            f"{story}. The service gives no counts and names a file with errors, but none with results; a retry "
-            "looks at the same batch again.",
+            f"{story}. The service gives no counts and names no file with results; a retry reads the same batch again.",
             batch_id=batch.id,
         )
     if lost == 0 and batch.status != BatchStatus.EXPIRED:
@@ -103,21 +106,36 @@ def finish_batch(
     """
     Judge an ended batch, with the most common error of its rows unless it is flawless.
 
+    If its counts do not add up, its files are counted instead.
+
     :param api: the calls.
+    :param batch: the batch that a wait ended with.
     :returns: a sentence to warn with, or ``None``.
+    :raises IncompleteResultsError: the batch is not settled yet; a retry reads it again.
     :raises BatchError: the batch is a failure.
     """
     log.info("Batch %s has ended: %s", batch.id, batch.status)
-    if not batch.request_counts.total and not batch.is_dead:
-        # Counts and files may come a moment after the status; judged without them, paid rows would pass for none.
-        try:
-            batch = ResultFiles(api, batch.id).batch
-        except SiliconFlowError as exc:
-            log.warning("Batch %s cannot be read again, and is judged as it is: %s", batch.id, exc)
+    if not batch.is_dead and not is_settled(batch):
+        batch = _counted_by_files(api, batch)
     reason = None if is_flawless(batch) else most_common_error(api, batch)
     return judge_batch(
         batch, fail_on_partial_error=fail_on_partial_error, allow_all_failed=allow_all_failed, reason=reason
     )
+
+
+def _counted_by_files(api: ResultAPI, batch: Batch) -> Batch:
+    """Return a batch with the counts that its files give."""
+    with downloaded(api, batch.id) as (fresh, files):
+        if is_settled(fresh):
+            return fresh
+        outcomes = list(outcomes_in(files).values())
+    ok = outcomes.count(Outcome.OK)
+    total = max(fresh.request_counts.total, len(outcomes))
+    counts = RequestCounts(total=total, completed=ok, failed=len(outcomes) - ok)
+    log.info(
+        "The counts of batch %s do not add up; by its files %d of %d rows succeeded", batch.id, ok, total
+    )
+    return fresh.model_copy(update={"request_counts": counts})
 
 
 def most_common_error(api: ResultAPI, batch: Batch) -> str | None:
@@ -129,14 +147,13 @@ def most_common_error(api: ResultAPI, batch: Batch) -> str | None:
     """
     tally = ModelTally()
     try:
-        for line in ResultFiles(api, batch.id, patience=()).lines("error"):
-            with contextlib.suppress(NotJSONError):
-                if result := read_result(line):
-                    tally.add_message(result.error_message or "no reason given")
+        chunks = ResultFiles(api, batch.id).chunks("error")
+        for result in results_in(chunks, name="the error file", on_unreadable=lambda problem: None):
+            tally.add_message(result.error_message or "no reason given")
     except SiliconFlowError as exc:
         log.warning("The error file of batch %s cannot be read: %s", batch.id, exc)
     tally.messages.pop(OTHER_MESSAGES, None)
-    for message, rows in tally.commonest_errors(1).items():
+    for message, rows in tally.most_common_errors(1).items():
         return f"{message} ({rows} rows)"
     return None
 
@@ -160,7 +177,7 @@ def judge_run(manifest: Mapping[str, Any], options: RunOptions) -> str | None:
         )
     story += f". The results are in {manifest['paths']['output_dir']}"
     rate = options.max_error_rate
-    if rate is not None and lost > rate * rows["total"]:
+    if rate is not None and exceeds(lost, rows["total"], rate):
         raise BatchPartialFailureError(
             f"{story}. {lost / rows['total']:.2%} is more than max_error_rate allows ({rate:.2%})."
         )
@@ -196,17 +213,22 @@ def _rows_story(manifest: Mapping[str, Any]) -> str:
     return story
 
 
-def unfinished_job(job: OpenJob, output_dir: Any) -> BatchFailedError | None:
+def unfinished_job(job: OpenJob, collected: Collected, output_dir: Any) -> BatchError | None:
     """
-    Return the error for batches that a retry has to submit (again); ``None`` if there are none.
+    Return the error for batches that a retry has to submit (again) or to read; ``None`` if there are none.
 
     :param job: the job; the results of its other batches are written.
-    :param output_dir: where they are, for the message.
+    :param collected: what its batches brought.
+    :param output_dir: where the results are, for the message.
     """
     pieces = list(job.pieces)
     story: list[str] = []
     # The rows of a batch that failed in an earlier round went into the next one.
-    dead = [ended for piece in job.rounds[-1] if (ended := job.dead(piece))]
+    dead = [
+        ended
+        for piece in job.rounds[-1]
+        if (ended := job.dead(piece)) and collected.unanswered.get(ended.batch_id, 1)
+    ]
     if dead:
         named = ", ".join(f"{ended.batch_id} ({ended.status})" for ended in dead[:5])
         reasons = [message for ended in dead for message in ended.errors]
@@ -219,11 +241,14 @@ def unfinished_job(job: OpenJob, output_dir: Any) -> BatchFailedError | None:
             f"{len(refused)} of {len(pieces)} batches were refused, of {', '.join(sorted(models))}: HTTP "
             f"{first.status}, {first.message.rstrip('.')}."
         )
+    for batch_id, why in list(collected.spoilt.items())[:5]:
+        story.append(f"Batch {batch_id} cannot be read: {why.rstrip('.')}.")
     if not story:
         return None
-    also = " (of a cancelled one also the rows that were done)" if dead else ""
-    return BatchFailedError(
-        f"{' '.join(story)} The rows of the others are written to {output_dir}. A retry submits these "
-        f"batches{also} and pays for nothing else again; a clear would pay for all.",
-        batch_id=dead[0].batch_id if dead else None,
+    kind = BatchFailedError if dead or refused else IncompleteResultsError
+    named_first = dead[0].batch_id if dead else next(iter(collected.spoilt), None)
+    return kind(
+        f"{' '.join(story)} The rows of the other batches are written to {output_dir}. A retry submits the rows that "
+        "have no answer, reads again what could not be read, and pays for nothing else again.",
+        batch_id=named_first,
     )

@@ -22,29 +22,25 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from airflow_provider_siliconflow.api.client import SiliconFlowClient
-from airflow_provider_siliconflow.api.exceptions import InvalidInputError, SiliconFlowError
+from airflow_provider_siliconflow.api.exceptions import (
+    InvalidInputError,
+    JobTakenOverError,
+    SiliconFlowError,
+)
 from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.batch_files.atomic_files import write_json
 from airflow_provider_siliconflow.batch_files.manifest import render_summary
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
 from airflow_provider_siliconflow.jobs.collecting import Collected, Collector
-from airflow_provider_siliconflow.jobs.folder import read_json, remove_tree
 from airflow_provider_siliconflow.jobs.identity import Submitter
 from airflow_provider_siliconflow.jobs.job import OpenJob
-from airflow_provider_siliconflow.jobs.ledger import FolderLedger
+from airflow_provider_siliconflow.jobs.ledger import Owner
+from airflow_provider_siliconflow.jobs.opening import Opening, OpenSubmission
 from airflow_provider_siliconflow.jobs.options import RunOptions
 from airflow_provider_siliconflow.jobs.outcome import unfinished_job
-from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, Plan, PlanFolder, plan
 from airflow_provider_siliconflow.jobs.sending import Sender
-from airflow_provider_siliconflow.jobs.states import Sending
-from airflow_provider_siliconflow.jobs.submission import Submission
 
 log = logging.getLogger(__name__)
-
-#: Folder below the output in which jobs keep what outlives a process.
-WORK_FOLDER = ".siliconflow"
-
-OpenSubmission = Callable[[FolderLedger], Submission]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +78,8 @@ class BatchRun:
     :param output_dir: ``pathlib.Path`` or ``ObjectStoragePath`` of the results.
     :param open_submission: makes the submission over the job's ledger.
     :param earlier_tries: whether an earlier try of this generation may have left batches behind.
+    :param owner: this try, with a fresh token; a resumption is told by ``try_id`` and ``try_number``.
+    :param cancel_on_kill: whether to cancel what an earlier generation of this task left open in ``output_dir``.
     :param clock: time.
     """
 
@@ -95,18 +93,28 @@ class BatchRun:
         output_dir: Any,
         open_submission: OpenSubmission,
         earlier_tries: bool,
+        owner: Owner,
+        cancel_on_kill: bool,
         clock: Clock | None = None,
     ) -> None:
-        self._options = options
         self._submitter = submitter
         self._client = client
-        self._conn_id = conn_id
         self._output_dir = output_dir
-        self._open_submission = open_submission
         self._earlier_tries = earlier_tries
+        self._owner = owner
+        self._cancel_on_kill = cancel_on_kill
         self._clock: Clock = clock or SystemClock()
-        self._key = submitter.key(run=str(output_dir), models=list(options.models), conn_id=conn_id)
-        self._plans = PlanFolder(output_dir / WORK_FOLDER / self._key[:16])
+        self._opening = Opening(
+            options,
+            submitter=submitter,
+            client=client,
+            conn_id=conn_id,
+            output_dir=output_dir,
+            open_submission=open_submission,
+            earlier_tries=earlier_tries,
+            owner=owner,
+            clock=self._clock,
+        )
         self._opened: _Opened | None = None
         self._collected: Collected | None = None
         self._earlier_manifest: dict[str, Any] | None = None
@@ -119,19 +127,32 @@ class BatchRun:
         """
         Begin a try: plan and submit, or take up what an earlier try left.
 
-        :param requests: returns the rows, a file or Python objects; only called if no earlier try made a plan.
+        :param requests: returns the rows, a file or Python objects. Rows that an earlier try planned are compared with
+            them.
         :param name: what messages call them.
         :param timeout: seconds until the try's waits end, over all of its deferrals; ``None`` leaves it to the batches.
         :returns: what to wait for; ``None`` if nothing is left but :meth:`finish`.
         :raises InvalidRequestFileError: rows are wrong; nothing was uploaded.
+        :raises InvalidInputError: rows were changed since they were submitted, or another job runs in ``output_dir``.
         :raises SiliconFlowError: the service refuses, and has taken no batch of this job.
         """
-        self._earlier_manifest = self._finished_before()
+        # On a first try a manifest is of a run that was deleted and made again under the same id.
+        self._earlier_manifest = self._opening.finished_manifest() if self._earlier_tries else None
         if self._earlier_manifest is not None:
             log.info("An earlier try wrote all results and the manifest; nothing is left to do")
             return None
-        opened = self._prepare(requests, name)
-        opened.job.ledger.deadline = None if timeout is None else self._clock.time() + timeout
+        job = self._opening.prepare(requests, name, cancels=self._cancel_on_kill)
+        opened = self._take(job, began=self._owner.at)
+        split = job.plan.split
+        log.info(
+            "%d rows in %d shards over %s: %d batches, about %d prompt tokens each time",
+            split.rows,
+            len(split.shards),
+            ", ".join(job.options.models) or "the models that the rows name",
+            len(split.shards) * len(job.models),
+            split.prompt_tokens,
+        )
+        job.ledger.deadline = None if timeout is None else self._clock.time() + timeout
         opened.sender.take_up()
         return self._advance(opened)
 
@@ -142,9 +163,19 @@ class BatchRun:
         :param ended: the batches that ended.
         :returns: what to wait for next; ``None`` if nothing is left but :meth:`finish`.
         :raises InvalidInputError: the job's folder is gone.
+        :raises JobTakenOverError: another try does the job now.
         """
-        opened = self._open()
-        opened.job.record_ended(ended)
+        try:
+            opened = self._open()
+        except InvalidInputError:
+            self._earlier_manifest = self._opening.finished_manifest()
+            if self._earlier_manifest is None:
+                raise
+            log.info("Another try of this task has finished the job; its manifest is taken")
+            return None
+        batches = list(ended)
+        opened.job.record_ended(batches, at=self._clock.time())
+        opened.collector.settle(batches)
         return self._advance(opened)
 
     def finish(self) -> dict[str, Any]:
@@ -152,6 +183,7 @@ class BatchRun:
         Write the manifest and return it.
 
         :raises BatchFailedError: batches failed, were cancelled or refused; the results of the others are written.
+        :raises IncompleteResultsError: batches cannot be read; the results of the others are written.
         """
         if self._earlier_manifest is not None:
             return self._earlier_manifest
@@ -160,24 +192,25 @@ class BatchRun:
         manifest = opened.collector.manifest(collected)
         manifest["task"] = asdict(self._submitter)
         log.info("Results are in %s\n%s", self._output_dir, render_summary(manifest))
-        if unfinished := unfinished_job(opened.job, self._output_dir):
-            manifest["unfinished"] = self._key
-            write_json(self._output_dir / "manifest.json", manifest)
-            raise unfinished
+        unfinished = unfinished_job(opened.job, collected, self._output_dir)
         # With this key the manifest says that nothing is left to do, whatever the verdict on it.
-        manifest["run"] = self._key
+        manifest["unfinished" if unfinished else "run"] = self._opening.key
+        opened.job.ledger.check_owner()
         write_json(self._output_dir / "manifest.json", manifest)
-        remove_tree(self._plans.path)
+        if unfinished:
+            raise unfinished
+        self._opening.tidy_older(cancels=False)
+        opened.job.ledger.remove_folder()
         return manifest
 
     def _advance(self, opened: _Opened) -> Wait | None:
         """Submit what is due; once all batches have ended, collect, and plan the next round."""
         job = opened.job
         while True:
-            opened.sender.submit_due()
+            is_full = opened.sender.submit_due()
             if open_batches := job.open_batches:
-                return Wait(open_batches, self._min_ended(job), job.ledger.deadline)
-            self._refuse_sibling()
+                return Wait(open_batches, 1 if is_full else self._min_ended(job), job.ledger.deadline)
+            self._opening.refuse_sibling()
             self._collected = opened.collector.collect()
             shards = opened.collector.next_round(self._collected)
             if shards is None:
@@ -198,121 +231,20 @@ class BatchRun:
 
     # Opening ----------------------------------------------------------------------------------------------
 
-    def _finished_before(self) -> dict[str, Any] | None:
-        """Return the manifest if an earlier try of this job wrote it, having done everything else."""
-        manifest = self._manifest()
-        # On a first try it is of a run that was deleted and made again under the same id.
-        return manifest if self._earlier_tries and manifest.get("run") == self._key else None
-
-    def _manifest(self) -> dict[str, Any]:
-        return read_json(self._output_dir / "manifest.json", or_cut="it will be replaced") or {}
-
-    def _refuse_sibling(self) -> None:
-        """
-        Refuse to write over the results of another map index of the same task and run.
-
-        :raises InvalidInputError: they are there.
-        """
-        theirs, mine = self._manifest().get("task") or {}, asdict(self._submitter)
-        same = {"dag_id", "run_id", "task_id", "generation"}
-        if theirs.get("map_index") != mine["map_index"] and {n: theirs.get(n) for n in same} == {
-            n: mine[n] for n in same
-        }:
-            raise InvalidInputError(
-                f"output_dir: {self._output_dir} holds the results of map index {theirs['map_index']} of this task. "
-                "A mapped task needs a folder per map index, such as '.../{{ ti.map_index }}'"
-            )
-
-    def _prepare(self, requests: Callable[[], Any], name: str) -> _Opened:
-        """Make the plan, or take up the one that an earlier try made."""
-        self._refuse_sibling()
-        if (manifest := self._manifest()) and manifest.get("unfinished") != self._key:
-            log.warning("%s holds the results of another job; they will be replaced", self._output_dir)
-        stored = self._plans.read()
-        if stored is not None and not self._earlier_tries:
-            log.warning("%s is left of a run that was deleted; it is not used", self._plans)
-            remove_tree(self._plans.path)
-            stored = None
-        if stored is None:
-            self._make_plan(requests(), name)
-        else:
-            log.info("Going on with the rows as an earlier try planned them")
-        opened = self._open()
-        split = opened.job.plan.split
-        log.info(
-            "%d rows in %d shards over %s: %d batches, about %d prompt tokens each time",
-            split.rows,
-            len(split.shards),
-            ", ".join(self._options.models) or "the models that the rows name",
-            len(split.shards) * len(self._options.replacements),
-            split.prompt_tokens,
-        )
-        return opened
-
-    def _make_plan(self, requests: Any, name: str) -> None:
-        try:
-            split = plan(requests, self._plans.path / FIRST_ROUND, name=name, options=self._options)
-        except InvalidInputError:
-            remove_tree(self._plans.path)
-            raise
-        self._warn_of_unknown_models()
-        # Before the plan: a plan without a ledger tells that the ledger was lost.
-        write_json(self._plans.path / "ledger.json", {})
-        self._plans.write(
-            Plan(
-                split,
-                self._options.completion_window,
-                self._options.metadata,
-                # An earlier try may have sent batches that this folder knows nothing of.
-                complete=not self._earlier_tries,
-            )
-        )
-
-    def _warn_of_unknown_models(self) -> None:
-        """Look the models up in the account's list, which costs nothing; the list does not say which batches take."""
-        if not self._options.models:
-            return
-        try:
-            known = set(self._client.list_models(repeat=False))
-        except SiliconFlowError as exc:
-            log.info("The account's models cannot be listed, so none is looked up: %s", exc)
-            return
-        unknown = [model for model in self._options.models if model not in known]
-        if known and unknown:
-            log.warning(
-                "The account does not list %s among its chat models; the service may refuse it",
-                ", ".join(unknown),
-            )
-
     def _open(self) -> _Opened:
-        """
-        Return the job, opened from its folder if this process did not do so yet.
-
-        :raises InvalidInputError: the folder is gone.
-        """
+        """Return the job, opened from its folder if this process did not do so yet."""
         if self._opened is None:
-            stored = self._plans.read()
-            if stored is None:
-                raise InvalidInputError(
-                    f"{self._plans} holds no plan any more: output_dir must be seen by every worker, and render the "
-                    "same, while the task waits. The batches are untouched. A retry makes the plan anew, searches the "
-                    "account and adopts them; a clear would pay for all again.",
-                    retryable=True,
-                )
-            ledger = FolderLedger(self._plans.path / "ledger.json", complete=stored.complete)
-            job = OpenJob(
-                self._options,
-                stored,
-                submitter=self._submitter,
-                conn_id=self._conn_id,
-                plans=self._plans,
-                ledger=ledger,
-                submission=self._open_submission(ledger),
-            )
-            sender, collector = Sender(job, self._client), Collector(job, self._client, self._output_dir)
-            self._opened = _Opened(job, sender, collector)
-            if self._stopped:
-                sender.stop(cancels=self._cancels)
+            job, owner = self._opening.reopen()
+            return self._take(job, began=owner.at)
+        return self._opened
+
+    def _take(self, job: OpenJob, *, began: float) -> _Opened:
+        owner = self._opening.key[:16]
+        collector = Collector(job, self._client, self._output_dir, clock=self._clock, owner=owner)
+        sender = Sender(job, self._client, collector, clock=self._clock, began=began)
+        self._opened = _Opened(job, sender, collector)
+        if self._stopped:
+            sender.stop(cancels=self._cancels)
         return self._opened
 
     # From outside -----------------------------------------------------------------------------------------
@@ -325,21 +257,26 @@ class BatchRun:
 
     @property
     def open_batches(self) -> tuple[str, ...]:
-        """Ids of the batches that were submitted and have not ended as far as the job knows."""
+        """Ids of the batches of this try that were submitted and have not ended as far as the job knows."""
         job = self._known_job
         return () if job is None else job.open_batches
 
     @property
     def _known_job(self) -> OpenJob | None:
-        """The job, also before this process opened it: an earlier try, or deferral, may have batches open."""
+        """The job, also before this process opened it; ``None`` if there is none, or another try does it now."""
         try:
-            return self._open().job
-        except InvalidInputError:
+            job = self._open().job
+            job.ledger.check_owner()
+        except (InvalidInputError, JobTakenOverError) as exc:
+            log.debug("No batches of this try are known: %s", exc)
             return None
+        return job
 
     def stop(self, *, cancels: bool) -> tuple[str, ...]:
         """
         Send nothing from now on, and return the ids of the batches that are known to be open.
+
+        If another try does the job now, they are that one's, and none is returned.
 
         :param cancels: whether to cancel a batch that is being created right now, once its answer comes.
         """
@@ -361,12 +298,7 @@ class BatchRun:
         """
         Search the account for batches that were being created.
 
-        :param patience: how long to look again for one that is not listed, in seconds.
+        :param patience: how long to search again for one that is not listed, in seconds.
         :raises SiliconFlowError: the account cannot be searched.
         """
-        if self._opened is None:
-            return []
-        job = self._opened.job
-        unrecorded = [piece for piece in job.current if isinstance(job.state(piece), Sending)]
-        works = (job.work(piece, "") for piece in unrecorded)
-        return [batch.id for batch in job.submission.find(works, patience)] if unrecorded else []
+        return [] if self._opened is None else self._opened.sender.find_unrecorded(patience)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow.providers.common.compat.sdk import conf
 
 from airflow_provider_siliconflow.operators.base import SubmittingOperator
-from airflow_provider_siliconflow.operators.upload import checked_file, upload_once
+from airflow_provider_siliconflow.operators.upload import checked_file, upload_of
 from airflow_provider_siliconflow.task import arguments as read
 from airflow_provider_siliconflow.task.deferral import defer, end_wait, record_wait
 from airflow_provider_siliconflow.task.ledger import open_submission
@@ -184,20 +184,22 @@ class CreateBatchOperator(SubmittingOperator):
         from airflow_provider_siliconflow.jobs.identity import BatchWork
 
         replace = given["replace"]
-        file_id = content = given["input_file_id"]
+        upload, content = None, given["input_file_id"]
         if given["input_path"] is not None:
-            file_id, content = upload_once(
-                self.hook, submission, submitter, given["input_path"], needs_model=_needs_model(replace)
-            )
+            upload = upload_of(self.hook, submitter, given["input_path"], needs_model=_needs_model(replace))
+            content = upload.sha256
         request = {"endpoint": given["endpoint"], "completion_window": given["completion_window"]}
         # Not the metadata: a time in it would make every try another piece of work.
         key = submitter.key(input=content, replace=replace, conn_id=self.conn_id, **request)
         self._work = BatchWork(
             key=key,
             label=submitter.label,
-            input_file_id=file_id,
+            input_file_id=given["input_file_id"],
             metadata=given["metadata"] or {},
             replace=replace,
+            upload=upload,
+            submitter=submitter,
+            only_one=True,
             **request,
         )
         batch = submission.submit(self._work)
@@ -205,7 +207,7 @@ class CreateBatchOperator(SubmittingOperator):
             "Batch %s (%s) over file %s, window %s%s; it is billed as its rows are done",
             batch.id,
             batch.status,
-            file_id,
+            batch.input_file_id,
             given["completion_window"],
             f", model {replace['model']}" if replace and "model" in replace else "",
         )

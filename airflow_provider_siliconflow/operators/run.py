@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _OPTIONS = {
     "model": read.optional(read.model),
     "models": read.optional(read.models),
-    "request_params": read.optional(read.request_params),
+    "request_params": read.optional(read.parameters),
     "completion_window": read.window,
     "metadata": read.optional(read.metadata),
     "prices": read.optional(read.prices),
@@ -287,6 +287,8 @@ class RunBatchOperator(SubmittingOperator):
             output_dir=open_folder("output_dir", given["output_dir"]),
             open_submission=lambda ledger: open_submission(task_try, client, ledger),
             earlier_tries=task_try.number > 1,
+            owner=task_try.new_owner(),
+            cancel_on_kill=self.cancel_on_kill,
         )
         self._job = _Job(task_try, run, options, given["poll_interval"])
         if self._killed:

@@ -14,11 +14,11 @@ from airflow_provider_siliconflow.task.state import TaskTry
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
+    from airflow_provider_siliconflow.api.models import UploadedFile
     from airflow_provider_siliconflow.api.sources import Source
     from airflow_provider_siliconflow.batch_files.reader import RequestFileSummary
     from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
-    from airflow_provider_siliconflow.jobs.identity import Submitter
-    from airflow_provider_siliconflow.jobs.submission import Submission
+    from airflow_provider_siliconflow.jobs.identity import Submitter, Upload
 
 
 class UploadBatchFileOperator(FileOperator):
@@ -57,36 +57,34 @@ class UploadBatchFileOperator(FileOperator):
             given = self.ARGUMENTS.read(self)
             task_try = TaskTry.of(context)
             submission = open_submission(task_try, self.hook.get_conn())
-            file_id, _ = upload_once(self.hook, submission, task_try.submitter, given["input_path"])
+            upload = upload_of(self.hook, task_try.submitter, given["input_path"])
+            file_id = submission.upload(upload).id
         task_try.push("file_id", file_id)
         return file_id
 
 
-def upload_once(
-    hook: SiliconFlowHook,
-    submission: Submission,
-    submitter: Submitter,
-    input_path: Any,
-    *,
-    needs_model: bool = False,
-) -> tuple[str, str]:
+def upload_of(
+    hook: SiliconFlowHook, submitter: Submitter, input_path: Any, *, needs_model: bool = False
+) -> Upload:
     """
-    Check a file, and upload it unless an earlier try did.
+    Check a file, and return how it is uploaded once.
 
     :param needs_model: refuse lines that name no model.
-    :returns: file id, and the sha256 of the content.
+    :raises InvalidInputError: it cannot be read, or a line is wrong; nothing was uploaded.
     """
-    from airflow_provider_siliconflow.jobs.identity import upload_name
+    from airflow_provider_siliconflow.jobs.identity import Upload, upload_name
 
     source, summary = checked_file(input_path, needs_model=needs_model)
     client = hook.get_conn()
     key = submitter.key(upload=summary.sha256, conn_id=hook.conn_id)
     name = upload_name(str(input_path), key)
-    file = submission.upload(
-        key, name, summary.bytes, lambda: client.upload_file(source, size=summary.bytes, filename=name)
-    )
-    hook.log.info("%s (%d rows, %d bytes) is file %s", input_path, summary.rows, summary.bytes, file.id)
-    return file.id, summary.sha256
+
+    def send() -> UploadedFile:
+        file = client.upload_file(source, size=summary.bytes, filename=name)
+        hook.log.info("%s (%d rows, %d bytes) is file %s", input_path, summary.rows, summary.bytes, file.id)
+        return file
+
+    return Upload(key, name, summary.bytes, summary.sha256, send)
 
 
 def checked_file(input_path: Any, *, needs_model: bool) -> tuple[Source, RequestFileSummary]:

@@ -13,6 +13,8 @@ from typing import Any
 
 from airflow_provider_siliconflow.api import arguments as checks
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+from airflow_provider_siliconflow.batch_files.parameters import check_parameters
+from airflow_provider_siliconflow.batch_files.prices import check_prices
 from airflow_provider_siliconflow.task.templating import (
     is_templated,
     is_templated_inside,
@@ -143,14 +145,18 @@ def endpoint(name: str, value: Any) -> str:
     return checks.check_endpoint(value)
 
 
-def prices(name: str, value: Any) -> dict[str, dict[str, float]] | None:
+def prices(name: str, value: Any) -> Any:
     """Read prices by model."""
-    return checks.check_prices(rendered_mapping(value))
+    found = rendered_mapping(value)
+    check_prices(found)
+    return found
 
 
-def request_params(name: str, value: Any) -> dict[str, Any] | None:
+def parameters(name: str, value: Any) -> Any:
     """Read body parameters for rows that lack them."""
-    return checks.check_request_params(rendered_mapping(value))
+    found = rendered_mapping(value)
+    check_parameters(name, found)
+    return found
 
 
 def model(name: str, value: Any) -> str | None:

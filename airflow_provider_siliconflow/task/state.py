@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import BaseOperator, Context
 
     from airflow_provider_siliconflow.jobs.identity import Submitter
+    from airflow_provider_siliconflow.jobs.ledger import Owner
     from airflow_provider_siliconflow.jobs.submission import Search
 
 
@@ -67,6 +68,7 @@ class TaskTry:
             task_id=ti.task_id,
             map_index=-1 if map_index is None else map_index,
             generation=ti.max_tries or 0,
+            deployment_id=conf.get("siliconflow", "deployment_id", fallback=None) or None,
         )
         # A first try looks once, since it may not be the first: `airflow tasks test` runs a live task again under the
         # same number, and a run may be deleted and made again under its id. The number alone counts: `retries` may
@@ -79,6 +81,14 @@ class TaskTry:
     def number(self) -> int:
         """The number of the try, from 1."""
         return int(self.ti.try_number)
+
+    def new_owner(self) -> Owner:
+        """Return this try as the owner of its work, with a fresh token."""
+        from airflow_provider_siliconflow.jobs.ledger import Owner
+
+        return Owner.new(
+            self.submitter, try_number=self.number, try_id=str(getattr(self.ti, "id", None) or "")
+        )
 
     def push(self, key: str, value: Any) -> None:
         """Push to XCom."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from airflow_provider_siliconflow.api.exceptions import (
     InvalidRequestError,
     InvalidRequestFileError,
 )
+from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.api.settings import ClientSettings
 from airflow_provider_siliconflow.emulator.server import Emulator
 from airflow_provider_siliconflow.jobs.identity import Submitter
-from airflow_provider_siliconflow.jobs.ledger import FolderLedger
+from airflow_provider_siliconflow.jobs.ledger import FolderLedger, Owner
 from airflow_provider_siliconflow.jobs.options import check_options
 from airflow_provider_siliconflow.jobs.outcome import judge_run
 from airflow_provider_siliconflow.jobs.plan import estimate
 from airflow_provider_siliconflow.jobs.run import BatchRun, Wait
 from airflow_provider_siliconflow.jobs.submission import Submission
+from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
 MODELS = ["Qwen/Qwen3-32B", "THUDM/GLM-4-9B-0414"]
 
@@ -47,6 +50,9 @@ class Clock:
 
     def sleep(self, seconds: float) -> None:
         self.passed += seconds
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.passed
 
 
 def rows(count: int, mark: Callable[[int], str] = lambda _: "") -> list[dict[str, Any]]:
@@ -81,8 +87,10 @@ class Job:
         self.options = options(**changes)
         self.tries = 0
         self.map_index = -1
+        self.generation = 5
         self.host = emulator.base_url
         self.after: Callable[[str], None] = lambda _: None
+        self.clock = Clock()
         self.timeout: float | None = None
         self.waits: list[Wait] = []
 
@@ -90,8 +98,8 @@ class Job:
         job = self
 
         class Client(SiliconFlowClient):
-            def _send(self, call: Any, body: Any) -> Any:
-                answer = super()._send(call, body)
+            def _send(self, call: Any, *arguments: Any, **options: Any) -> Any:
+                answer = super()._send(call, *arguments, **options)
                 job.after(call.name)
                 return answer
 
@@ -103,26 +111,39 @@ class Job:
 
         def open_submission(ledger: FolderLedger) -> Submission:
             tries = "none" if self.tries == 1 else "patiently"
-            return Submission(client, ledger=ledger, earlier_tries=tries, since=0.0, clock=Clock())
+            return Submission(client, ledger=ledger, earlier_tries=tries, since=0.0, clock=self.clock)
 
+        submitter = Submitter("dag", "run", "task", self.map_index, self.generation)
+        owner = Owner.new(submitter, try_number=self.tries, try_id=str(self.tries))
         run = BatchRun(
             self.options,
-            submitter=Submitter("dag", "run", "task", self.map_index, 5),
+            submitter=submitter,
             client=client,
             conn_id="c",
             output_dir=self.folder,
             open_submission=open_submission,
             earlier_tries=self.tries > 1,
+            owner=replace(owner, at=self.clock.time()),
+            cancel_on_kill=True,
+            clock=self.clock,
         )
         wait = run.start(lambda: self.requests, "requests", timeout=self.timeout)
         while wait is not None:
             self.waits.append(wait)
-            ended: list[Any] = []
-            while len(ended) < (wait.min_ended or len(wait.batch_ids)):
-                seen = [client.get_batch(batch_id) for batch_id in wait.batch_ids]
-                ended = [batch for batch in seen if batch.is_terminal]
-            wait = run.resume(ended)
+            wait = run.resume(self._wait(client, wait))
         return run.finish()
+
+    def _wait(self, client: SiliconFlowClient, wait: Wait) -> list[Batch]:
+        state = BatchWait(wait.batch_ids, self.clock.time(), 60.0, min_ended=wait.min_ended)
+        while not state.finished:
+            for batch_id in state.due(self.clock.time()):
+                state.observe(batch_id, client.get_batch(batch_id), self.clock.time())
+            state.check_deadline(self.clock.time())
+            if not state.finished:
+                # The service runs by its own clock, and so fast that no pause is needed.
+                self.clock.sleep(state.pause(self.clock.time()) if state.settling else 0.0)
+                state.make_all_due(self.clock.time())
+        return state.batches
 
 
 def results(folder: Path, model: str = MODELS[0]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError, Silic
 from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES, Batch
 from airflow_provider_siliconflow.jobs import downloads
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY, Submitter
-from airflow_provider_siliconflow.jobs.ledger import FolderLedger
+from airflow_provider_siliconflow.jobs.ledger import FolderLedger, Owner
 from airflow_provider_siliconflow.jobs.options import check_options
 from airflow_provider_siliconflow.jobs.run import BatchRun, Wait
 from airflow_provider_siliconflow.jobs.submission import Submission
@@ -60,6 +61,8 @@ class Life:
         }
 
     def attempt(self, number: int) -> dict[str, Any]:
+        submitter = Submitter("dag", "run", "task", -1, 3)
+        owner = Owner.new(submitter, try_number=number, try_id=str(number))
         run = BatchRun(
             check_options(
                 model=None,
@@ -74,12 +77,15 @@ class Life:
                 prices=None,
                 request_params=None,
             ),
-            submitter=Submitter("dag", "run", "task", -1, 3),
+            submitter=submitter,
             client=self.api,  # type: ignore[arg-type]
             conn_id="c",
             output_dir=self.output,
             open_submission=lambda ledger: self._open_submission(ledger, number),
             earlier_tries=number > 1,
+            owner=replace(owner, at=self.clock.time()),
+            cancel_on_kill=True,
+            clock=self.clock,
         )
         prompts = [f"Say {i}" + (" [[emulator:once=503]]" if i == 5 else "") for i in range(ROWS)]
         wait = run.start(lambda: prompts, "requests", timeout=None)
