@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # For `scripts.live_airflow`, whichever way pytest was started.
 sys.path.insert(0, str(ROOT))
 
+# Seconds for one test, below what pyproject.toml gives to all; the long versions of the system tests need more.
+TIMEOUTS = {"unit": 120} | ({"system": 3600} if os.environ.get("EXHAUSTIVE") else {})
+
 # Set before anything can import Airflow, which writes its configuration and database below its home: a test run
 # must neither depend on nor change the Airflow of whoever runs it.
 _HOME = tempfile.mkdtemp(prefix="airflow-tests-")
@@ -53,6 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item, folder in places.items():
         if folder in order:
             item.add_marker(folder)
+        if folder in TIMEOUTS and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TIMEOUTS[folder]))
     # The quick ones first; and the live Airflow runs only when nothing else does.
     items.sort(key=lambda item: order.index(places[item]) if places[item] in order else -1)
 

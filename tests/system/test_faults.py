@@ -13,7 +13,7 @@ import pytest
 from fault_cases import LOST_ANSWERS, REFUSALS, WAITS, Account
 
 from airflow_provider_siliconflow.emulator.server import Emulator, running_emulator
-from scripts.live_airflow import _free_port
+from scripts.live_airflow import free_port
 from tests.system.live import OpenAccount, add_batch, batches, cancellations, connect, eventually, files
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def faults(
 ) -> Iterator[Faults]:
     opened: dict[str, Emulator] = {}
     waited_for: dict[str, str] = {}
-    port = _free_port()
+    port = free_port()
     for name, account in (LOST_ANSWERS | REFUSALS | WAITS).items():
         if name == "no-connection":
             connect(live_airflow, name, f"http://127.0.0.1:{port}/v1")
