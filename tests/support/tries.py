@@ -92,7 +92,7 @@ class Task:
 
 class QuickClock:
     """
-    Lets pauses pass in a hundredth of a second at most, for the provider's own clock and for `time.sleep`.
+    Lets pauses pass in a thousandth of a second at most, for the provider's own clock and for `time.sleep`.
 
     :param slept: seconds that would have been slept.
     """
@@ -103,7 +103,7 @@ class QuickClock:
 
         def sleep(seconds: float) -> None:
             self.slept += seconds
-            pause(min(seconds, 0.01))
+            pause(min(seconds, 0.001))
 
         monkeypatch.setattr(time, "sleep", sleep)
         monkeypatch.setattr(SystemClock, "sleep", lambda _, seconds: sleep(seconds))

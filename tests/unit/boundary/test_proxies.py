@@ -108,24 +108,6 @@ def test_a_lost_answer_leads_to_no_second_upload(
     assert len(batches(emulator)) == 1
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_two_hundred_tasks_whose_answers_are_lost_at_random_have_a_batch_each(
-    tunnel: ProxiedService,
-    emulator: Emulator,
-    make_task: MakeTask,
-    monkeypatch: pytest.MonkeyPatch,
-    ending: str,
-) -> None:
-    """Any answer may be lost, also that to a search; a try may fail of it, the task in the end does not."""
-    use(monkeypatch, tunnel.connection())
-    loss = tunnel.lose(".*", chance=0.3, ending=ending, seed=7)
-    tasks = [make_task(f"task-{number}", store=number % 2 == 0) for number in range(200)]
-    created = [task.run() for task in tasks]
-    assert sorted(created) == sorted(batch["id"] for batch in batches(emulator))
-    assert len(set(created)) == 200
-    assert len([one for one in loss.lost if one == POST_BATCH]) > 20
-
-
 def test_a_whole_job_behind_a_proxy_that_loses_answers_pays_once(
     tunnel: ProxiedService, emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
