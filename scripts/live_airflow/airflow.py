@@ -200,7 +200,8 @@ class LiveAirflow(AirflowRecords):
             except (LiveAirflowError, OSError):
                 return False
             return True
-        job = _JOB_TYPES.get(part.name, "TriggererJob")
+        # `triggerer-2` is a triggerer.
+        job = _JOB_TYPES.get(part.name.rstrip("-0123456789"), "TriggererJob")
         # Only a row made since: a killed component's row goes on saying `running`.
         return bool(
             self.query(
