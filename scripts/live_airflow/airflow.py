@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import psutil
 
@@ -102,7 +102,7 @@ class LiveAirflow(AirflowRecords):
 
     # Start and stop
 
-    def __enter__(self) -> LiveAirflow:
+    def __enter__(self) -> Self:
         self.start_all()
         return self
 

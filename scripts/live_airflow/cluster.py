@@ -1,4 +1,4 @@
-"""An Airflow as a company runs it: on Postgres, with several triggerers and schedulers, each restarted when it exits."""
+"""An Airflow as a company runs it: on Postgres, several triggerers and schedulers, each restarted when it exits."""
 
 from __future__ import annotations
 
@@ -168,9 +168,7 @@ class LiveCluster(LiveAirflow):
         with frozen([pids.supervisor, pids.task]):
             yield
 
-    def wait_until_deferred(
-        self, dag_id: str, run_id: str, tasks: int, timeout: float = 180
-    ) -> None:
+    def wait_until_deferred(self, dag_id: str, run_id: str, tasks: int, timeout: float = 180) -> None:
         """Wait until so many tasks of a run are deferred, and a triggerer has each one's trigger."""
 
         def deferred() -> bool | None:

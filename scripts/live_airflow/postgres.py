@@ -44,7 +44,9 @@ class Postgres(Database):
         self._programs = _programs()
         for driver in ("psycopg2", "asyncpg"):
             if find_spec(driver) is None:
-                raise LiveAirflowError(f"Airflow on Postgres needs {driver}: pip install psycopg2-binary asyncpg")
+                raise LiveAirflowError(
+                    f"Airflow on Postgres needs {driver}: pip install psycopg2-binary asyncpg"
+                )
         self._max_connections = max_connections
         self._password = secrets.token_hex(16)
         self._family = ProcessFamily()
@@ -71,7 +73,9 @@ class Postgres(Database):
 
     def create(self, python: Path | str, version: str) -> None:
         if self._server is not None:
-            raise LiveAirflowError("this Postgres already holds an Airflow's tables: make one for each Airflow")
+            raise LiveAirflowError(
+                "this Postgres already holds an Airflow's tables: make one for each Airflow"
+            )
         try:
             self._start()
             migrate(python, version, self.settings())

@@ -77,9 +77,8 @@ def bill_of(emulator: Emulator) -> Bill:
             contents[file_id] = hashlib.sha256(service.open_content(file_id).read_bytes()).hexdigest()
         batches[contents[file_id], model].append(batch["id"])
         # Not one row of it was answered where there is no such file.
-        with suppress(ServiceError):
-            with service.open_results(batch["id"], "output").open("rb") as lines:
-                answers.update((json.loads(line)["custom_id"], model) for line in lines)
+        with suppress(ServiceError), service.open_results(batch["id"], "output").open("rb") as lines:
+            answers.update((json.loads(line)["custom_id"], model) for line in lines)
     return Bill(
         {piece: tuple(ids) for piece, ids in batches.items()},
         answers,

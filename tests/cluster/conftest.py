@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -55,7 +55,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveCluster]:
         parallelism=8,
         triggerer_timeout=TRIGGERER_THRESHOLD,
         task_heartbeat_timeout=TASK_THRESHOLD,
-        env={"AIRFLOW__CORE__MAX_ACTIVE_TASKS_PER_DAG": "64"},
+        env={
+            "AIRFLOW__CORE__MAX_ACTIVE_TASKS_PER_DAG": "64",
+            # What is left `queued` without anybody to run it is queued again.
+            "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT": "60",
+            "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT_CHECK_INTERVAL": "10",
+        },
     ) as cluster:
         cluster.api("POST", "/pools", {"name": "narrow", "slots": 1})
         yield cluster
@@ -68,7 +73,7 @@ def open_account(cluster: LiveCluster, request: pytest.FixtureRequest) -> Iterat
 
     with contextlib.ExitStack() as stack:
 
-        def open_account(name: str, **settings: object) -> Emulator:
+        def open_account(name: str, **settings: Any) -> Emulator:
             emulator = stack.enter_context(running_emulator(**{"keys": (KEY,)} | settings))
             connection = {
                 "connection_id": name,

@@ -35,15 +35,18 @@ jobs("two_jobs", 2, max_rows_per_batch=20, max_in_flight=4)
 # All of its ten batches are sent at once.
 jobs("one_job", 1, max_rows_per_batch=4)
 
-with DAG("crowded", start_date=datetime(2026, 1, 1), schedule=None):
-    # The only slot of the pool is taken while the job waits in the triggerer: woken, it has to queue.
-    @task(pool="narrow", priority_weight=100)
+# Woken, it has to wait for a slot in its pool, of which there is one.
+jobs("crowded", 1, max_rows_per_batch=20, max_in_flight=2, pool="narrow")
+
+with DAG("occupier", start_date=datetime(2026, 1, 1), schedule=None):
+
+    @task(pool="narrow")
     def occupy(**context: Any) -> None:
+        """Keep the slot until there is a file `leave`."""
         import time
         from pathlib import Path
 
         while not (Path(context["dag_run"].conf["folder"]) / "leave").exists():
             time.sleep(0.5)
 
-    RunBatchOperator(task_id="job-0", pool="narrow", max_rows_per_batch=20, max_in_flight=2, **COMMON) >> []
     occupy()
