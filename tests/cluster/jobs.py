@@ -23,6 +23,10 @@ KEY = "sk-clustertest3Hq8wXz1Lp6R"
 #: done to it.
 WALKING_PACE = {"speed": 1.0, "queue_seconds": 0.0, "rows_per_second": 0.02, "cancelling_seconds": 2.0}
 
+#: Seconds between polls, in turn: the default, at which a triggerer that comes back finds no wait due, and a quick one,
+#: at which it polls at once.
+POLL_INTERVALS = (60.0, 5.0)
+
 
 class OpenAccount(Protocol):
     def __call__(self, name: str, **settings: object) -> Emulator: ...
@@ -86,7 +90,7 @@ class Jobs:
         self.emulator.service.advance(110)
         since = len(self.emulator.requests)
         waiting = {f"/v1/batches/{one['id']}" for one in self.open_batches()}
-        eventually(lambda: waiting <= {one.path for one in self.emulator.requests[since:]}, timeout=60)
+        eventually(lambda: waiting <= {one.path for one in self.emulator.requests[since:]}, timeout=120)
 
     def hurry(self) -> None:
         """Let every batch end soon."""

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.cluster.jobs import Jobs, OpenAccount
+from tests.cluster.jobs import POLL_INTERVALS, Jobs, OpenAccount
 
 if TYPE_CHECKING:
     from scripts.live_airflow.cluster import LiveCluster
@@ -30,7 +30,15 @@ def test_a_database_that_hangs_cancels_nothing_and_pays_nothing_again(
     report: dict[str, object],
     repetition: int,
 ) -> None:
-    jobs = Jobs(cluster, open_account, tmp_path, "sixteen_jobs", 16, rows=160)
+    jobs = Jobs(
+        cluster,
+        open_account,
+        tmp_path,
+        "sixteen_jobs",
+        16,
+        rows=160,
+        poll_interval=POLL_INTERVALS[repetition % 2],
+    )
     jobs.wait_until_waiting()
     chance = random.Random(repetition)
     restarts = len(cluster.restarts)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.cluster.conftest import TRIGGERER_THRESHOLD
-from tests.cluster.jobs import Jobs, OpenAccount
+from tests.cluster.jobs import POLL_INTERVALS, Jobs, OpenAccount
 
 if TYPE_CHECKING:
     from scripts.live_airflow.cluster import LiveCluster
 
-#: Seconds that it stands still: the other one has taken its triggers over by then, and woken their tasks.
-SECONDS = TRIGGERER_THRESHOLD + 15.0
+#: Seconds, least and most, between the other one's taking over and the stopped one's going on: the tasks that the other
+#: one has woken are queued, running or waiting again by then.
+AFTER_HANDOVER = (3.0, 9.0)
 AFTERMATH = 30.0
 
 
@@ -25,18 +26,26 @@ def test_a_stopped_triggerer_cancels_nothing_and_pays_nothing_again(
     report: dict[str, object],
     repetition: int,
 ) -> None:
-    jobs = Jobs(cluster, open_account, tmp_path, "five_jobs", 5, rows=160)
-    jobs.wait_until_waiting()
     chance = random.Random(repetition)
+    jobs = Jobs(
+        cluster,
+        open_account,
+        tmp_path,
+        "five_jobs",
+        5,
+        rows=160,
+        poll_interval=POLL_INTERVALS[repetition % 2],
+    )
+    jobs.wait_until_waiting()
+    seconds = TRIGGERER_THRESHOLD + chance.uniform(*AFTER_HANDOVER)
     ((holder, held),) = cluster.triggers_of().most_common(1)
-    report["triggers"] = held
+    report |= {"triggers": held, "stopped_for_seconds": round(seconds, 1)}
     with cluster.frozen(holder):
         began = time.monotonic()
-        # Seen by the one that takes over; the task is woken before the stopped one goes on, or just after.
-        for moment, name in sorted((chance.uniform(SECONDS - 15, SECONDS), name) for name in jobs.names):
+        for moment, name in sorted((chance.uniform(0, seconds), name) for name in jobs.names):
             time.sleep(max(0.0, began + moment - time.monotonic()))
             jobs.end_batch(name)
-        time.sleep(max(0.0, began + SECONDS - time.monotonic()))
+        time.sleep(max(0.0, began + seconds - time.monotonic()))
     returned = time.time()
     time.sleep(AFTERMATH)
     cluster.wait_until_settled(jobs.dag_id, jobs.run_id)
