@@ -149,6 +149,15 @@ class LiveCluster(LiveAirflow):
             found[names.get(triggerer, "")] += count
         return found
 
+    def tasks_of(self, component: str, dag_id: str, run_id: str) -> list[str]:
+        """Ids of a run's deferred tasks whose triggers a triggerer runs."""
+        rows = self.query(
+            "select task_instance.task_id from task_instance join trigger on trigger.id = task_instance.trigger_id"
+            " where dag_id = ? and run_id = ? and triggerer_id = ?",
+            (dag_id, run_id, self._job_ids.get(component)),
+        )
+        return sorted(task_id for (task_id,) in rows)
+
     @contextlib.contextmanager
     def frozen(self, component: str) -> Iterator[None]:
         """Stop a component's whole tree with SIGSTOP, as when its machine is suspended, and let it go on after."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -78,6 +78,11 @@ class Jobs:
 
     def states(self) -> dict[str, str | None]:
         return self.cluster.task_states(self.dag_id, self.run_id)
+
+    def awake(self, jobs: Collection[str]) -> list[str]:
+        """Which of these jobs are between two waits."""
+        states = self.states()
+        return [job for job in jobs if states[job] in ("scheduled", "queued", "running")]
 
     def cancellations(self) -> list[float]:
         """When (epoch seconds) the account was asked to cancel a batch."""
