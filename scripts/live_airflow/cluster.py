@@ -182,7 +182,7 @@ class LiveCluster(LiveAirflow):
 
         def deferred() -> bool | None:
             states = Counter(self.task_states(dag_id, run_id).values())
-            if states["failed"] or states["up_for_retry"]:
+            if states["failed"]:
                 raise LiveAirflowError(self._where(dag_id, run_id))
             return True if states["deferred"] >= tasks and not self.triggers_of()[""] else None
 
