@@ -30,7 +30,7 @@ def get_provider_info() -> dict[str, Any]:
         "operators": [
             {
                 "integration-name": _NAME,
-                "python-modules": [f"{_PACKAGE}.operators.batch", f"{_PACKAGE}.operators.run"],
+                "python-modules": [f"{_PACKAGE}.operators.batch"],
             }
         ],
         "sensors": [{"integration-name": _NAME, "python-modules": [f"{_PACKAGE}.sensors.batch"]}],

@@ -80,12 +80,9 @@ def ours(source: Path, out: Path, url: str, models: list[str]) -> dict[str, int]
             open_submission=lambda ledger: Submission(client, ledger=ledger, earlier_tries="none", since=0.0),
             earlier_tries=False,
         )
-        run.prepare(lambda: source, source.name)
-        while True:
-            while batch_ids := run.submit_due():
-                run.note(wait_for_all(batch_ids, client.get_batch))
-            if not run.merge():
-                break
+        wait = run.start(lambda: source, source.name, timeout=None)
+        while wait is not None:
+            wait = run.resume(wait_for_all(list(wait.batch_ids), client.get_batch))
         manifest = run.finish()
     return {"rows": manifest["rows"]["total"], "ok": manifest["rows"]["ok"]}
 

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+import asyncio
+import contextlib
+import functools
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import aiohttp
 import tenacity
+from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from airflow_provider_siliconflow.api import protocol
-from airflow_provider_siliconflow.api.exceptions import InvalidInputError, NoAnswerError, NotSentError
+from airflow_provider_siliconflow.api.answers import LARGE_ANSWER_BYTES, is_success, traced
+from airflow_provider_siliconflow.api.exceptions import (
+    InvalidInputError,
+    NoAnswerError,
+    NotSentError,
+    UnexpectedAnswerError,
+)
 from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.api.protocol import Call
-from airflow_provider_siliconflow.api.redaction import redact
+from airflow_provider_siliconflow.api.redaction import brief, remember_proxy
 from airflow_provider_siliconflow.api.settings import ClientSettings, is_url, trusted
 
 T = TypeVar("T")
 
-#: Connections one client opens at most; further polls wait their turn.
-MAX_CONNECTIONS = 32
+#: Calls under way at once within one client; further ones wait their turn.
+MAX_CALLS = 32
+#: Seconds after which a call no longer counts among these: stuck polls must not stop the others.
+_TURN = 5.0
+#: Connections one client opens at most, stuck ones included.
+MAX_CONNECTIONS = 512
+
+#: Bytes of the head of an answer, its interim answers included.
+_MAX_HEAD_BYTES = 64 << 10
+#: Lines that may come at once: what the parser makes of each costs microseconds, during which nobody else runs.
+_MAX_LINES = 1000
 
 
 class AsyncSiliconFlowClient:
@@ -39,18 +60,22 @@ class AsyncSiliconFlowClient:
         self._timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=settings.connect_timeout, sock_read=settings.timeout
         )
+        self._turns = asyncio.Semaphore(MAX_CALLS)
+        self._reader: ThreadPoolExecutor | None = None
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None or self._session.closed:
             self._session = aiohttp.ClientSession(
-                headers=self.settings.request_headers,
-                connector=aiohttp.TCPConnector(limit=MAX_CONNECTIONS, ssl=self._ssl),
+                headers=self.settings.request_headers | {"Accept-Encoding": "identity"},
+                connector=_Connector(limit=MAX_CONNECTIONS, ssl=self._ssl),
                 timeout=self._timeout,
                 # With it aiohttp would look into a netrc file, for each request and in a thread, and refuse the
                 # request when it finds credentials there beside the key.
                 trust_env=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=True,
+                # What was compressed unasked may unfold to any size.
+                auto_decompress=False,
+                trace_configs=[_connection_trace()],
             )
         return self._session
 
@@ -59,6 +84,9 @@ class AsyncSiliconFlowClient:
         if self._session is not None:
             await self._session.close()
             self._session = None
+        if self._reader is not None:
+            self._reader.shutdown(wait=False)
+            self._reader = None
 
     async def __aenter__(self) -> AsyncSiliconFlowClient:
         """Return the client itself."""
@@ -68,51 +96,180 @@ class AsyncSiliconFlowClient:
         """Close the connections."""
         await self.close()
 
-    async def call(self, call: Call[T]) -> T:
-        """Carry out a call, with the repetitions the protocol allows."""
-        if self.settings.max_retries == 0:
-            return await self._send(call)
+    async def call(self, call: Call[T], *, repeat: bool = True, within: float | None = None) -> T:
+        """
+        Carry out a call, with the repetitions the protocol allows.
+
+        :param repeat: whether to send it again after a transient fault.
+        :param within: seconds that one send may take at most, if less than ``settings.call_limit``.
+        """
+        if not repeat or self.settings.max_retries == 0:
+            return await self._send(call, within)
         async for attempt in tenacity.AsyncRetrying(**protocol.retry_options(call, self.settings)):
             with attempt:
-                return await self._send(call)
+                return await self._send(call, within)
         raise AssertionError("unreachable")
 
-    async def _send(self, call: Call[T]) -> T:
-        data = call.body()
-        headers: Mapping[str, str] = {}
+    async def _send(self, call: Call[T], within: float | None) -> T:
+        limit = min(self.settings.call_limit, within or self.settings.call_limit)
+        progress = _Progress()
         try:
-            async with self._open_session().request(
-                call.method,
-                URL(call.url(self.settings), encoded=True),
-                data=data,
-                headers={"Content-Type": "application/json"} if data is not None else None,
-                proxy=self._proxy,
-                allow_redirects=False,
-            ) as response:
-                headers = response.headers
-                content = await response.read()
-                return call.answer(response.status, headers, content, self.settings)
+            async with self._turn(), asyncio.timeout(limit):
+                response = await self._request(call, progress)
+                async with response:
+                    progress.response = response
+                    body = await _read(call, response)
         # "from None": the text of the causes may hold the password of a proxy, and a traceback shows them.
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
-            raise NotSentError(
-                f"{call.name} did not reach {self.settings.base_url}: {self._why(exc)}"
-            ) from None
         except (TimeoutError, aiohttp.ClientError, OSError) as exc:
-            raise NoAnswerError(
-                f"{call.name} got no whole answer from {self.settings.base_url}{protocol.traced(headers)}: "
-                f"{self._why(exc)}"
-            ) from None
+            raise self._failure(call, exc, progress, limit) from None
+        answer = functools.partial(call.answer, response.status, response.headers, body)
+        if len(body) <= LARGE_ANSWER_BYTES:
+            return answer()
+        if self._reader is None:
+            # One of our own: the triggerer's has a few threads only, and others wait in them.
+            self._reader = ThreadPoolExecutor(1, thread_name_prefix="siliconflow-reader")
+        return await asyncio.get_running_loop().run_in_executor(self._reader, answer)
 
-    def _why(self, exc: BaseException) -> str:
-        return f"{type(exc).__name__}: {redact(str(exc), self.settings)}"
+    async def _request(self, call: Call[Any], progress: _Progress) -> aiohttp.ClientResponse:
+        data = call.body()
+        return await self._open_session().request(
+            call.method,
+            URL(call.url(self.settings), encoded=True),
+            data=data,
+            headers={"Content-Type": "application/json"} if data is not None else None,
+            proxy=self._proxy,
+            allow_redirects=False,
+            trace_request_ctx=progress,
+        )
 
-    async def get_batch(self, batch_id: str) -> Batch:
-        """Read a batch."""
-        return await self.call(protocol.get_batch(batch_id))
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Wait for a turn, and give it back at the end or after a while, whichever comes first."""
+        await self._turns.acquire()
+        given_back = asyncio.get_running_loop().call_later(_TURN, self._turns.release)
+        try:
+            yield
+        finally:
+            if given_back.when() > asyncio.get_running_loop().time():
+                given_back.cancel()
+                self._turns.release()
+
+    def _failure(
+        self, call: Call[Any], exc: BaseException, progress: _Progress, limit: float
+    ) -> NotSentError | NoAnswerError:
+        why = f"{type(exc).__name__}: {brief(str(exc))}".rstrip(": ")
+        if type(exc) is TimeoutError:
+            why = f"it took longer than {limit:.0f} s"
+        if not progress.connected:
+            return NotSentError(f"{call.name} did not reach {self.settings.base_url}: {why}")
+        response = progress.response
+        trace = traced(response.headers) if response else ""
+        return NoAnswerError(
+            f"{call.name} got no whole answer from {self.settings.base_url}{trace}: {why}",
+            accepted=response is not None and is_success(response.status),
+        )
+
+    async def get_batch(self, batch_id: str, *, repeat: bool = True, within: float | None = None) -> Batch:
+        """
+        Read a batch.
+
+        :param batch_id: the batch.
+        :param repeat: ``False`` leaves it to the caller to ask again after a fault.
+        :param within: seconds that one send may take at most.
+        :raises UnexpectedAnswerError: the answer is about another batch, or not what the API documents.
+        """
+        return await self.call(protocol.get_batch(batch_id), repeat=repeat, within=within)
 
     async def cancel_batch(self, batch_id: str) -> Batch:
         """Ask for a batch to be cancelled; the answer may still show its old status."""
         return await self.call(protocol.cancel_batch(batch_id))
+
+
+async def _read(call: Call[Any], response: aiohttp.ClientResponse) -> bytes:
+    """
+    Read a body within the call's limit; of an error its start.
+
+    :raises UnexpectedAnswerError: it has more.
+    """
+    limit = call.limit(response.status)
+    success = is_success(response.status)
+    too_long = success and (response.content_length or 0) > limit
+    pieces: list[bytes] = []
+    size = 0
+    while size <= limit and not too_long:
+        piece = await response.content.readany()
+        if not piece:
+            return b"".join(pieces)
+        pieces.append(piece)
+        size += len(piece)
+    # Or the rest would be read for the sake of the connection.
+    response.close()
+    if success:
+        raise UnexpectedAnswerError(
+            f"{call.name} answered HTTP {response.status}{traced(response.headers)} with more than {limit} bytes; the "
+            "rest was not read",
+            accepted=True,
+        )
+    return b"".join(pieces)[:limit]
+
+
+class _Progress:
+    """How far a request got."""
+
+    def __init__(self) -> None:
+        #: Whether there was a connection to send it over.
+        self.connected = False
+        self.response: aiohttp.ClientResponse | None = None
+
+
+def _connection_trace() -> aiohttp.TraceConfig:
+    async def connected(_: aiohttp.ClientSession, context: SimpleNamespace, __: Any) -> None:
+        context.trace_request_ctx.connected = True
+
+    trace = aiohttp.TraceConfig()
+    # To the API, or through a proxy's tunnel to it, TLS included; or to a proxy that passes requests on.
+    trace.on_connection_create_end.append(connected)
+    trace.on_connection_reuseconn.append(connected)
+    return trace
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Makes connections whose answers are parsed within limits."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._factory: Any = functools.partial(_BoundedHandler, loop=asyncio.get_running_loop())
+
+
+class _BoundedHandler(ResponseHandler):
+    """
+    Refuses what would keep the parser, and so the loop, busy: interim answers, headers or pieces without end.
+
+    ``aiohttp`` limits the length of a line and, of late, the number of headers.
+    """
+
+    _head_bytes = 0
+
+    def set_response_params(self, **params: Any) -> None:
+        """Prepare for the next answer."""
+        self._head_bytes = 0
+        super().set_response_params(**params)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, or close the connection."""
+        payload = self._payload
+        if payload is None or payload.is_eof():
+            end = data.find(b"\r\n\r\n")
+            self._head_bytes += len(data) if end < 0 else end
+        if self._head_bytes > _MAX_HEAD_BYTES or data.count(b"\r\n") > _MAX_LINES:
+            error = aiohttp.ClientPayloadError("the answer's head, or the number of its pieces, has no end")
+            if payload is not None:
+                payload.set_exception(error)
+            self.set_exception(error)
+            if self.transport is not None:
+                self.transport.abort()
+            return
+        super().data_received(data)
 
 
 def _proxy_of_environment(url: str) -> str | None:
@@ -126,6 +283,7 @@ def _proxy_of_environment(url: str) -> str | None:
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     if not proxy:
         return None
+    remember_proxy(proxy if "://" in proxy else f"http://{proxy}")
     # Only here, as few triggerers need it; workers ask the same function.
     from requests.utils import should_bypass_proxies
 

@@ -133,7 +133,18 @@ class InvalidRequestFileError(InvalidInputError):
 
 
 class TransportError(SiliconFlowError):
-    """No usable HTTP answer arrived: see the subclasses."""
+    """
+    No usable HTTP answer arrived: see the subclasses.
+
+    :param args: the message.
+    :param accepted: whether the service answered with a success status all the same, so that it may well have done
+        what was asked: the same request must not be sent again.
+    :param retryable: as for :class:`SiliconFlowError`.
+    """
+
+    def __init__(self, *args: object, accepted: bool = False, retryable: bool | None = None) -> None:
+        super().__init__(*args, retryable=retryable)
+        self.accepted = accepted
 
 
 class NotSentError(TransportError):
@@ -145,17 +156,7 @@ class NoAnswerError(TransportError):
 
 
 class UnexpectedAnswerError(TransportError):
-    """
-    An answer with a success status that is not what the API documents (HTML, cut JSON, no id).
-
-    :param args: the message.
-    :param accepted: whether the status was 2xx, so that the service may well have done what was asked.
-    :param retryable: as for :class:`SiliconFlowError`.
-    """
-
-    def __init__(self, *args: object, accepted: bool = False, retryable: bool | None = None) -> None:
-        super().__init__(*args, retryable=retryable)
-        self.accepted = accepted
+    """An answer with a success status that is not what the API documents (HTML, cut JSON, no id)."""
 
 
 class APIError(SiliconFlowError):

@@ -1,8 +1,11 @@
 """
 What the service sends, as pydantic models.
 
-They accept every variant the service is known to send (``siliconflow`` documents some fields in several
-shapes) and keep fields they do not know, so that an addition on the other side breaks nothing.
+They accept every variant the service is known to send (its documentation has some fields in several shapes), take a
+field of an unknown shape for one that is not there, and keep fields they do not know, so that an addition on the other
+side breaks nothing. Only an id is required. Everything is within the limits of
+:mod:`~airflow_provider_siliconflow.api.bounds`, so that a :class:`Batch` can travel as an event or an XCom whatever
+the service said.
 """
 
 from __future__ import annotations
@@ -10,20 +13,31 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Any, Self, TypeVar, cast
+from functools import cache, partial
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     AliasChoices,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    field_validator,
     model_validator,
 )
 
-from airflow_provider_siliconflow.api.redaction import brief, shown
+from airflow_provider_siliconflow.api.bounds import (
+    MAX_AMOUNT,
+    MAX_COUNT,
+    MAX_NAME,
+    MAX_STATUS,
+    bounded,
+    count,
+    identifier,
+    moment,
+    reference,
+    text_within,
+)
+from airflow_provider_siliconflow.api.redaction import brief, redact_all, shown, valid_text
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -41,6 +55,9 @@ class BatchStatus(StrEnum):
     CANCELLING = "cancelling"
     CANCELLED = "cancelled"
 
+
+#: The status of a batch whose answer names none. Like every status that is not known, it is pending.
+UNKNOWN_STATUS = "unknown"
 
 #: The statuses a batch never leaves. Anything else, known or not, is pending.
 TERMINAL_STATUSES = frozenset(
@@ -93,77 +110,146 @@ class _Model(BaseModel):
         for name, value in super().__repr_args__():
             yield name, shown(value)
 
-
-class _Tolerant(_Model):
-    """Takes a field of an unknown shape for one that is not there: it must not hide the object itself."""
-
-    @model_validator(mode="wrap")
+    @model_validator(mode="before")
     @classmethod
-    def _without_odd_fields(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _bound_unknown_fields(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        known = _names_of(cls)
+        unknown = [name for name in data if name not in known]
+        if not unknown:
+            return data
+        kept = {name: value for name, value in data.items() if name in known}
+        for name in unknown[:_MOST_UNKNOWN_FIELDS]:
+            kept.setdefault(valid_text(str(name)[:MAX_STATUS]), bounded(data[name], characters=4000))
+        return kept
+
+
+#: Fields this package does not know that are kept.
+_MOST_UNKNOWN_FIELDS = 32
+
+
+@cache
+def _names_of(model: type[BaseModel]) -> frozenset[str]:
+    """Return the names of a model's fields, and those under which the service sends them."""
+    names = set(model.model_fields)
+    for field in model.model_fields.values():
+        if isinstance(field.validation_alias, AliasChoices):
+            names.update(str(name) for name in field.validation_alias.choices)
+    return frozenset(names)
+
+
+def _status(value: Any) -> str:
+    return (text_within(value, MAX_STATUS) if isinstance(value, str) else None) or UNKNOWN_STATUS
+
+
+def _window(value: Any) -> str | int | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value if abs(value) <= MAX_COUNT else None
+    return text_within(value, MAX_STATUS)
+
+
+def _optional_count(value: Any) -> int | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return count(value) if is_number or (isinstance(value, str) and value.isdecimal()) else None
+
+
+def _text_or_empty(value: Any) -> str:
+    return text_within(value, MAX_NAME) or ""
+
+
+def _as_object(value: Any) -> Any:
+    return value if isinstance(value, dict | BaseModel) else {}
+
+
+def _errors(value: Any) -> Any:
+    return None if value is None else redact_all(bounded(value))
+
+
+#: Pairs of metadata that are kept, and characters of a key and of a value: more than the service takes.
+_MOST_PAIRS, _LONGEST_KEY, _LONGEST_VALUE = 64, 128, 1024
+#: Characters of metadata that came as JSON in a text.
+_LONGEST_METADATA = 65_536
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    """Read metadata: an object, a text that holds one as JSON, or a list of pairs or of objects."""
+    if isinstance(value, str) and len(value) <= _LONGEST_METADATA:
         try:
-            return handler(data)
-        except ValidationError as exc:
-            odd = {error["loc"][0] for error in exc.errors() if error["loc"]}
-            needed = {name for name, field in cls.model_fields.items() if field.is_required()}
-            if not odd or odd & needed or not isinstance(data, dict):
-                raise
-            return handler({name: value for name, value in data.items() if name not in odd})
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    found: dict[str, str] = {}
+    for key, item in _pairs(value):
+        if len(found) >= _MOST_PAIRS:
+            break
+        if isinstance(key, str):
+            text = item if isinstance(item, str) else json.dumps(bounded(item))
+            found[valid_text(key[:_LONGEST_KEY])] = valid_text(text[:_LONGEST_VALUE])
+    return found
+
+
+def _pairs(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        yield from value.items()
+    for entry in value if isinstance(value, list) else ():
+        if isinstance(entry, dict) and "key" in entry:
+            yield entry["key"], entry.get("value")
+        elif isinstance(entry, dict):
+            yield from entry.items()
+        elif isinstance(entry, list | tuple) and len(entry) == 2:
+            yield entry[0], entry[1]
+
+
+Id = Annotated[str, BeforeValidator(identifier)]
+OptionalId = Annotated[str | None, BeforeValidator(identifier)]
+#: A URL or a file id.
+Reference = Annotated[str | None, BeforeValidator(reference)]
+Count = Annotated[int, BeforeValidator(count)]
+OptionalCount = Annotated[int | None, BeforeValidator(_optional_count)]
+#: Seconds since 1970.
+Moment = Annotated[int | float | None, BeforeValidator(moment)]
+Name = Annotated[str | None, BeforeValidator(partial(text_within, limit=MAX_NAME))]
+Amount = Annotated[str | None, BeforeValidator(partial(text_within, limit=MAX_AMOUNT))]
 
 
 class RequestCounts(_Model):
     """Progress of a batch in rows."""
 
-    total: int = 0
-    completed: int = 0
-    failed: int = 0
-
-    @field_validator("total", "completed", "failed", mode="before")
-    @classmethod
-    def _null_is_zero(cls, value: Any) -> Any:
-        return 0 if value is None else value
+    total: Count = 0
+    completed: Count = 0
+    failed: Count = 0
 
 
-class Batch(_Tolerant):
-    """A batch as the service describes it. Times are epoch seconds."""
+class Batch(_Model):
+    """
+    A batch as the service describes it. Times are epoch seconds.
 
-    id: str = Field(min_length=1)
-    status: str = Field(min_length=1)
-    object: str = "batch"
-    endpoint: str | None = None
-    errors: Any = None
-    input_file_id: str | None = None
-    completion_window: str | int | None = None
-    output_file_id: str | None = None
-    error_file_id: str | None = None
-    created_at: int | float | None = None
-    in_progress_at: int | float | None = None
-    expires_at: int | float | None = None
-    finalizing_at: int | float | None = None
-    completed_at: int | float | None = None
-    failed_at: int | float | None = None
-    expired_at: int | float | None = None
-    cancelling_at: int | float | None = None
-    cancelled_at: int | float | None = None
-    request_counts: RequestCounts = RequestCounts()
-    metadata: dict[str, str] = Field(default_factory=dict)
-    file_name: str | None = None
+    Answers without a status count as ``"unknown"``, which is pending. ``errors`` are the first 200 at most, without
+    secrets; ``metadata`` is read in whichever form it comes.
+    """
 
-    @field_validator("request_counts", mode="before")
-    @classmethod
-    def _no_counts_yet(cls, value: Any) -> Any:
-        return {} if value is None else value
-
-    @field_validator("metadata", mode="before")
-    @classmethod
-    def _metadata_as_text(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return {}
-        return {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in value.items()}
-
-    @field_validator("output_file_id", "error_file_id", "file_name", mode="before")
-    @classmethod
-    def _empty_is_none(cls, value: Any) -> Any:
-        return value or None
+    id: Id = Field(validation_alias=AliasChoices("id", "batch_id"))
+    status: Annotated[str, BeforeValidator(_status)] = UNKNOWN_STATUS
+    object: Name = "batch"
+    endpoint: Name = None
+    errors: Annotated[Any, BeforeValidator(_errors)] = None
+    input_file_id: OptionalId = None
+    completion_window: Annotated[str | int | None, BeforeValidator(_window)] = None
+    output_file_id: Reference = None
+    error_file_id: Reference = None
+    created_at: Moment = None
+    in_progress_at: Moment = None
+    expires_at: Moment = None
+    finalizing_at: Moment = None
+    completed_at: Moment = None
+    failed_at: Moment = None
+    expired_at: Moment = None
+    cancelling_at: Moment = None
+    cancelled_at: Moment = None
+    request_counts: Annotated[RequestCounts, BeforeValidator(_as_object)] = RequestCounts()
+    metadata: Annotated[dict[str, str], BeforeValidator(_metadata)] = Field(default_factory=dict)
+    file_name: Name = None
 
     @property
     def is_terminal(self) -> bool:
@@ -191,15 +277,44 @@ class Batch(_Tolerant):
         return [brief(_as_sentence(item)) for item in (items if isinstance(items, list) else [items])]
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Return the batch as JSON types with signed URLs stripped of their query: safe for XCom and logs."""
+        """
+        Return the batch as JSON types with signed URLs stripped of their query: safe for XCom, events and logs.
+
+        It encodes as JSON, as MessagePack and for Postgres, whatever the service said.
+        """
         data = self.model_dump(mode="json")
         # The author's own metadata is no secret of the service.
         return {key: value if key == "metadata" else shown(value) for key, value in data.items()}
 
 
+#: What stands for success in an ``error`` that reports none.
+_SUCCESS_CODES = frozenset({"0", "200", "20000", "success", "ok"})
+_SUCCESS_WORDS = frozenset({"", "success", "succeeded", "ok"})
+
+
+def says_success(code: Any, message: Any) -> bool:
+    """
+    Whether a code and a message say that all is well, as ``20000`` and ``"Ok"`` do.
+
+    :param code: ``None`` leaves it to the message, which must then say so.
+    :param message: ``None`` or empty leaves it to the code, which must then say so.
+    """
+    word = "" if message is None else message.strip(" .!").lower() if isinstance(message, str) else None
+    if word not in _SUCCESS_WORDS or isinstance(code, dict | list | bool):
+        return False
+    return bool(word) if code in (None, "") else str(code).lower() in _SUCCESS_CODES
+
+
 def has_content(error: Any) -> bool:
-    """Whether an ``error`` says anything: beside an answer, an object of empty fields stands for none."""
-    return any(error.values()) if isinstance(error, dict) else bool(error)
+    """
+    Whether an ``error`` says that something went wrong.
+
+    An object of empty fields stands for none, and so does one that reports success:
+    ``{"code": 20000, "message": "Ok"}``.
+    """
+    if isinstance(error, dict):
+        return any(error.values()) and not says_success(error.get("code"), error.get("message"))
+    return bool(error) and not (isinstance(error, str) and says_success(None, error))
 
 
 def _as_sentence(item: Any) -> str:
@@ -212,45 +327,39 @@ def _as_sentence(item: Any) -> str:
     return json.dumps(item, ensure_ascii=False, default=str)
 
 
-class UploadedFile(_Tolerant):
+class UploadedFile(_Model):
     """A file in the account's store, kept for 30 days. ``bytes`` is its size."""
 
-    id: str = Field(min_length=1)
-    object: str = "file"
-    bytes: int | None = None
-    created_at: int | float | None = Field(
-        default=None, validation_alias=AliasChoices("created_at", "createdAt")
-    )
-    filename: str | None = None
-    purpose: str | None = None
-    line_count: int | None = None
+    id: Id
+    object: Name = "file"
+    bytes: OptionalCount = None
+    created_at: Moment = Field(default=None, validation_alias=AliasChoices("created_at", "createdAt"))
+    filename: Name = None
+    purpose: Name = None
+    line_count: OptionalCount = None
 
 
-class Account(_Tolerant):
+class Account(_Model):
     """The account behind a key. Amounts are strings in CNY, as the service sends them."""
 
-    id: str = ""
-    name: str = ""
-    status: str = ""
-    balance: str | None = None
-    charge_balance: str | None = Field(
+    id: Annotated[str, BeforeValidator(_text_or_empty)] = ""
+    name: Annotated[str, BeforeValidator(_text_or_empty)] = ""
+    status: Annotated[str, BeforeValidator(_text_or_empty)] = ""
+    balance: Amount = None
+    charge_balance: Amount = Field(
         default=None, validation_alias=AliasChoices("chargeBalance", "charge_balance")
     )
-    total_balance: str | None = Field(
+    total_balance: Amount = Field(
         default=None, validation_alias=AliasChoices("totalBalance", "total_balance")
     )
-
-    @field_validator("id", "name", "status", "balance", "charge_balance", "total_balance", mode="before")
-    @classmethod
-    def _as_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int | float) else value
 
 
 class BatchResult(_Model):
     """
     One line of an output or error file: what became of the row ``custom_id``.
 
-    ``response`` and ``error`` are as the service sent them.
+    ``response`` and ``error`` are as the service sent them, whatever their size; :attr:`error_code`,
+    :attr:`error_message` and :attr:`finish_reason` are short, and without secrets.
     """
 
     custom_id: str
@@ -302,12 +411,14 @@ class BatchResult(_Model):
     @property
     def reasoning(self) -> str | None:
         """What a reasoning model thought (``reasoning_content``), or ``None``."""
-        return cast("str | None", self._message.get("reasoning_content"))
+        reasoning = self._message.get("reasoning_content")
+        return reasoning if isinstance(reasoning, str) else None
 
     @property
     def finish_reason(self) -> str | None:
         """``stop``, ``length`` (the answer was cut), ... or ``None``."""
-        return cast("str | None", self._choice.get("finish_reason"))
+        reason = self._choice.get("finish_reason")
+        return brief(reason, MAX_STATUS) if isinstance(reason, str) else None
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -319,12 +430,12 @@ class BatchResult(_Model):
     def error_code(self) -> str | None:
         """``error.code`` as text, or ``None``."""
         code = self.error.get("code") if isinstance(self.error, dict) else None
-        return None if code is None else str(code)
+        return None if code is None else brief(_as_sentence(bounded(code)), MAX_STATUS)
 
     @property
     def error_message(self) -> str | None:
         """What the service said of a row that failed, or ``None``."""
-        return _as_sentence(self.error) if has_content(self.error) else None
+        return brief(_as_sentence(bounded(self.error))) if has_content(self.error) else None
 
     def parse(self, model: type[ModelT]) -> ModelT:
         """

@@ -1,5 +1,5 @@
 """
-The HTTP API without I/O: builds requests, reads answers, decides what is sent again.
+The HTTP API without I/O: builds requests, says how their answers are read, and decides what is sent again.
 
 Both clients go through this module, so they differ in nothing but how bytes travel.
 """
@@ -11,46 +11,34 @@ import logging
 import random
 import re
 import secrets
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote, urlencode, urljoin
 
 from pydantic import ValidationError
 
+from airflow_provider_siliconflow.api import answers
+from airflow_provider_siliconflow.api.bounds import identifier
 from airflow_provider_siliconflow.api.exceptions import (
-    APIError,
-    AuthenticationError,
-    InsufficientBalanceError,
+    IncompleteResultsError,
     InvalidRequestError,
     NoAnswerError,
     NotFoundError,
     NotSentError,
-    PermissionDeniedError,
     RateLimitedError,
     ServiceUnavailableError,
-    SiliconFlowError,
     UnexpectedAnswerError,
 )
 from airflow_provider_siliconflow.api.models import Account, Batch, UploadedFile
-from airflow_provider_siliconflow.api.redaction import (
-    READ_CHARACTERS,
-    SHOWN_CHARACTERS,
-    redact,
-    snippet,
-    strip_query,
-)
+from airflow_provider_siliconflow.api.redaction import brief, snippet, strip_query
 from airflow_provider_siliconflow.api.settings import ClientSettings, is_url
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-TRACE_ID_HEADER = "x-siliconcloud-trace-id"
 
-#: Longest wait that a ``Retry-After`` header can ask for, in seconds; after it we ask again.
-RETRY_AFTER_LIMIT = 900.0
 #: Longest backoff between two sends of one call, in seconds.
 BACKOFF_LIMIT = 30.0
 #: Batches asked for per page of a listing.
@@ -60,18 +48,21 @@ CHUNK_SIZE = 1 << 20
 #: Pieces in which result files are read, in bytes: larger ones are slower by a factor of four.
 READ_SIZE = 1 << 17
 
-_SUCCESS_CODE = "20000"
-_BALANCE_CODE = "30001"
-_OVERLOADED_CODES = frozenset({"50505", "50603"})
-
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
     """
     One request and how to read its answer.
 
+    :param method: of HTTP.
+    :param path: below the API's base URL.
+    :param read: reads the answer's JSON; raises ``ValueError`` if it is not what the API documents.
+    :param query: parameters of the URL.
+    :param payload: JSON to send.
     :param repeatable: whether sending it twice does no more than sending it once. A call that is not
-        repeatable is sent again only where it certainly had no effect.
+        repeatable is sent again only if it certainly had no effect.
+    :param is_list: whether the answer may be as large as a list.
+    :param creates: whether the answer may name what was created under whichever status, and must then be read.
     """
 
     method: str
@@ -80,6 +71,8 @@ class Call(Generic[T]):
     query: Mapping[str, str | int] = field(default_factory=dict)
     payload: Mapping[str, Any] | None = None
     repeatable: bool = True
+    is_list: bool = False
+    creates: bool = False
 
     @property
     def name(self) -> str:
@@ -97,26 +90,54 @@ class Call(Generic[T]):
             return None
         return json.dumps(self.payload, ensure_ascii=False, separators=(",", ":")).encode()
 
-    def answer(self, status: int, headers: Mapping[str, str], body: bytes, settings: ClientSettings) -> T:
+    def limit(self, status: int) -> int:
+        """Return how many bytes are read of an answer with this HTTP status."""
+        if not answers.is_success(status):
+            return answers.MAX_ERROR_BYTES
+        return answers.MAX_LIST_BYTES if self.is_list else answers.MAX_ANSWER_BYTES
+
+    def answer(self, status: int, headers: Mapping[str, str], body: bytes) -> T:
         """
         Read an answer.
 
+        :param status: of HTTP.
+        :param headers: of the answer; looked up without regard to case.
+        :param body: of the answer, of :meth:`limit` bytes at most.
         :raises APIError: the service refused.
         :raises UnexpectedAnswerError: the answer is not what the API documents.
         """
-        data = _parse(body)
-        error = _error_of(self.name, status, headers, body, data, settings)
-        if error is not None:
-            raise error
+        data, wrong = None, None
         try:
-            if isinstance(data, Exception):
-                raise data
-            return self.read(data)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
-            raise UnexpectedAnswerError(
-                f"{self.name} answered HTTP {status}{traced(headers)}, but not what the API documents: "
-                f"{snippet(body, settings)}"
-            ) from exc
+            body = answers.unpack(body, headers.get("Content-Encoding"), self.limit(status), status=status)
+            data = answers.parse(body, is_list=self.is_list)
+        except ValueError as exc:
+            wrong = exc
+        error = answers.error_of(self.name, status, headers, body, data)
+        # What names a batch is one, whatever else it says: taken for a refusal, it would be paid twice.
+        if error is None or (self.creates and answers.names_batch(data)):
+            try:
+                if wrong is not None:
+                    raise wrong
+                return self.read(data)
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+                raise self.unexpected(status, headers, f"{snippet(body)} ({brief(str(exc), 200)})") from None
+        if self.creates and answers.may_have_created(status, data, error):
+            raise self.unexpected(status, headers, str(error), accepted=True) from error
+        raise error
+
+    def unexpected(
+        self, status: int, headers: Mapping[str, str], what: str, *, accepted: bool | None = None
+    ) -> UnexpectedAnswerError:
+        """
+        Return the error for an answer that is not what the API documents.
+
+        :param what: what it is instead.
+        :param accepted: whether the service may have done what was asked; by default if the status is 2xx.
+        """
+        return UnexpectedAnswerError(
+            f"{self.name} answered HTTP {status}{answers.traced(headers)}, but not what the API documents: {what}",
+            accepted=answers.is_success(status) if accepted is None else accepted,
+        )
 
 
 # Calls ----------------------------------------------------------------------------------------------------
@@ -140,17 +161,19 @@ def create_batch(
         payload["metadata"] = dict(metadata)
     if replace:
         payload["replace"] = dict(replace)
-    return Call("POST", "/batches", _read_batch, payload=payload, repeatable=False)
+    return Call("POST", "/batches", _read_batch, payload=payload, repeatable=False, creates=True)
 
 
 def get_batch(batch_id: str) -> Call[Batch]:
-    """Build ``GET /batches/{id}``."""
-    return Call("GET", f"/batches/{quote(batch_id, safe='')}", _read_batch)
+    """Build ``GET /batches/{id}``. An answer about another batch is none."""
+    return Call("GET", f"/batches/{quote(batch_id, safe='')}", partial(_read_batch, batch_id=batch_id))
 
 
 def cancel_batch(batch_id: str) -> Call[Batch]:
     """Build ``POST /batches/{id}/cancel``; asking twice is asking once."""
-    return Call("POST", f"/batches/{quote(batch_id, safe='')}/cancel", _read_batch)
+    return Call(
+        "POST", f"/batches/{quote(batch_id, safe='')}/cancel", partial(_read_batch, batch_id=batch_id)
+    )
 
 
 def list_batches(after: str | None = None, limit: int = PAGE_SIZE) -> Call[Page[Batch]]:
@@ -158,7 +181,9 @@ def list_batches(after: str | None = None, limit: int = PAGE_SIZE) -> Call[Page[
     query: dict[str, str | int] = {"limit": limit}
     if after:
         query["after"] = after
-    return Call("GET", "/batches", lambda data: _read_page(data, Batch.model_validate), query=query)
+    return Call(
+        "GET", "/batches", lambda data: _read_page(data, Batch.model_validate), query=query, is_list=True
+    )
 
 
 def list_files(limit: int = 10_000) -> Call[Page[UploadedFile]]:
@@ -166,14 +191,15 @@ def list_files(limit: int = 10_000) -> Call[Page[UploadedFile]]:
     return Call(
         "GET",
         "/files",
-        lambda data: _read_page(data, UploadedFile.model_validate),
+        lambda data: _read_page(_null_is_empty(data), UploadedFile.model_validate),
         query={"purpose": "batch", "limit": limit},
+        is_list=True,
     )
 
 
 def get_account() -> Call[Account]:
     """Build ``GET /user/info``."""
-    return Call("GET", "/user/info", lambda data: Account.model_validate(_unwrap(data)))
+    return Call("GET", "/user/info", lambda data: Account.model_validate(answers.unwrap(data)))
 
 
 def list_models() -> Call[list[str]]:
@@ -181,90 +207,135 @@ def list_models() -> Call[list[str]]:
     return Call(
         "GET",
         "/models",
-        lambda data: [item["id"] for item in _items(data) if isinstance(item, dict) and item.get("id")],
+        lambda data: [name for item in answers.items_of(data) if (name := _model_name(item))],
         query={"sub_type": "chat"},
+        is_list=True,
     )
 
 
 def upload_file() -> Call[UploadedFile]:
     """Build ``POST /files`` without its body; see :class:`MultipartFrame`."""
-    return Call("POST", "/files", lambda data: UploadedFile.model_validate(_unwrap(data)), repeatable=False)
+    return Call(
+        "POST", "/files", lambda data: UploadedFile.model_validate(answers.unwrap(data)), repeatable=False
+    )
 
 
-def _read_batch(data: Any) -> Batch:
-    return Batch.model_validate(_unwrap(data))
+def _read_batch(data: Any, batch_id: str | None = None) -> Batch:
+    batch = Batch.model_validate(answers.unwrap(data))
+    if batch_id not in (None, batch.id):
+        raise ValueError(f"it is about batch {batch.id}, not {batch_id}")
+    return batch
 
 
-def _unwrap(data: Any) -> Any:
-    """Take an object out of the envelope ``{"code", "message", "status", "data"}`` where there is one."""
-    if isinstance(data, dict) and isinstance(data.get("data"), dict) and "id" not in data:
-        return data["data"]
+def _model_name(item: Any) -> str | None:
+    return identifier(item.get("id")) if isinstance(item, dict) else None
+
+
+def _null_is_empty(data: Any) -> Any:
+    """
+    Take ``null`` for an empty list of files.
+
+    An account without files may answer so. If it hides one, that is uploaded again, which costs nothing; of batches
+    ``null`` is no list.
+    """
+    inner = data.get("data") if isinstance(data, dict) else None
+    if isinstance(data, dict) and "data" in data and inner is None:
+        return {**data, "data": []}
+    if isinstance(inner, dict) and "data" in inner and inner["data"] is None:
+        return {**data, "data": {**inner, "data": []}}
     return data
-
-
-def _items(data: Any) -> list[Any]:
-    """Return the list of a listing, whether it is bare, under ``data`` or under ``data.data``."""
-    for _ in range(3):
-        if isinstance(data, list):
-            return data
-        if not isinstance(data, dict):
-            break
-        if data.get("data") is None and "data" in data:
-            return []
-        data = data.get("data")
-    raise ValueError("no list in the answer")
 
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
-    """One page of a listing."""
+    """
+    One page of a listing.
+
+    :param items: what could be read of it.
+    :param has_more: whether there are further pages, if the service says.
+    :param unreadable: how many entries could not be read.
+    """
 
     items: tuple[T, ...]
-    has_more: bool
+    has_more: bool | None = None
+    unreadable: int = 0
 
 
 def _read_page(data: Any, read: Callable[[Any], T]) -> Page[T]:
-    items = []
-    for item in _items(data):
+    items, refused = [], []
+    for item in answers.items_of(data):
         try:
             items.append(read(item))
         except ValidationError as exc:
-            # One odd entry must not hide the others: among them may be the batch that is looked for.
-            log.warning("Ignoring an entry of a listing that is not what the API documents: %s", exc)
-    has_more = False
-    while isinstance(data, dict):
-        has_more = has_more or bool(data.get("has_more"))
-        data = data.get("data")
-    return Page(tuple(items), has_more)
+            # One odd entry must not hide the others: among them may be the batch that is searched for.
+            refused.append(exc)
+    if refused:
+        log.warning(
+            "Ignoring %d entries of a listing that are not what the API documents; the first: %s",
+            len(refused),
+            brief(str(refused[0]), 300),
+        )
+    return Page(tuple(items), answers.has_more(data), len(refused))
 
 
-class BatchPaging:
+#: Pages and batches after which a listing counts as cut.
+MAX_PAGES, MAX_LISTED = 1000, 100_000
+
+
+class BatchListing(Iterator[Batch]):
     """
-    Walks through pages of batches, and stops at a listing that does not advance.
+    The account's batches, page by page as they are asked for, each once; as a rule the newest come first.
 
-    The service documents a cursor and says that paging is not supported yet: a page may repeat.
+    The service documents a cursor and says that paging is not supported yet: pages may repeat or be missing.
+
+    :param fetch: carries out the call for one page.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fetch: Callable[[Call[Page[Batch]]], Page[Batch]]) -> None:
+        self._fetch = fetch
         self._seen: set[str] = set()
-        self._cursor: str | None = None
-        self.done = False
-        #: Whether there is more that the service does not hand out.
-        self.cut = False
+        self._batches = self._walk()
+        #: Whether the account has, or may have, batches that the service did not hand out: so until the end is read.
+        self.cut = True
+        #: Entries that could not be read so far.
+        self.unreadable = 0
 
-    def next_call(self) -> Call[Page[Batch]]:
-        """Build the call for the next page."""
-        return list_batches(after=self._cursor)
+    def __iter__(self) -> BatchListing:
+        """Return the listing itself: it is read once."""
+        return self
 
-    def take(self, page: Page[Batch]) -> list[Batch]:
-        """Take an answered page and return what it has that no page before had."""
-        new = [batch for id_, batch in {b.id: b for b in page.items}.items() if id_ not in self._seen]
-        self._seen.update(batch.id for batch in new)
-        if new:
-            self._cursor = page.items[-1].id
-        self.done = not (new and page.has_more)
-        self.cut = page.has_more and not new
-        return new
+    def __next__(self) -> Batch:
+        """
+        Return the next batch.
+
+        :raises UnexpectedAnswerError: a page cannot be read, which is another thing than an empty one.
+        """
+        return next(self._batches)
+
+    def _walk(self) -> Iterator[Batch]:
+        cursor: str | None = None
+        for _ in range(MAX_PAGES):
+            try:
+                page = self._fetch(list_batches(cursor))
+            except (InvalidRequestError, NotFoundError):
+                if cursor is None:
+                    raise
+                # A service without paging may refuse the cursor.
+                return
+            self.unreadable += page.unreadable
+            new = 0
+            for batch in page.items:
+                if batch.id not in self._seen:
+                    self._seen.add(batch.id)
+                    new += 1
+                    yield batch
+            if page.has_more is False or not page.items:
+                # An empty page that promises more keeps it back.
+                self.cut = bool(page.has_more)
+                return
+            if not new or len(self._seen) >= MAX_LISTED:
+                return
+            cursor = page.items[-1].id
 
 
 # Files ----------------------------------------------------------------------------------------------------
@@ -311,6 +382,7 @@ def redirect_target(url: str, location: str | None) -> str:
     Return the URL an answer to ``url`` points to.
 
     :raises UnexpectedAnswerError: it names no place, or leaves HTTP.
+    :raises IncompleteResultsError: it leaves HTTPS: who listens would read the results.
     """
     try:
         target = urljoin(url, location or "")
@@ -318,124 +390,15 @@ def redirect_target(url: str, location: str | None) -> str:
         target = ""
     if not location or not is_url(target):
         raise UnexpectedAnswerError(f"{strip_query(url)} redirects to nowhere")
+    if url[:6].lower() == "https:" and target[:6].lower() != "https:":
+        raise IncompleteResultsError(
+            f"{strip_query(url)} redirects from https to http ({brief(strip_query(target), 200)}), which is not "
+            "followed. The results are kept for 30 days; a retry asks for them again."
+        )
     return target
 
 
-def traced(headers: Mapping[str, str]) -> str:
-    """Return the trace id of an answer for a message, or nothing where it has none."""
-    trace_id = headers.get(TRACE_ID_HEADER)
-    return f" (trace id {trace_id})" if trace_id else ""
-
-
-def error_from_answer(
-    call: str, status: int, headers: Mapping[str, str], body: bytes, settings: ClientSettings | None = None
-) -> SiliconFlowError | None:
-    """
-    Return the error an answer stands for, or ``None`` for a success.
-
-    :param call: method and path, for the message.
-    :param headers: of the answer; looked up without regard to case.
-    """
-    return _error_of(call, status, headers, body, _parse(body), settings)
-
-
-def _parse(body: bytes) -> Any:
-    """Return what a body holds as JSON, or the error that it holds none."""
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as exc:
-        return exc
-
-
-def _error_of(
-    call: str,
-    status: int,
-    headers: Mapping[str, str],
-    body: bytes,
-    data: Any,
-    settings: ClientSettings | None,
-) -> SiliconFlowError | None:
-    if 300 <= status < 400:
-        target = strip_query(headers.get("Location") or "")
-        return UnexpectedAnswerError(
-            f"{call} answered HTTP {status}{traced(headers)}, a redirect to {target or 'nowhere'}, which is not "
-            "followed: the API key goes to the connection's own host only. Set the connection's host to the final "
-            "address."
-        )
-    code, message = _code_and_message(data)
-    if 200 <= status < 300:
-        # The envelope may carry a refusal under a success status.
-        if not _is_refusal(code, data):
-            return None
-        status = _status_of_code(code)
-    return _error_class(status, code)(
-        redact(message[:READ_CHARACTERS], settings)[:SHOWN_CHARACTERS]
-        if message
-        else snippet(body, settings),
-        status_code=status,
-        code=code,
-        trace_id=headers.get(TRACE_ID_HEADER),
-        retry_after=_retry_after(headers.get("Retry-After")),
-        call=call,
-    )
-
-
-def _code_and_message(data: Any) -> tuple[str | None, str | None]:
-    if isinstance(data, str):
-        return None, data
-    if not isinstance(data, dict):
-        return None, None
-    nested = data.get("error")
-    if isinstance(nested, dict):
-        data = {**data, **nested}
-    elif isinstance(nested, str):
-        data = {"message": nested, **data}
-    code, message = data.get("code"), data.get("message")
-    return None if code is None else str(code), message if isinstance(message, str) else None
-
-
-def _is_refusal(code: str | None, data: Any) -> bool:
-    """Whether an answer under a success status says that the call was refused."""
-    if code in (None, "0", "200", _SUCCESS_CODE):
-        return False
-    return data.get("status") is False or ("status" not in data and "id" not in data and not data.get("data"))
-
-
-def _status_of_code(code: str | None) -> int:
-    """Return the HTTP status that the service's own code stands for."""
-    if code in _OVERLOADED_CODES:
-        return 503
-    number = int(code) if code and code.isdecimal() and len(code) in (3, 5) else 0
-    status = number // 100 if number > 999 else number
-    return status if 400 <= status < 600 else 400
-
-
-def _error_class(status: int, code: str | None) -> type[APIError]:
-    if status == 402 or code == _BALANCE_CODE:
-        return InsufficientBalanceError
-    if status in (408, 425) or status >= 500:
-        return ServiceUnavailableError
-    by_status: dict[int, type[APIError]] = {
-        401: AuthenticationError,
-        403: PermissionDeniedError,
-        404: NotFoundError,
-        429: RateLimitedError,
-    }
-    return by_status.get(status, InvalidRequestError)
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Read ``Retry-After``, which is seconds or an HTTP date."""
-    if not value:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError, OverflowError):
-            return None
-    return min(max(seconds, 0.0), RETRY_AFTER_LIMIT) if seconds == seconds else None
+# Repetition -------------------------------------------------------------------------------------------------
 
 
 def had_no_effect(error: BaseException) -> bool:
@@ -449,7 +412,7 @@ def had_no_effect(error: BaseException) -> bool:
     return (
         isinstance(error, ServiceUnavailableError)
         and error.status_code == 503
-        and (error.code in _OVERLOADED_CODES or "overload" in error.message.lower())
+        and (error.code in answers.OVERLOADED_CODES or "overload" in error.message.lower())
     )
 
 

@@ -1,14 +1,155 @@
-"""What may be shown of texts and URLs from outside: no key, no signature, no password, and UTF-8 only."""
+"""
+What may be shown of texts and URLs from outside: no key, no signature, no password, and only so much of it.
+
+Every message, log line and value that leaves this package goes through here before it is cut. The secrets of all
+connections that this process has read are known, so that a text may come from anywhere: an answer, a result line, an
+error of an HTTP library.
+"""
 
 from __future__ import annotations
 
+import base64
+import html
+import json
 import logging
 import re
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+from urllib.parse import quote, quote_plus, unquote, urlsplit, urlunsplit
 
-if TYPE_CHECKING:
-    from airflow_provider_siliconflow.api.settings import ClientSettings
+#: Characters of a text from outside that are looked at: a row's error may repeat a whole prompt.
+READ_CHARACTERS = 2000
+#: Characters of it that are shown.
+SHOWN_CHARACTERS = 1000
+
+# Secrets ----------------------------------------------------------------------------------------------------
+
+#: Characters of the shortest text that is a secret. Airflow masks no shorter ones either.
+_SHORTEST_SECRET = 5
+#: Characters from which on a secret is also taken out of ids and URLs, in which a short one may stand by chance.
+_UNMISTAKABLE = 16
+#: Secrets that are remembered.
+_MOST_SECRETS = 1000
+
+_HIDDEN = "***"
+_BEARER = re.compile(r"(?i)bearer\s+[\w.~+/=-]+")
+
+
+class _Secrets:
+    """The secrets of this process, in every form in which an answer may repeat them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[str, None] = {}
+        #: The longest first, since one may be part of another.
+        self.forms: tuple[str, ...] = ()
+        self.unmistakable: tuple[bytes, ...] = ()
+
+    def add(self, secrets: Iterable[str]) -> None:
+        new = [secret for secret in secrets if len(secret) >= _SHORTEST_SECRET]
+        if all(secret in self._known for secret in new):
+            return
+        with self._lock:
+            for secret in new:
+                self._known[secret] = None
+                if len(self._known) > _MOST_SECRETS:
+                    del self._known[next(iter(self._known))]
+            forms = {form for secret in self._known for form in _forms_of(secret)}
+            self.forms = tuple(sorted(forms, key=len, reverse=True))
+            self.unmistakable = tuple(
+                form.encode("utf-8", "replace") for form in self.forms if len(form) >= _UNMISTAKABLE
+            )
+
+
+def _forms_of(secret: str) -> set[str]:
+    """Return a secret as it is, and as JSON, URLs and HTML write it."""
+    forms = {secret, secret.replace("/", "\\/"), html.escape(secret)}
+    for ascii_only in (True, False):
+        in_json = json.dumps(secret, ensure_ascii=ascii_only)[1:-1]
+        # Go, in which the service seems to be written, escapes what HTML could take for its own.
+        in_go = in_json.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+        forms |= {in_json, in_json.replace("/", "\\/"), in_go}
+    for in_url in (quote(secret, safe=""), quote(secret), quote_plus(secret)):
+        forms |= {in_url, re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), in_url)}
+    return forms
+
+
+_SECRETS = _Secrets()
+
+
+def remember_secrets(*secrets: str) -> None:
+    """
+    Take texts out of everything that is shown from now on.
+
+    :param secrets: keys and values of headers; those of less than five characters are no secrets. Of a header such
+        as ``Bearer abc`` the last word is one by itself.
+    """
+    words = [secret.split()[-1] for secret in secrets if secret.strip() and " " in secret.strip()]
+    _SECRETS.add([*secrets, *(word for word in words if len(word) >= 8)])
+
+
+def remember_proxy(url: str) -> None:
+    """
+    Take the password of a proxy out of everything that is shown from now on.
+
+    :param url: of the proxy; ``user:password@`` may stand in it.
+    """
+    user, has_user, _ = url.partition("://")[2].rpartition("@")
+    if not has_user:
+        return
+    name, _, password = user.partition(":")
+    plain = f"{unquote(name)}:{unquote(password)}"
+    basic = base64.b64encode(plain.encode()).decode()
+    _SECRETS.add([password, unquote(password), basic, basic.rstrip("=")])
+
+
+def hide_secrets(text: str, *, unmistakable: bool = False) -> str:
+    """
+    Return a text without the secrets of this process.
+
+    :param unmistakable: whether the text is an id or a URL that must go on to work: then only secrets that are too
+        long to stand in it by chance.
+    """
+    for form in _SECRETS.forms:
+        if unmistakable and len(form) < _UNMISTAKABLE:
+            break
+        if form in text:
+            text = text.replace(form, _HIDDEN)
+    return text
+
+
+def hide_in_answer(body: bytes) -> bytes:
+    """Return the body of an answer without the secrets of this process that no answer holds by chance."""
+    if any(form in body for form in _SECRETS.unmistakable):
+        return hide_secrets(body.decode("utf-8", "surrogateescape"), unmistakable=True).encode(
+            "utf-8", "surrogateescape"
+        )
+    return body
+
+
+def _start_of(text: str, limit: int) -> str:
+    """Return the start of a text, without a secret's beginning at its end."""
+    if len(text) <= limit:
+        return text
+    start = text[:limit]
+    for form in _SECRETS.forms:
+        for size in range(min(len(form) - 1, limit), 0, -1):
+            if start.endswith(form[:size]) and text.startswith(form, limit - size):
+                return start[: limit - size]
+    return start
+
+
+# URLs -------------------------------------------------------------------------------------------------------
+
+# In JSON a slash may be escaped, and the "&" of a query often is (as \u0026); error texts of HTTP libraries
+# name a path without its host.
+_WORD = re.compile(r"[^\s\"'<>]+")
+_ORIGIN = re.compile(r"https?:(?:\\?/){2}", re.IGNORECASE)
+_MARK = re.compile(r"[?#]")
+_USER_PART = re.compile(r"(:(?:\\?/){2})[^\s\"'<>/?#]*@")
+# A password with a mark in it, or a query with an @: nobody can tell, so neither is shown.
+_USER_OR_QUERY = re.compile(r"(:(?:\\?/){2})[^\s\"'<>/?#]*[?#][^\s\"'<>/]*@[^\s\"'<>]*")
 
 
 def strip_query(url: str) -> str:
@@ -20,19 +161,11 @@ def strip_query(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-#: Characters of a text from outside that are looked at: a row's error may repeat a whole prompt.
-READ_CHARACTERS = 2000
-#: Characters of it that are shown.
-SHOWN_CHARACTERS = 1000
-
-# In JSON a slash may be escaped, and the "&" of a query often is (as \u0026); error texts of HTTP libraries
-# name a path without its host.
-_WORD = re.compile(r"[^\s\"'<>]+")
-_ORIGIN = re.compile(r"https?:(?:\\?/){2}", re.IGNORECASE)
-_MARK = re.compile(r"[?#]")
-_USER_PART = re.compile(r"(:(?:\\?/){2})[^\s\"'<>/?#]*@")
-# A password with a mark in it, or a query with an @: nobody can tell, so neither is shown.
-_USER_OR_QUERY = re.compile(r"(:(?:\\?/){2})[^\s\"'<>/?#]*[?#][^\s\"'<>/]*@[^\s\"'<>]*")
+def strip_queries(text: str) -> str:
+    """Return a text in which no URL has a query or a user part any more."""
+    if "@" in text:
+        text = _USER_PART.sub(r"\1", _USER_OR_QUERY.sub(r"\1***", text))
+    return _WORD.sub(_without_query, text) if "?" in text or "#" in text else text
 
 
 def _without_query(found: re.Match[str]) -> str:
@@ -50,18 +183,21 @@ def _without_query(found: re.Match[str]) -> str:
     return word
 
 
-def strip_queries(text: str) -> str:
-    """Return a text in which no URL has a query or a user part any more."""
-    if "@" in text:
-        text = _USER_PART.sub(r"\1", _USER_OR_QUERY.sub(r"\1***", text))
-    return _WORD.sub(_without_query, text) if "?" in text or "#" in text else text
+# What is shown ----------------------------------------------------------------------------------------------
 
 
 def valid_text(text: str) -> str:
-    """Return a text that UTF-8 can hold: half of a surrogate pair, where a text was cut, becomes U+FFFD."""
+    """Return a text that UTF-8 and Postgres can hold: U+FFFD for half of a surrogate pair, and for NUL."""
+    if "\0" in text:
+        text = text.replace("\0", "\ufffd")
     if text.isascii():
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def redact(text: str) -> str:
+    """Return a text without secrets, and without the queries of URLs, which may hold signatures."""
+    return strip_queries(_BEARER.sub(f"Bearer {_HIDDEN}", hide_secrets(valid_text(text))))
 
 
 def brief(text: str, limit: int = SHOWN_CHARACTERS) -> str:
@@ -70,34 +206,42 @@ def brief(text: str, limit: int = SHOWN_CHARACTERS) -> str:
 
     :param limit: characters, well below ``READ_CHARACTERS``: a URL that is cut there may still show its user part.
     """
-    return strip_queries(valid_text(text[:READ_CHARACTERS]))[:limit]
+    return redact(_start_of(text, READ_CHARACTERS))[:limit]
 
 
 def shown(value: Any) -> Any:
-    """Return what may be shown of a value: its texts without the queries of URLs, as UTF-8 can hold them."""
+    """
+    Return what may be shown of a bounded value: its texts without the queries of URLs and without long secrets.
+
+    Ids and statuses stay what they are even if a header's value is a word such as "batch".
+    """
+    return _with_texts(value, lambda text: strip_queries(hide_secrets(valid_text(text), unmistakable=True)))
+
+
+def redact_all(value: Any) -> Any:
+    """Return a bounded value with each of its texts redacted."""
+    return _with_texts(value, redact)
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
-        return strip_queries(valid_text(value))
+        return change(value)
     if isinstance(value, list):
-        return [shown(item) for item in value]
+        return [_with_texts(item, change) for item in value]
     if isinstance(value, dict):
-        return {key: shown(item) for key, item in value.items()}
+        return {change(key): _with_texts(item, change) for key, item in value.items()}
     return value
 
 
-# Errors and repetition --------------------------------------------------------------------------------------
+def snippet(body: bytes, limit: int = 200) -> str:
+    """
+    Return the start of a body as a message may show it.
 
-_BEARER = re.compile(r"(?i)bearer\s+[\w.~+/=-]+")
-
-
-def redact(text: str, settings: ClientSettings | None = None) -> str:
-    """Return ``text`` without the key and without the queries of URLs, which may hold signatures."""
-    if settings is not None:
-        text = text.replace(settings.api_key, "***")
-    return strip_queries(_BEARER.sub("Bearer ***", valid_text(text)))
-
-
-def snippet(body: bytes, settings: ClientSettings | None, limit: int = 200) -> str:
-    text = redact(body[:4096].decode("utf-8", "replace"), settings)
+    :param body: the start of an answer.
+    :param limit: characters.
+    """
+    # A character has up to four bytes: what is cut off here is beyond what is read.
+    text = brief(body[: 8 * READ_CHARACTERS].decode("utf-8", "replace"), READ_CHARACTERS)
     if "<html" in text.lower() or text.lower().startswith("<!doctype"):
         text = "an HTML page: " + re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text)).strip()
     text = text.strip() or "an empty body"
@@ -109,7 +253,7 @@ class _NoQueries(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
-            record.args = tuple(strip_queries(arg) if isinstance(arg, str) else arg for arg in record.args)
+            record.args = tuple(redact(arg) if isinstance(arg, str) else arg for arg in record.args)
         return True
 
 
@@ -117,6 +261,7 @@ _NO_QUERIES = _NoQueries()
 
 
 def keep_queries_out_of_logs() -> None:
+    """Filter what ``urllib3`` logs of requests."""
     # Adding a filter twice is adding it once.
     for name in ("connectionpool", "connection"):
         logging.getLogger(f"urllib3.{name}").addFilter(_NO_QUERIES)

@@ -12,15 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from airflow_provider_siliconflow.api.exceptions import (
-    InvalidInputError,
-)
-
-
-def is_url(value: str) -> bool:
-    """Whether a result-file value is a URL rather than a file id."""
-    return value[:8].lower().startswith(("http://", "https://"))
-
+from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+from airflow_provider_siliconflow.api.redaction import remember_proxy, remember_secrets
 
 DEFAULT_BASE_URL = "https://api.siliconflow.cn/v1"
 
@@ -32,7 +25,8 @@ class ClientSettings:
 
     :param api_key: the account's key; never shown by ``repr``.
     :param base_url: root of the API, with its version.
-    :param timeout: seconds to wait for (the next bytes of) an answer.
+    :param timeout: seconds to wait for (the next bytes of) an answer. A whole call may take twice that besides the
+        connection, however steadily its bytes drip; transfers of files have a least throughput instead.
     :param connect_timeout: seconds to wait for a connection.
     :param max_retries: how often a call that may be repeated is sent again.
     :param proxies: ``http://`` or ``https://`` URL of a proxy, by what it is for: ``https``, ``all``,
@@ -90,6 +84,9 @@ class ClientSettings:
                 raise InvalidInputError(
                     f"proxies: {scheme!r} must be a URL such as 'http://proxy:3128': {wrong}"
                 )
+        remember_secrets(self.api_key, *self.headers.values())
+        for proxy in (self.proxies or {}).values():
+            remember_proxy(proxy)
 
     @property
     def request_headers(self) -> dict[str, str]:
@@ -101,6 +98,11 @@ class ClientSettings:
         }
         taken = {name.lower() for name in ours}
         return {name: value for name, value in self.headers.items() if name.lower() not in taken} | ours
+
+    @property
+    def call_limit(self) -> float:
+        """Seconds one call may take in all, from its first byte to the last of its answer."""
+        return self.connect_timeout + 2 * self.timeout
 
     @property
     def fingerprint(self) -> str:
@@ -122,6 +124,11 @@ class ClientSettings:
             if proxy := (self.proxies or {}).get(key):
                 return proxy
         return None
+
+
+def is_url(value: str) -> bool:
+    """Whether a result-file value is a URL rather than a file id."""
+    return value[:8].lower().startswith(("http://", "https://"))
 
 
 def trusted(verify: bool | str) -> ssl.SSLContext | bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
@@ -45,17 +45,39 @@ class Directory(Protocol):
 
 
 class Digest(Protocol):
-    """What of ``hashlib`` is needed here."""
+    """The part of a ``hashlib`` object that is needed here."""
 
     def update(self, data: bytes, /) -> None:
         """Take in ``data``."""
+
+
+class ChunkReader:
+    """
+    Chunks of bytes, such as a download yields, that read like a stream.
+
+    :param chunks: of any size. Small ones are gathered: a line that arrives byte by byte must not be held so.
+    """
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._chunks = iter(chunks)
+
+    def read(self, size: int = CHUNK_BYTES, /) -> bytes:
+        """Return at least ``size`` bytes, the rest if there are fewer, and ``b""`` at the end."""
+        parts = []
+        held = 0
+        for chunk in self._chunks:
+            parts.append(chunk)
+            held += len(chunk)
+            if held >= size:
+                break
+        return b"".join(parts)
 
 
 class LineReader:
     """
     The lines of a stream, without their ``\\n``.
 
-    ``None`` stands for a line longer than ``longest``; its bytes are passed over, not kept.
+    A line longer than ``longest`` is skipped as it is read, and ``None`` is yielded in its place.
 
     :param stream: opened binary stream.
     :param longest: bytes of the longest line to return.
@@ -66,15 +88,18 @@ class LineReader:
         self, stream: ByteReader, *, longest: int = LONGEST_LINE, digest: Digest | None = None
     ) -> None:
         self._stream = stream
-        self._longest = longest
         self._digest = digest
+        #: Bytes of the longest line that is returned.
+        self.longest = longest
         #: Bytes read so far.
         self.bytes = 0
+        #: Bytes of the lines skipped so far, without their ``\n``.
+        self.skipped_bytes = 0
         #: Whether the stream, once read to its end, ended with a newline (or was empty).
         self.ends_with_newline = True
 
     def __iter__(self) -> Iterator[bytes | None]:
-        longest = self._longest
+        longest = self.longest
         parts: list[bytes] = []
         held = 0
         while chunk := self._stream.read(CHUNK_BYTES):
@@ -89,15 +114,22 @@ class LineReader:
                 parts.clear()
             if not lines:
                 continue
-            yield b"".join(parts) if held <= longest else None
+            yield self._joined(parts, held)
             tail = lines.pop()
-            if longest >= CHUNK_BYTES:
+            # A chunk of a download may be of any size.
+            if longest >= len(chunk):
                 yield from lines
             else:
                 for line in lines:
-                    yield line if len(line) <= longest else None
+                    yield self._joined([line], len(line))
             held = len(tail)
             parts = [tail] if held <= longest else []
         if held:
             self.ends_with_newline = False
-            yield b"".join(parts) if held <= longest else None
+            yield self._joined(parts, held)
+
+    def _joined(self, parts: list[bytes], size: int) -> bytes | None:
+        if size <= self.longest:
+            return b"".join(parts)
+        self.skipped_bytes += size
+        return None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
-from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+from airflow_provider_siliconflow.batch_files.prices import Price, cost, price_of, rounded
 from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 
 log = logging.getLogger(__name__)
@@ -70,33 +70,10 @@ class ModelRun:
     paths: Mapping[str, str] = field(default_factory=dict)
 
 
-def check_prices(prices: Mapping[str, Any] | None) -> None:
-    """
-    Check the argument ``prices`` before anything is sent.
-
-    :raises InvalidInputError: it is not of the form ``{model: {"prompt": number, "completion": number}}``.
-    """
-    if prices is None:
-        return
-    if not isinstance(prices, Mapping):
-        raise InvalidInputError(f"prices must be a mapping by model, not {type(prices).__name__}")
-    for model, price in prices.items():
-        if not (
-            isinstance(model, str)
-            and isinstance(price, Mapping)
-            and set(price) == {"prompt", "completion"}
-            and all(_is_price(value) for value in price.values())
-        ):
-            raise InvalidInputError(
-                f"prices[{model!r}] must be {{'prompt': ..., 'completion': ...}} in CNY per million tokens, "
-                f"not {price!r}"
-            )
-
-
 def build_manifest(
     runs: Sequence[ModelRun],
     *,
-    prices: Mapping[str, Mapping[str, float]] | None = None,
+    prices: Mapping[str, Price] | None = None,
     paths: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """
@@ -106,26 +83,25 @@ def build_manifest(
     ``billed_usage`` all that were made; ``cost`` follows from the latter.
 
     :param runs: one per model.
-    :param prices: by model, whatever its case, CNY per million tokens of ``prompt`` and of ``completion``.
+    :param prices: by model, whatever its case, as checked by :func:`~.prices.check_prices`.
     :param paths: the files and folders of the whole run, by name.
-    :raises InvalidInputError: ``prices`` is malformed.
     """
-    check_prices(prices)
     total = ModelTally()
     models = []
+    costs = []
     for run in runs:
         total.add(run.tally)
-        cost = _cost(run.tally.billed, _price_of(run.model, prices))
+        costs.append(_costs(run.tally.billed, price_of(run.model, prices)))
         models.append(
             {
                 "model": run.model,
                 **_figures(run.tally, run.batches),
-                "cost": cost,
+                "cost": _cost_entry(costs[-1]),
                 "batches": [batch.to_dict() for batch in run.batches],
                 "paths": dict(run.paths),
             }
         )
-    known = [each["cost"] for each in models if each["cost"] is not None]
+    known = [each for each in costs if each is not None]
     if prices and len(known) < len(models):
         log.warning(
             "No cost is given for %s, and so none in total: prices has %s",
@@ -134,11 +110,17 @@ def build_manifest(
             ),
             ", ".join(prices),
         )
+    # A sum that leaves out a model would pass for the whole.
+    total_costs = None
+    if known and len(known) == len(models):
+        total_costs = (
+            sum((each[0] for each in known), Fraction()),
+            sum((each[1] for each in known), Fraction()),
+        )
     return {
         "version": MANIFEST_VERSION,
         **_figures(total, [batch for run in runs for batch in run.batches]),
-        # A sum that leaves out a model would pass for the whole.
-        "cost": _add_costs(known) if known and len(known) == len(models) else None,
+        "cost": _cost_entry(total_costs),
         "models": models,
         "paths": dict(paths or {}),
     }
@@ -161,7 +143,7 @@ def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, An
         "foreign": tally.foreign,
         "usage": _tokens(tally.usage),
         "billed_usage": _tokens(tally.billed),
-        "errors": tally.commonest_errors(),
+        "errors": tally.most_common_errors(),
         "rounds": [
             {
                 "round": number,
@@ -183,42 +165,23 @@ def _tokens(usage: Usage) -> dict[str, int]:
     }
 
 
-def _price_of(
-    model: str | None, prices: Mapping[str, Mapping[str, float]] | None
-) -> Mapping[str, float] | None:
-    """Return the price of a model; case does not tell models apart, as it does not in the answers."""
-    if model is None or not prices:
-        return None
-    by_name = {name.casefold(): price for name, price in prices.items()}
-    return prices.get(model) or by_name.get(model.casefold())
-
-
-def _cost(billed: Usage, price: Mapping[str, float] | None) -> dict[str, Any] | None:
+def _costs(billed: Usage, price: Price | None) -> tuple[Fraction, Fraction] | None:
+    """Return what prompts and completions cost, unrounded. Reasoning is a part of the completion."""
     if price is None:
         return None
-    # Reasoning is a part of the completion and has no price of its own.
-    prompt = billed.prompt * price["prompt"] / 1e6
-    completion = billed.completion * price["completion"] / 1e6
-    return _rounded(prompt, completion)
+    return cost(billed.prompt, price["prompt"]), cost(billed.completion, price["completion"])
 
 
-def _add_costs(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return _rounded(
-        math.fsum(each["prompt"] for each in costs), math.fsum(each["completion"] for each in costs)
-    )
-
-
-def _rounded(prompt: float, completion: float) -> dict[str, Any]:
+def _cost_entry(costs: tuple[Fraction, Fraction] | None) -> dict[str, Any] | None:
+    if costs is None:
+        return None
+    prompt, completion = costs
     return {
         "currency": "CNY",
-        "prompt": round(prompt, 6),
-        "completion": round(completion, 6),
-        "total": round(prompt + completion, 6),
+        "prompt": rounded(prompt),
+        "completion": rounded(completion),
+        "total": rounded(prompt + completion),
     }
-
-
-def _is_price(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def model_slug(model: str) -> str:

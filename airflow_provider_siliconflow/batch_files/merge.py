@@ -7,6 +7,7 @@ with the number of shards, nor with the length of the answers.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +23,11 @@ from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError
 from airflow_provider_siliconflow.api.models import Outcome
 from airflow_provider_siliconflow.api.sources import Source
 from airflow_provider_siliconflow.batch_files.lines import ByteWriter, LineReader
-from airflow_provider_siliconflow.batch_files.result_lines import OddLines, incomplete_file
+from airflow_provider_siliconflow.batch_files.result_lines import read_lines
+from airflow_provider_siliconflow.batch_files.rules import MAX_ROWS
 from airflow_provider_siliconflow.batch_files.shards import iter_custom_ids
 from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 from airflow_provider_siliconflow.batch_files.verdicts import (
-    NotJSONError,
     Verdict,
     is_balance_error,
     read_verdict,
@@ -38,6 +39,10 @@ log = logging.getLogger(__name__)
 #: Bytes of result lines of one shard kept from the reading to the writing; what exceeds them is read again.
 _HELD_BYTES = 1 << 19
 _BLOCK_BYTES = 1 << 16
+
+#: Rows of a batch whose request file is not at hand, and characters of a custom id of theirs, that are kept.
+_MOST_ROWS = 20 * MAX_ROWS
+_LONGEST_ID = 256
 
 _MISSING_ERROR = {"code": Outcome.MISSING.value, "message": "the service returned no result for this row"}
 
@@ -111,16 +116,11 @@ class MergedShard:
     What became of the rows of one shard.
 
     :param tally: the figures.
-    :param retry: a byte per row, 1 where another attempt is worth it; fit for ``select_rows``.
+    :param retry: a byte per row, 1 if another attempt is worth it; fit for ``select_rows``.
     """
 
     tally: ModelTally
     retry: bytearray
-
-    @property
-    def out_of_balance(self) -> bool:
-        """Whether rows failed because the account cannot pay: no row should be retried now."""
-        return self.tally.balance_errors > 0
 
 
 def merge_shard(
@@ -144,16 +144,13 @@ def merge_shard(
     :param results: takes one line per row; ``None`` to judge only.
     :param errors: takes the lines of the rows that are not ok.
     :param model: the model asked of the whole batch; without it the one that each row names.
-    :raises IncompleteResultsError: a result file holds a line that is not JSON (the download was cut, or it is
-        not a result file).
+    :raises IncompleteResultsError: a result file holds a line that is not JSON or too long.
     """
     asked = _Asked.read(shard, with_models=model is None)
     tally = ModelTally(rows=len(asked.ids))
-    index = _Index(asked.ids, tally, held=_HELD_BYTES if results is not None or errors is not None else 0)
+    index = _Index(tally, asked.ids, held=_HELD_BYTES if results is not None or errors is not None else 0)
     for number, batch in enumerate(batches):
-        for path in (batch.output, batch.errors):
-            if path is not None:
-                index.read(path, number, batch)
+        index.read(batch, number)
     retry = bytearray(len(asked.ids))
     rounds = [batch.round for batch in batches]
     for position, verdict in enumerate(index.verdicts):
@@ -161,52 +158,88 @@ def merge_shard(
         if count_row(verdict, wanted, rounds[verdict.batch] if verdict is not None else 0, tally):
             retry[position] = not (verdict is None and any(batch.short for batch in batches))
     if results is not None or errors is not None:
-        _copy(asked.ids, index, results, errors)
+        _copy(index, results, errors)
     return MergedShard(tally, retry)
+
+
+def merge_batch(batch: BatchFiles, results: ByteWriter, errors: ByteWriter, *, rows: int) -> ModelTally:
+    """
+    Judge every row of a batch whose request file is not at hand and write its result line, in the service's order.
+
+    As in :func:`merge_shard` a row gets one line: the first that is ok, else its first. JSON that is no result of
+    any row is not written, and counts as foreign.
+
+    :param batch: the downloaded files.
+    :param results: takes one line per row.
+    :param errors: takes the lines of the rows that are not ok.
+    :param rows: rows that the batch itself counts; those without a line are missing.
+    :raises IncompleteResultsError: a result file holds a line that is not JSON or too long, or results of more rows
+        than any batch has.
+    """
+    tally = ModelTally()
+    index = _Index(tally, held=_HELD_BYTES)
+    index.read(batch, 0)
+    for verdict in index.verdicts:
+        count_row(verdict, None, batch.round, tally)
+    tally.rows = max(rows, len(index.verdicts))
+    count_missing(tally.rows - len(index.verdicts), tally)
+    _copy(index, results, errors)
+    return tally
 
 
 class _Index:
     """
-    The verdict that holds for each row of a shard, and where its line stands.
+    The verdict that holds for each row, and where its line stands.
 
-    :param ids: custom ids of the rows.
     :param tally: takes what is known while reading: what was billed, duplicates and foreign lines.
+    :param ids: custom ids of the rows, in order; ``None`` to take the rows as they come.
     :param held: bytes of result lines that may be kept in memory.
     """
 
-    def __init__(self, ids: Sequence[str], tally: ModelTally, *, held: int) -> None:
-        self.verdicts: list[Verdict | None] = [None] * len(ids)
+    def __init__(self, tally: ModelTally, ids: list[str] | None = None, *, held: int) -> None:
+        self.ids = ids if ids is not None else []
+        self.verdicts: list[Verdict | None] = [None] * len(self.ids)
         self.files: list[Path] = []
-        self._ids = ids
-        self._positions = {custom_id: position for position, custom_id in enumerate(ids)}
+        self._positions = {custom_id: position for position, custom_id in enumerate(self.ids)}
+        self._position_of = self._positions.get if ids is not None else self._add_row
         self._tally = tally
         self._budget = held
 
-    def read(self, path: Path, number: int, batch: BatchFiles) -> None:
-        """Take in one file of the batch that is the ``number``-th."""
-        tally, verdicts, positions, budget = self._tally, self.verdicts, self._positions, self._budget
-        ids = self._ids
+    def _add_row(self, custom_id: str) -> int:
+        # The service names the row, and may say anything.
+        if len(custom_id) > _LONGEST_ID:
+            custom_id = hashlib.sha256(custom_id.encode("utf-8", "surrogatepass")).hexdigest()
+        position = self._positions.setdefault(custom_id, len(self.ids))
+        if position == len(self.ids):
+            if position == _MOST_ROWS:
+                raise IncompleteResultsError(
+                    f"{self.files[-1].name} holds results of more than {_MOST_ROWS} rows; a batch has at most "
+                    f"{MAX_ROWS}",
+                    retryable=False,
+                )
+            self.ids.append(custom_id)
+            self.verdicts.append(None)
+        return position
+
+    def read(self, batch: BatchFiles, number: int) -> None:
+        """Take in the files of the batch that is the ``number``-th."""
+        for path in (batch.output, batch.errors):
+            if path is not None:
+                self._read_file(path, batch, number)
+
+    def _read_file(self, path: Path, batch: BatchFiles, number: int) -> None:
+        tally, verdicts, position_of, budget = self._tally, self.verdicts, self._position_of, self._budget
+        ids = self.ids
         file = len(self.files)
         self.files.append(path)
-        odd = OddLines(path.name, batch.batch_id)
-        offset = duplicates = prompt = completion = reasoning = total = 0
+        duplicates = prompt = completion = reasoning = total = 0
         with path.open("rb") as stream:
-            for count, line in enumerate(LineReader(stream), 1):
-                if line is None:
-                    raise incomplete_file(path.name, count, batch.batch_id)
-                start = offset
-                offset += len(line) + 1
-                try:
-                    verdict = read_verdict(line)
-                except NotJSONError:
-                    if line.strip():
-                        raise incomplete_file(path.name, count, batch.batch_id) from None
-                    continue
+            lines = read_lines(LineReader(stream), read_verdict, name=path.name, batch_id=batch.batch_id)
+            for _, offset, line, verdict in lines:
                 if verdict is None:
-                    odd.add(count)
                     tally.foreign += not batch.shared
                     continue
-                position = positions.get(verdict.custom_id)
+                position = position_of(verdict.custom_id)
                 if position is None:
                     tally.foreign += not batch.shared
                     continue
@@ -229,14 +262,13 @@ class _Index:
                     verdict.custom_id = ids[position]
                     verdict.batch = number
                     verdict.file = file
-                    verdict.offset = start
+                    verdict.offset = offset
                     verdict.length = len(line)
                     if budget > len(line):
                         budget -= len(line)
                         verdict.line = line
                     verdicts[position] = verdict
         self._budget = budget
-        odd.warn()
         tally.billed.add(Usage(prompt, completion, reasoning, total))
         if duplicates:
             tally.duplicates += duplicates
@@ -259,8 +291,7 @@ def count_row(verdict: Verdict | None, model: str | None, round: int, tally: Mod
     :return: whether the row is worth another attempt.
     """
     if verdict is None:
-        tally.missing += 1
-        tally.add_message(_MISSING_ERROR["message"])
+        count_missing(1, tally)
         return worth_retrying(Outcome.MISSING)
     verdict.add_usage_to(tally.usage)
     answered_by = verdict.model
@@ -289,12 +320,19 @@ def count_row(verdict: Verdict | None, model: str | None, round: int, tally: Mod
     return worth_retrying(verdict.outcome, code=code, message=message, status=status)
 
 
-def _copy(ids: Sequence[str], index: _Index, results: ByteWriter | None, errors: ByteWriter | None) -> None:
+def count_missing(rows: int, tally: ModelTally) -> None:
+    """Count rows without any result line."""
+    if rows:
+        tally.missing += rows
+        tally.add_message(_MISSING_ERROR["message"], rows)
+
+
+def _copy(index: _Index, results: ByteWriter | None, errors: ByteWriter | None) -> None:
     with ExitStack() as opened:
         descriptors = [opened.enter_context(path.open("rb")).fileno() for path in index.files]
-        to_results = LineBlock(results)
-        to_errors = LineBlock(errors)
-        for custom_id, verdict in zip(ids, index.verdicts, strict=True):
+        to_results = _LineBlock(results)
+        to_errors = _LineBlock(errors)
+        for custom_id, verdict in zip(index.ids, index.verdicts, strict=True):
             if verdict is None:
                 line = _missing_line(custom_id)
             elif verdict.line is not None:
@@ -312,7 +350,7 @@ def _copy(ids: Sequence[str], index: _Index, results: ByteWriter | None, errors:
         to_errors.flush()
 
 
-class LineBlock:
+class _LineBlock:
     """
     Gathers lines before they are written, as writing costs by the call.
 

@@ -19,6 +19,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 from airflow_provider_siliconflow.api.sources import ByteReader, Source
 from airflow_provider_siliconflow.batch_files.custom_ids import CustomIdSet
 from airflow_provider_siliconflow.batch_files.lines import LONGEST_LINE, LineReader
+from airflow_provider_siliconflow.batch_files.parameters import check_parameters, to_json
 from airflow_provider_siliconflow.batch_files.rules import (
     CLOSING_BRACE,
     MAX_BYTES,
@@ -32,7 +33,6 @@ from airflow_provider_siliconflow.batch_files.rules import (
     estimate_tokens,
     explain,
     text_bytes,
-    to_json,
 )
 
 
@@ -166,6 +166,7 @@ def read_rows(
     problems: Problems,
     *,
     defaults: Mapping[str, Any] | None = None,
+    defaults_name: str = "defaults",
     max_bytes: int = MAX_BYTES,
 ) -> Iterator[RequestRow]:
     """
@@ -179,10 +180,11 @@ def read_rows(
     :param requests: a JSONL file or rows as Python objects (mappings and strings).
     :param problems: takes what is wrong; raises by itself once there is enough.
     :param defaults: body parameters for rows that lack them.
+    :param defaults_name: the argument that they were given by, for messages.
     :param max_bytes: bytes of the longest line, newline included.
     :raises InvalidInputError: ``requests`` or ``defaults`` as a whole is of a wrong kind.
     """
-    complete = _Completer(defaults or {})
+    complete = _Completer(defaults, defaults_name)
     if isinstance(requests, str | bytes | bytearray | Mapping):
         raise InvalidInputError(
             f"requests must be a file or a sequence of rows, not one {type(requests).__name__}: "
@@ -270,23 +272,12 @@ def _request_rows(
 class _Completer:
     """Makes a request line of a row: keeps a line that is whole, rebuilds one that lacks something."""
 
-    def __init__(self, defaults: Mapping[str, Any]) -> None:
-        if not isinstance(defaults, Mapping) or not all(isinstance(key, str) for key in defaults):
-            raise InvalidInputError(
-                "defaults must be a mapping of body parameters, such as {'temperature': 0}"
-            )
-        if "messages" in defaults:
-            raise InvalidInputError("defaults must not hold 'messages': every row has its own")
-        try:
-            self._defaults = {key: msgspec.Raw(to_json(value)) for key, value in defaults.items()}
-        except (TypeError, ValueError, RecursionError) as exc:
-            raise InvalidInputError(f"defaults cannot be written as JSON: {exc}") from exc
-        #: Whether a line that is whole may lack something nevertheless.
+    def __init__(self, defaults: Mapping[str, Any] | None, name: str) -> None:
+        check_parameters(name, defaults)
+        self._defaults = {key: msgspec.Raw(to_json(value)) for key, value in (defaults or {}).items()}
+        self._default_model = (defaults or {}).get("model")
+        #: Whether a line that is whole may still lack something.
         self.adds_defaults = bool(defaults)
-        model = defaults.get("model")
-        if model is not None and not isinstance(model, str):
-            raise InvalidInputError(f"defaults['model'] must be a string, not {model!r}")
-        self._default_model = model
 
     def __call__(self, number: int, line: bytes) -> RequestRow | None:
         """Return the row, or ``None`` if it cannot be a request (or one of ``REFUSED``)."""

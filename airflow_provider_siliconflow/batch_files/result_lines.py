@@ -3,55 +3,84 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError
 from airflow_provider_siliconflow.api.models import BatchResult
 from airflow_provider_siliconflow.api.sources import Source
-from airflow_provider_siliconflow.batch_files.lines import LineReader
-from airflow_provider_siliconflow.batch_files.verdicts import (
-    NotJSONError,
-    read_result,
-)
+from airflow_provider_siliconflow.batch_files.lines import ChunkReader, LineReader
+from airflow_provider_siliconflow.batch_files.verdicts import NotJSONError, read_result
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-class OddLines:
+#: Takes what is wrong with a line that cannot be read.
+OnUnreadable = Callable[[str], None]
+
+
+def read_lines(
+    lines: LineReader,
+    read: Callable[[bytes], T | None],
+    *,
+    name: str,
+    batch_id: str | None = None,
+    on_unreadable: OnUnreadable | None = None,
+) -> Iterator[tuple[int, int, bytes, T | None]]:
     """
-    Lines of a result file that are JSON, but no results: they are left out, and told of.
+    Read the lines of a result file; blank ones are left out.
 
-    :param name: the file, for the message.
+    :param lines: the file.
+    :param read: reads one line: :func:`~.verdicts.read_verdict` or :func:`~.verdicts.read_result`.
+    :param name: the file, for messages.
+    :param batch_id: the batch it belongs to, for messages.
+    :param on_unreadable: takes what is wrong with a line that cannot be read, and the lines after it are read all
+        the same. Without it such a line is an error.
+    :return: the line's number (from 1), its offset in bytes, the line, and what ``read`` made of it: ``None`` for
+        JSON that is no result of any row, about which one warning is logged at the end.
+    :raises IncompleteResultsError: a line is not JSON or too long, and there is no ``on_unreadable``.
     """
+    where = f"{name} of batch {batch_id}" if batch_id else name
 
-    def __init__(self, name: str, batch_id: str | None = None) -> None:
-        self._where = f"{name} of batch {batch_id}" if batch_id else name
-        self._first = self._count = 0
+    def refuse(number: int, problem: str) -> None:
+        if on_unreadable is None:
+            raise _unreadable(f"line {number} of {where} {problem}", batch_id)
+        on_unreadable(f"line {number} of {where} {problem}")
 
-    def add(self, line: int) -> None:
-        """Note a line by its number."""
-        self._first = self._first or line
-        self._count += 1
+    offset = skipped = odd = first_odd = 0
+    for number, line in enumerate(lines, 1):
+        start = offset
+        if line is None:
+            offset += lines.skipped_bytes - skipped + 1
+            skipped = lines.skipped_bytes
+            refuse(number, f"is longer than {lines.longest} bytes")
+            continue
+        offset += len(line) + 1
+        try:
+            found = read(line)
+        except NotJSONError:
+            if line.strip():
+                refuse(number, "is not JSON")
+            continue
+        if found is None:
+            odd += 1
+            first_odd = first_odd or number
+        yield number, start, line, found
+    if odd:
+        log.warning(
+            "%s: %d lines are not the result of any row and were left out, the first of them line %d",
+            where,
+            odd,
+            first_odd,
+        )
 
-    def warn(self) -> None:
-        """Tell of the lines noted, if there are any."""
-        if self._count:
-            log.warning(
-                "%s: %d lines are no results of any row and were left out, the first of them line %d",
-                self._where,
-                self._count,
-                self._first,
-            )
 
-
-def incomplete_file(name: str, line: int, batch_id: str | None) -> IncompleteResultsError:
-    """Return the error for a line of a downloaded file that is not JSON."""
-    of_batch = f" of batch {batch_id}" if batch_id else ""
-    return IncompleteResultsError(
-        f"line {line} of {name}{of_batch} is not JSON: the download was cut, or this is not a result file. "
-        "The results are still with the service; a retry downloads them again and submits nothing.",
-        batch_id=batch_id,
-    )
+def _unreadable(problem: str, batch_id: str | None) -> IncompleteResultsError:
+    cause = "the file was cut, or is not a result file"
+    if batch_id is not None:
+        cause += ". The results are still with the service; a retry downloads them again and submits nothing"
+    return IncompleteResultsError(f"{problem}: {cause}.", batch_id=batch_id)
 
 
 def read_results(source: Source) -> Iterator[BatchResult]:
@@ -61,31 +90,33 @@ def read_results(source: Source) -> Iterator[BatchResult]:
     :raises IncompleteResultsError: a line is not JSON.
     """
     with source.open("rb") as stream:
-        yield from results_of(LineReader(stream), str(getattr(source, "name", source)))
+        yield from _results(LineReader(stream), str(getattr(source, "name", source)), None, None)
 
 
-def results_of(
-    lines: Iterable[bytes | None], name: str, batch_id: str | None = None
+def results_in(
+    chunks: Iterable[bytes],
+    *,
+    name: str,
+    batch_id: str | None = None,
+    on_unreadable: OnUnreadable | None = None,
 ) -> Iterator[BatchResult]:
     """
-    Read the lines of a result file; blank ones, and JSON that is no result, are passed over.
+    Read a result file row by row while it is downloaded.
 
-    :param lines: ``None`` stands for one too long to read.
+    :param chunks: its bytes.
     :param name: the file, for messages.
-    :raises IncompleteResultsError: a line is not JSON.
+    :param batch_id: the batch it belongs to, for messages.
+    :param on_unreadable: as for :func:`read_lines`.
+    :raises IncompleteResultsError: a line is not JSON or too long, and there is no ``on_unreadable``.
     """
-    odd = OddLines(name, batch_id)
-    for number, line in enumerate(lines, 1):
-        if line is None:
-            raise incomplete_file(name, number, batch_id)
-        if not line.strip():
-            continue
-        try:
-            result = read_result(line)
-        except NotJSONError:
-            raise incomplete_file(name, number, batch_id) from None
-        if result is None:
-            odd.add(number)
-        else:
+    return _results(LineReader(ChunkReader(chunks)), name, batch_id, on_unreadable)
+
+
+def _results(
+    lines: LineReader, name: str, batch_id: str | None, on_unreadable: OnUnreadable | None
+) -> Iterator[BatchResult]:
+    for _, _, _, result in read_lines(
+        lines, read_result, name=name, batch_id=batch_id, on_unreadable=on_unreadable
+    ):
+        if result is not None:
             yield result
-    odd.warn()

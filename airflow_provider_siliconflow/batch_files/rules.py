@@ -171,17 +171,6 @@ def accept(line: bytes) -> _FullLine | None:
     return request
 
 
-def to_json(value: Any) -> bytes:
-    """
-    Return compact JSON.
-
-    The standard library's encoder, as it refuses what others turn into something else (NaN into null, bytes
-    into base64).
-    """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode()
-
-
 def _no_constant(constant: str) -> NoReturn:
     raise _NotJSONError(f"the line holds {constant}, which JSON does not have; use a number or null")
 

@@ -99,6 +99,7 @@ def split_requests(
     max_rows: int = MAX_ROWS,
     max_bytes: int = MAX_BYTES,
     defaults: Mapping[str, Any] | None = None,
+    defaults_name: str = "defaults",
 ) -> Split:
     """
     Make request lines of rows and write them as shards, in one pass and bounded memory.
@@ -112,6 +113,7 @@ def split_requests(
     :param max_rows: rows of the longest shard.
     :param max_bytes: bytes of the largest shard.
     :param defaults: body parameters for rows that lack them.
+    :param defaults_name: the argument that they were given by, for messages.
     :raises InvalidRequestFileError: rows cannot be requests, or share a ``custom_id``.
     :raises InvalidInputError: there is no row, or an argument is wrong.
     """
@@ -123,7 +125,9 @@ def split_requests(
     with ShardWriter(work_dir, max_rows=max_rows, max_bytes=max_bytes) as writer:
         lines: list[bytes] = []
         size = 0
-        for row in read_rows(requests, problems, defaults=defaults, max_bytes=max_bytes):
+        for row in read_rows(
+            requests, problems, defaults=defaults, defaults_name=defaults_name, max_bytes=max_bytes
+        ):
             lines.append(row.line)
             size += len(row.line)
             if len(lines) == _LINES_AT_ONCE or size >= _BLOCK_BYTES:

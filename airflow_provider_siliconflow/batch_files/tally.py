@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import msgspec
 
 from airflow_provider_siliconflow.api.redaction import brief
 
@@ -49,7 +45,7 @@ class ModelTally:
     :param balance_errors: rows that failed because the account could not pay.
     :param usage: tokens of the answers kept.
     :param billed: tokens of all answers of all rounds, those that a later one replaced included.
-    :param messages: how often the service said what, see :meth:`commonest_errors`.
+    :param messages: how often the service said what, see :meth:`most_common_errors`.
     :param ok_in_round: rows by the round that answered them.
     """
 
@@ -91,18 +87,9 @@ class ModelTally:
             message = OTHER_MESSAGES
         self.messages[message] = self.messages.get(message, 0) + count
 
-    def commonest_errors(self, limit: int = 5) -> dict[str, int]:
-        """Return the commonest error messages and how many rows have them."""
+    def most_common_errors(self, limit: int = 5) -> dict[str, int]:
+        """Return the most common error messages and how many rows have them."""
         return dict(Counter(self.messages).most_common(limit))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the tally as JSON types."""
-        return dict(msgspec.to_builtins(self, str_keys=True))
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ModelTally:
-        """Return the tally that :meth:`to_dict` described."""
-        return msgspec.convert(data, cls, strict=False)
 
 
 _COUNTS = (

@@ -47,18 +47,26 @@ def cancel(api: CancelAPI, batch_id: str) -> Batch:
     return batch
 
 
-def cancel_all(batch_ids: Sequence[str], open_api: Callable[[], AbstractContextManager[CancelAPI]]) -> None:
+def cancel_all(
+    batch_ids: Sequence[str],
+    open_api: Callable[[], AbstractContextManager[CancelAPI]],
+    *,
+    is_ours: Callable[[Batch], bool] | None = None,
+) -> None:
     """
     Ask for batches to be cancelled, many at once; what fails is logged, since something happened before.
 
     :param open_api: makes the calls for one thread.
+    :param is_ours: for ids that come from a ledger, which may name anybody's batch: each batch is read first, and left
+        alone if this says ``False`` of it. May be called by several threads at once.
     """
 
     def work(some: Sequence[str]) -> None:
         with open_api() as api:
             for batch_id in some:
                 try:
-                    cancel(api, batch_id)
+                    if is_ours is None or _check(api, batch_id, is_ours):
+                        cancel(api, batch_id)
                 except SiliconFlowError as exc:
                     log.warning(
                         "Batch %s could not be cancelled; it may go on and be billed: %s", batch_id, exc
@@ -66,5 +74,18 @@ def cancel_all(batch_ids: Sequence[str], open_api: Callable[[], AbstractContextM
 
     threads = min(_AT_ONCE, len(batch_ids))
     with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="cancel") as pool:
-        for number in range(threads):
-            pool.submit(work, batch_ids[number::threads])
+        shares = [batch_ids[number::threads] for number in range(threads)]
+        futures = [pool.submit(work, share) for share in shares]
+    for share, future in zip(shares, futures, strict=True):
+        if (error := future.exception()) is not None:
+            log.error(
+                "Not all of %s could be cancelled: %s: %s", ", ".join(share), type(error).__name__, error
+            )
+
+
+def _check(api: CancelAPI, batch_id: str, is_ours: Callable[[Batch], bool]) -> bool:
+    batch = api.get_batch(batch_id)
+    if batch.id == batch_id and is_ours(batch):
+        return True
+    log.error("Batch %s is recorded as ours and is another's; it is not cancelled", batch_id)
+    return False

@@ -7,10 +7,14 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Wall-clock time in epoch seconds, and a way to let some of it pass."""
+    """Two clocks, and a way to let some time pass."""
 
     def time(self) -> float:
-        """Return epoch seconds."""
+        """Return epoch seconds. This clock may be set forward or back at any moment, so no wait is measured by it."""
+        ...
+
+    def monotonic(self) -> float:
+        """Return seconds since an arbitrary moment; they only ever grow."""
         ...
 
     def sleep(self, seconds: float) -> None:
@@ -19,11 +23,15 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """The machine's clock."""
+    """The machine's clocks."""
 
     def time(self) -> float:
         """Return epoch seconds."""
         return time.time()
+
+    def monotonic(self) -> float:
+        """Return seconds since an arbitrary moment."""
+        return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
         """Let time pass."""

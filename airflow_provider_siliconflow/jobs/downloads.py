@@ -1,19 +1,24 @@
-"""Reading what a batch produced: fresh references, patience where they come late, nothing lost in silence."""
+"""
+Reading what a batch produced: fresh references, patience until it is settled, nothing lost in silence.
+
+Result files come from outside. They are limited in size, by the rows that were sent and by the free disk, and they are
+downloaded into a temporary folder whose name says which process it belongs to, so that the next one can remove what a
+killed one left.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from airflow_provider_siliconflow.api.exceptions import (
-    BatchError,
-    IncompleteResultsError,
-)
-from airflow_provider_siliconflow.api.models import Batch, BatchStatus
+from airflow_provider_siliconflow.api.arguments import MAX_FILE_LINES
+from airflow_provider_siliconflow.api.exceptions import BatchError, IncompleteResultsError
+from airflow_provider_siliconflow.api.models import Batch, BatchResult, BatchStatus, Outcome
 from airflow_provider_siliconflow.batch_files.atomic_files import write_json, write_whole
 from airflow_provider_siliconflow.batch_files.lines import LineReader
 from airflow_provider_siliconflow.batch_files.manifest import (
@@ -22,17 +27,41 @@ from airflow_provider_siliconflow.batch_files.manifest import (
     build_manifest,
     render_summary,
 )
-from airflow_provider_siliconflow.batch_files.merge import BatchFiles
-from airflow_provider_siliconflow.batch_files.whole_batch import copy_batch
+from airflow_provider_siliconflow.batch_files.merge import BatchFiles, merge_batch
+from airflow_provider_siliconflow.batch_files.result_lines import read_lines
+from airflow_provider_siliconflow.batch_files.verdicts import read_result, read_verdict
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
+from airflow_provider_siliconflow.jobs.scratch import free_bytes, scratch_folder
+from airflow_provider_siliconflow.jobs.settled import (
+    SETTLE_LIMIT,
+    SETTLE_PATIENCE,
+    Held,
+    Settled,
+    judge_files,
+)
+from airflow_provider_siliconflow.jobs.storable import storable
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["output", "error"]
 KINDS: tuple[Kind, ...] = ("output", "error")
 
-#: Pauses while the result files of a completed batch are not named yet, in seconds: a minute in all.
+#: Pauses while the result files of a batch are not complete yet, in seconds: a minute in all.
 LATE_FILE_PATIENCE = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+
+#: Bytes of a result file: so many a row on average, and so many more for a small batch. An answer of 128,000 tokens has
+#: 1 MB, one with log probabilities several.
+_ROW_BYTES, _SPARE_BYTES = 4 << 20, 64 << 20
+#: Bytes of the disk that a download leaves free.
+_RESERVED_BYTES = 256 << 20
+
+#: Field of a batch that says when it ended, by its status.
+_END_FIELDS = {
+    BatchStatus.COMPLETED: "completed_at",
+    BatchStatus.FAILED: "failed_at",
+    BatchStatus.EXPIRED: "expired_at",
+    BatchStatus.CANCELLED: "cancelled_at",
+}
 
 
 class ResultAPI(Protocol):
@@ -42,8 +71,10 @@ class ResultAPI(Protocol):
         """Read a batch."""
         ...
 
-    def iter_file(self, reference: str, refresh: Callable[[], str | None]) -> Iterator[bytes]:
-        """Yield the bytes of a result file."""
+    def iter_file(
+        self, reference: str, refresh: Callable[[], str | None], *, limit: int | None = None
+    ) -> Iterator[bytes]:
+        """Yield the bytes of a result file, at most ``limit``."""
         ...
 
 
@@ -53,62 +84,26 @@ class ResultFiles:
 
     :param api: the calls.
     :param batch_id: the batch; it is read anew, since a signature may have aged.
-    :param clock: time.
-    :param patience: pauses, in seconds, while a file that must exist is not named yet.
+    :param rows: rows that were sent in it, if that is known.
     :raises BatchError: the batch has not ended.
-    :raises IncompleteResultsError: rows succeeded, but the service names no file with them.
     """
 
-    def __init__(
-        self,
-        api: ResultAPI,
-        batch_id: str,
-        clock: Clock | None = None,
-        *,
-        patience: Sequence[float] = LATE_FILE_PATIENCE,
-    ) -> None:
+    def __init__(self, api: ResultAPI, batch_id: str, *, rows: int | None = None) -> None:
         self._api = api
-        self._clock: Clock = clock or SystemClock()
-        self._patience = patience
-        self.batch = self._settled(batch_id, iter(patience))
-
-    def _settled(self, batch_id: str, pauses: Iterator[float]) -> Batch:
-        while True:
-            batch = self._api.get_batch(batch_id)
-            if not batch.is_terminal:
-                raise BatchError(
-                    f"Batch {batch_id} is {batch.status}; its results can be read once it has ended.",
-                    batch_id=batch_id,
-                )
-            counts = batch.request_counts
-            owed = counts.completed > 0 and not batch.output_file_id
-            unclear = (
-                batch.status in (BatchStatus.COMPLETED, BatchStatus.EXPIRED)
-                and not counts.total
-                and not batch.output_file_id
+        self._rows = rows
+        self.batch = self._api.get_batch(batch_id)
+        if not self.batch.is_terminal:
+            raise BatchError(
+                f"Batch {batch_id} is {self.batch.status}; its results can be read once it has ended.",
+                batch_id=batch_id,
             )
-            unexplained = counts.failed > 0 and not batch.error_file_id and not batch.output_file_id
-            if not (owed or unclear or unexplained):
-                return batch
-            pause = next(pauses, None)
-            if pause is None:
-                if owed:
-                    raise IncompleteResultsError(
-                        f"Batch {batch_id} is {batch.status} with {counts.completed} successful rows, but the "
-                        "service names no output file yet. The rows are paid for and kept for 30 days; a retry "
-                        "asks for them again.",
-                        batch_id=batch_id,
-                    )
-                log.warning("Batch %s is %s and names no output file", batch_id, batch.status)
-                return batch
-            log.info("Batch %s names no output file yet; asking again in %.0f s", batch_id, pause)
-            self._clock.sleep(pause)
 
     def reference(self, kind: Kind) -> str | None:
-        """Return the URL or id of a result file, or ``None`` where there is none."""
+        """Return the URL or id of a result file, or ``None`` if there is none."""
         return self.batch.output_file_id if kind == "output" else self.batch.error_file_id
 
-    def _refresh(self, kind: Kind) -> str | None:
+    def refresh(self) -> None:
+        """Read the batch again."""
         fresh, known = self._api.get_batch(self.batch.id), self.batch
         # A replica of the service that lags behind must not make a file disappear, nor the batch pending again.
         self.batch = (fresh if fresh.is_terminal else known).model_copy(
@@ -117,74 +112,72 @@ class ResultFiles:
                 "error_file_id": fresh.error_file_id or known.error_file_id,
             }
         )
-        return self.reference(kind)
 
     def chunks(self, kind: Kind) -> Iterator[bytes]:
-        """Yield the bytes of a result file; nothing where there is none."""
-        reference = self.reference(kind)
-        if reference is not None:
-            yield from self._api.iter_file(reference, lambda: self._refresh(kind))
+        """
+        Yield the bytes of a result file; nothing if there is none.
 
-    def copy(self, kind: Kind, target: BinaryIO) -> int:
-        """Write a result file to an open stream and return its number of lines."""
-        lines, last = 0, b"\n"
-        for chunk in self.chunks(kind):
-            target.write(chunk)
-            lines += chunk.count(b"\n")
-            last = chunk[-1:]
+        :raises IncompleteResultsError: it is larger than the results of its rows can be, or than the disk.
+        """
+        reference = self.reference(kind)
+        if reference is None:
+            return
+
+        def fresh() -> str | None:
+            self.refresh()
+            return self.reference(kind)
+
+        rows = self._rows or min(self.batch.request_counts.total, MAX_FILE_LINES) or MAX_FILE_LINES
+        yield from self._api.iter_file(reference, fresh, limit=rows * _ROW_BYTES + _SPARE_BYTES)
+
+    def copy(self, kind: Kind, path: Path) -> int:
+        """
+        Write a result file to the disk and return its number of lines.
+
+        :raises IncompleteResultsError: the disk has no room for it.
+        """
+        lines, last, written = 0, b"\n", 0
+        room = free_bytes(path.parent) - _RESERVED_BYTES
+        with path.open("wb") as target:
+            for chunk in self.chunks(kind):
+                written += len(chunk)
+                if written > room:
+                    raise IncompleteResultsError(
+                        f"The {kind} file of batch {self.batch.id} does not fit on the disk of {path.parent}: only "
+                        f"{max(room, 0)} bytes may be used. The results are kept for 30 days; a retry downloads them.",
+                        batch_id=self.batch.id,
+                    )
+                target.write(chunk)
+                lines += chunk.count(b"\n")
+                last = chunk[-1:]
         return lines + (last != b"\n")
 
-    def fetch(self, kind: Kind, path: Path) -> bool:
-        """
-        Download a result file; one that holds fewer rows than the batch counts is asked for again for a while.
 
-        What the service had at best is all there is: the rows without a result count as missing.
+@dataclass(slots=True)
+class _Copies:
+    """The best copy of each result file so far: what was there once must not be given up for fewer lines."""
 
-        :returns: whether rows are lacking.
-        """
-        counts = self.batch.request_counts
-        promised = counts.completed if kind == "output" else 0
-        pauses = iter(self._patience)
-        part = path.with_name(f"{path.name}.part")
-        best = -1
-        while True:
-            with part.open("wb") as target:
-                lines = self.copy(kind, target)
-            if lines > best:
-                best = lines
-                part.replace(path)
-            if best >= promised:
-                return False
-            story = (
-                f"The {kind} file of batch {self.batch.id} has {lines} rows, but the batch counts {promised}"
-            )
-            pause = next(pauses, None)
-            if pause is None:
-                part.unlink(missing_ok=True)
-                log.warning("%s; the others count as missing", story)
-                return True
-            log.warning("%s; downloading it again in %.0f s", story, pause)
-            self._clock.sleep(pause)
-            self._refresh(kind)
+    folder: Path
+    lines: dict[Kind, int] = field(default_factory=dict)
 
-    def lines(self, kind: Kind) -> Iterator[bytes]:
-        """
-        Yield the lines of a result file, without their line ends and without blank ones.
+    def path(self, kind: Kind) -> Path | None:
+        return self.folder / f"{kind}.jsonl" if kind in self.lines else None
 
-        :raises IncompleteResultsError: fewer rows came than the batch's own counts promise.
-        """
-        rows = 0
-        for line in LineReader(_Chunks(self.chunks(kind))):
-            if line is None:
-                raise IncompleteResultsError(
-                    f"The {kind} file of batch {self.batch.id} has a line too long to read after line {rows}",
-                    batch_id=self.batch.id,
-                )
-            if line.strip():
-                rows += 1
-                yield line
-        if kind == "output":
-            check_rows(self.batch, rows)
+    def take(self, files: ResultFiles) -> None:
+        for kind in KINDS:
+            if files.reference(kind) is None:
+                continue
+            part = self.folder / f"{kind}.part"
+            lines = files.copy(kind, part)
+            if lines > self.lines.get(kind, -1):
+                self.lines[kind] = lines
+                part.replace(self.folder / f"{kind}.jsonl")
+            else:
+                part.unlink()
+
+    def held(self, batch_id: str) -> Held:
+        found = BatchFiles(self.path("output"), self.path("error"), batch_id=batch_id)
+        return Held(self.lines.get("output", 0), self.lines.get("error", 0), lambda: len(outcomes_in(found)))
 
 
 @contextlib.contextmanager
@@ -195,28 +188,122 @@ def downloaded(
     *,
     number: int = 0,
     shared: bool = False,
+    rows: int | None = None,
+    ended_at: float | None = None,
     patience: Sequence[float] = LATE_FILE_PATIENCE,
+    owner: str = "",
 ) -> Iterator[tuple[Batch, BatchFiles]]:
     """
-    Download the result files of a batch into a temporary folder, for as long as the block lasts.
+    Download the result files of a settled batch into a temporary folder, for as long as the block lasts.
 
     :param number: the round the batch belongs to.
     :param shared: whether the batch holds rows of several shards.
-    :param patience: pauses, in seconds, while rows or a file that must exist are not there yet.
+    :param rows: rows that were sent in it, if that is known.
+    :param ended_at: when it was first seen in a terminal status, by our own clock; by default when the service says
+        that it ended.
+    :param patience: pauses, in seconds, while the batch is not settled.
+    :param owner: part of the folder's name, see :func:`~.scratch.scratch_folder`.
+    :raises IncompleteResultsError: the batch is not settled; a retry downloads it again.
     """
-    files = ResultFiles(api, batch_id, clock, patience=patience)
-    with tempfile.TemporaryDirectory(prefix="siliconflow-") as folder:
-        paths: dict[Kind, Path] = {}
-        short = False
-        for kind in KINDS:
-            if files.reference(kind) is not None:
-                paths[kind] = Path(folder) / f"{kind}.jsonl"
-                short |= files.fetch(kind, paths[kind])
-        output, errors = paths.get("output"), paths.get("error")
+    clock = clock or SystemClock()
+    with scratch_folder(owner) as folder:
+        copies = _Copies(folder)
+        files = ResultFiles(api, batch_id, rows=rows)
+        pauses = iter(patience)
+        while True:
+            copies.take(files)
+            batch, held = files.batch, copies.held(batch_id)
+            found = judge_files(batch, held, rows)
+            # Our own clock, if it was there when the batch ended.
+            age = None if ended_at is None else clock.time() - ended_at
+            if found is Settled.YES or (found is Settled.PERHAPS and (age or 0.0) >= SETTLE_PATIENCE):
+                break
+            pause = next(pauses, None) if (age or 0.0) < SETTLE_LIMIT else None
+            if pause is None:
+                if found is Settled.PERHAPS and age is None:
+                    break
+                if (clock.time() - stated_end(batch, clock.time()) if age is None else age) >= SETTLE_LIMIT:
+                    log.warning("%s That is final, an hour after its end.", _story(batch, held))
+                    break
+                raise IncompleteResultsError(
+                    f"{_story(batch, held)} The rows are paid for and kept for 30 days; a retry downloads them again, "
+                    "and pays for nothing.",
+                    batch_id=batch_id,
+                )
+            log.warning("%s Downloading them again in %.0f s.", _story(batch, held), pause)
+            clock.sleep(pause)
+            files.refresh()
         yield (
-            files.batch,
-            BatchFiles(output, errors, round=number, shared=shared, batch_id=batch_id, short=short),
+            batch,
+            BatchFiles(
+                copies.path("output"),
+                copies.path("error"),
+                round=number,
+                shared=shared,
+                batch_id=batch_id,
+                # Rows that are counted as answered are paid for, whether or not the files have them.
+                short=held.output < batch.request_counts.completed,
+            ),
         )
+
+
+def stated_end(batch: Batch, now: float) -> float:
+    """Return when a batch ended as the service says, in epoch seconds; long ago if it does not say or cannot be."""
+    field_name = _END_FIELDS.get(BatchStatus(batch.status)) if batch.is_terminal else None
+    stated = getattr(batch, field_name) if field_name else None
+    # A day covers a clock that is off; what is later than that is not in seconds.
+    return float(stated) if stated is not None and 0 < stated < now + 86400.0 else -math.inf
+
+
+def _story(batch: Batch, held: Held) -> str:
+    counts = batch.request_counts
+    return (
+        f"Batch {batch.id} is {batch.status} and counts {counts.completed} rows of {counts.total} as answered and "
+        f"{counts.failed} as failed, but its output file has {held.output} lines and its error file {held.errors}."
+    )
+
+
+def outcomes_in(files: BatchFiles) -> dict[str, Outcome]:
+    """
+    Return what became of the rows that the files of a batch tell of, by ``custom_id``.
+
+    A row that never ran because its batch was cancelled counts as expired.
+
+    :param files: the downloaded files.
+    :raises IncompleteResultsError: a file cannot be read.
+    """
+    found: dict[str, Outcome] = {}
+    for path in (files.output, files.errors):
+        if path is None:
+            continue
+        with path.open("rb") as stream:
+            lines = read_lines(LineReader(stream), read_verdict, name=path.name, batch_id=files.batch_id)
+            for *_, verdict in lines:
+                if verdict is None or found.get(verdict.custom_id) is Outcome.OK:
+                    continue
+                never_ran = verdict.outcome is Outcome.ERROR and "cancel" in (verdict.code or "").lower()
+                found[verdict.custom_id] = Outcome.EXPIRED if never_ran else verdict.outcome
+    return found
+
+
+def iter_results(api: ResultAPI, batch_id: str, clock: Clock | None = None) -> Iterator[BatchResult]:
+    """
+    Yield the results of an ended batch, line by line: first the output file, then the error file.
+
+    :param api: the calls.
+    :param batch_id: the batch.
+    :raises IncompleteResultsError: the batch is not settled, or a file cannot be read.
+    """
+    with downloaded(api, batch_id, clock) as (_, files):
+        for path, kind in ((files.output, "output"), (files.errors, "error")):
+            if path is not None:
+                with path.open("rb") as stream:
+                    lines = LineReader(stream)
+                    for *_, result in read_lines(
+                        lines, read_result, name=f"the {kind} file", batch_id=batch_id
+                    ):
+                        if result is not None:
+                            yield result
 
 
 def download_results(
@@ -226,7 +313,7 @@ def download_results(
     Write what a batch produced to a folder, and return the manifest.
 
     :param output_dir: a ``pathlib.Path`` or an ``ObjectStoragePath``.
-    :raises IncompleteResultsError: the files hold fewer rows than the batch counts as successful.
+    :raises IncompleteResultsError: the batch is not settled: its files hold fewer rows than it counts.
     """
     with downloaded(api, batch_id, clock) as (batch, files):
         paths = {name: str(output_dir / f"{name}.jsonl") for name in ("results", "errors")}
@@ -234,41 +321,16 @@ def download_results(
             write_whole(output_dir / "results.jsonl") as results,
             write_whole(output_dir / "errors.jsonl") as errors,
         ):
-            tally = copy_batch(files, results, errors, rows=batch.request_counts.total)
+            tally = merge_batch(files, results, errors, rows=min(batch.request_counts.total, MAX_FILE_LINES))
         summary = BatchSummary(
             batch.id, batch.status, tally.rows, counts=batch.request_counts.model_dump(mode="json")
         )
-        manifest = build_manifest(
-            [ModelRun(None, tally, [summary], paths)],
-            paths={"manifest": str(output_dir / "manifest.json"), "output_dir": str(output_dir)},
+        manifest: dict[str, Any] = storable(
+            build_manifest(
+                [ModelRun(None, tally, [summary], paths)],
+                paths={"manifest": str(output_dir / "manifest.json"), "output_dir": str(output_dir)},
+            )
         )
         write_json(output_dir / "manifest.json", manifest)
     log.info("Results of batch %s are in %s\n%s", batch_id, output_dir, render_summary(manifest))
     return manifest
-
-
-class _Chunks:
-    """An iterator of pieces that reads like a stream, whatever size is asked for."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-
-    def read(self, size: int = -1, /) -> bytes:
-        """Return the next piece, or ``b""`` at the end."""
-        return next((chunk for chunk in self._chunks if chunk), b"")
-
-
-def check_rows(batch: Batch, ok: int) -> None:
-    """
-    Compare the rows read with the batch's own counts.
-
-    :param ok: successful rows that were read.
-    :raises IncompleteResultsError: successful rows are missing.
-    """
-    promised = batch.request_counts.completed
-    if ok < promised:
-        raise IncompleteResultsError(
-            f"The results of batch {batch.id} hold {ok} successful rows, but the batch counts {promised}. The "
-            "rows are paid for and kept for 30 days; a retry downloads them again.",
-            batch_id=batch.id,
-        )

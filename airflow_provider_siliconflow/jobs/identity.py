@@ -1,8 +1,9 @@
 """
-What makes a piece of work the same piece of work.
+What makes a piece of work the same piece of work, and what proves that a batch is it.
 
 A batch carries its identity in its ``metadata`` and an uploaded file carries it in its name, so that a later
-try finds what an earlier one paid for without any state of its own.
+try finds what an earlier one paid for without any state of its own. Anybody with the account can copy both, so neither
+is proof by itself: see :func:`prove`.
 """
 
 from __future__ import annotations
@@ -10,18 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import PurePosixPath
 from typing import Any
 
 from airflow_provider_siliconflow.api import arguments
-from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-from airflow_provider_siliconflow.api.models import Batch
+from airflow_provider_siliconflow.api.models import Batch, UploadedFile
 
-#: Metadata key of the identity, and of the readable name beside it.
-WORK_KEY = "airflow_work"
-WORK_LABEL = "airflow_task"
+#: Metadata keys of the identity, of the readable name, of the task instance in its generation, and of the deployment.
+WORK_KEY, WORK_LABEL, WORK_SUBMITTER, WORK_DEPLOYMENT = arguments.IDENTITY_KEYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,10 @@ class Submitter:
     """
     Who submits: one task instance, in one generation of its tries.
 
-    :param generation: grows when a person clears the task and stays the same over automatic retries
-        (Airflow's ``max_tries``), so that a retry finds the work and a clear starts afresh.
+    :param generation: grows when a manual clear is to submit anew, and stays the same over automatic retries, so that
+        a retry finds the work.
+    :param deployment_id: ``[siliconflow] deployment_id``. Without it, two Airflows with the same DAG and run on one
+        account share their work.
     """
 
     dag_id: str
@@ -38,12 +40,18 @@ class Submitter:
     task_id: str
     map_index: int
     generation: int
+    deployment_id: str | None = None
 
     @property
     def label(self) -> str:
         """``dag/task/run`` for people who look at the account's batches."""
         mapped = f"[{self.map_index}]" if self.map_index >= 0 else ""
         return f"{self.dag_id}/{self.task_id}{mapped}/{self.run_id}"[: arguments.MAX_METADATA_VALUE]
+
+    @property
+    def mark(self) -> str:
+        """16 hexadecimal digits that tell this task instance in this generation from all others."""
+        return self.key()[:16]
 
     def key(self, **content: Any) -> str:
         """
@@ -52,56 +60,124 @@ class Submitter:
         :param content: all that makes it a different piece when it changes, as JSON values.
         """
         who = [self.dag_id, self.run_id, self.task_id, self.map_index, self.generation]
+        if self.deployment_id:
+            who.append(self.deployment_id)
         text = json.dumps([who, content], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """
+    A file to be uploaded exactly once.
+
+    :param key: its identity.
+    :param filename: its name at the service, which holds the identity; see :func:`upload_name`.
+    :param size: its size in bytes.
+    :param sha256: of its content, in hexadecimal.
+    :param send: uploads it.
+    """
+
+    key: str
+    filename: str
+    size: int
+    sha256: str
+    send: Callable[[], UploadedFile]
+
+    def may_be(self, file: UploadedFile) -> bool:
+        """Whether a file of the account has the name and, as far as the service says it, the size."""
+        return file.filename == self.filename and file.bytes in (None, self.size)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchWork:
-    """A batch to be created exactly once: its identity, and the request as the service takes it."""
+    """
+    A batch to be created exactly once: its identity, and the request as the service takes it.
+
+    :param input_file_id: the input file, if the service has it already; else ``upload`` says how it gets there.
+    :param submitter: adds the marks of the task instance and of the deployment to the metadata, where there is room.
+    :param only_one: whether the submitter creates this batch and no other, so that a batch of its under another key
+        was made from another input.
+    """
 
     key: str
     label: str
-    input_file_id: str
+    input_file_id: str | None
     endpoint: str
     completion_window: str
     metadata: Mapping[str, str]
     replace: Mapping[str, Any] | None
+    upload: Upload | None = None
+    submitter: Submitter | None = None
+    only_one: bool = False
 
     @property
     def tagged_metadata(self) -> dict[str, str]:
-        """The author's metadata with the identity, and with the readable name where there is room."""
+        """The author's metadata with the identity, and with the other marks as far as there is room."""
         tagged = {**self.metadata, WORK_KEY: self.key}
-        if len(tagged) < arguments.MAX_METADATA_PAIRS:
-            tagged[WORK_LABEL] = self.label
+        marks = {WORK_LABEL: self.label}
+        if self.submitter is not None:
+            marks[WORK_SUBMITTER] = self.submitter.mark
+            if self.submitter.deployment_id:
+                marks[WORK_DEPLOYMENT] = self.submitter.deployment_id[: arguments.MAX_METADATA_VALUE]
+        for name, mark in marks.items():
+            if len(tagged) < arguments.MAX_METADATA_PAIRS:
+                tagged[name] = mark
         return tagged
 
-    def request(self) -> dict[str, Any]:
-        """Return the arguments of :func:`protocol.create_batch`."""
+    def request(self, input_file_id: str) -> dict[str, Any]:
+        """
+        Return the arguments of :func:`protocol.create_batch`.
+
+        :param input_file_id: the input file at the service.
+        """
         return {
-            "input_file_id": self.input_file_id,
+            "input_file_id": input_file_id,
             "endpoint": self.endpoint,
             "completion_window": self.completion_window,
             "metadata": self.tagged_metadata,
             "replace": self.replace,
         }
 
-    def is_in(self, batch: Batch) -> bool:
-        """Whether a batch is this work."""
-        return batch.metadata.get(WORK_KEY) == self.key
+
+class Proof(Enum):
+    """What a batch of the account is to a piece of work."""
+
+    #: Its mark, its input file and whatever else the service states are those of the work.
+    OURS = "ours"
+    #: Something that the service states of it is another's.
+    FOREIGN = "foreign"
+    #: Nothing speaks against it, but the service states too little: it may be paid for by us.
+    UNPROVEN = "unproven"
 
 
-def check_user_metadata(value: Any) -> dict[str, str]:
+def prove(work: BatchWork, batch: Batch, *, our_files: Set[str], file_is_anothers: bool) -> Proof:
     """
-    Return the author's metadata when it leaves room for the identity.
+    Say whether a batch is the batch of a piece of work.
 
-    :raises InvalidInputError: it does not, uses a key of ours, or the service would not take it.
+    :param our_files: ids of input files that are certainly the work's.
+    :param file_is_anothers: whether its input file, if it is none of those, is certainly not the work's.
     """
-    metadata = arguments.check_metadata(value, reserved=1)
-    for key in (WORK_KEY, WORK_LABEL):
-        if key in metadata:
-            raise InvalidInputError(f"metadata key {key!r} is used by this provider; choose another")
-    return metadata
+    mark, file_id = batch.metadata.get(WORK_KEY), batch.input_file_id
+    if mark is not None and mark != work.key:
+        return Proof.FOREIGN
+    if batch.endpoint and batch.endpoint != work.endpoint:
+        return Proof.FOREIGN
+    if _hours(batch.completion_window) not in (None, _hours(work.completion_window)):
+        return Proof.FOREIGN
+    if file_id in our_files:
+        return Proof.UNPROVEN if mark is None else Proof.OURS
+    if file_id is None:
+        return Proof.UNPROVEN
+    if work.upload is not None and batch.file_name not in (None, work.upload.filename):
+        return Proof.FOREIGN
+    return Proof.FOREIGN if work.upload is None or file_is_anothers else Proof.UNPROVEN
+
+
+def _hours(window: Any) -> int | None:
+    """Return a completion window in hours, whichever way it is written; ``None`` if it cannot be read."""
+    match = re.fullmatch(r"\s*(\d{1,6})\s*h?\s*", str(window))
+    return int(match[1]) if match else None
 
 
 def upload_name(path: str, key: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 from airflow_provider_siliconflow.api.exceptions import JobTakenOverError
 from airflow_provider_siliconflow.batch_files.atomic_files import write_json
-from airflow_provider_siliconflow.jobs.folder import read_json
+from airflow_provider_siliconflow.jobs.folder import read_json, remove_tree
 from airflow_provider_siliconflow.jobs.identity import Submitter
 from airflow_provider_siliconflow.jobs.states import (
     IN_DOUBT,
@@ -71,9 +71,25 @@ class Ledger(Protocol):
 
     def retire(self, key: str) -> None:
         """
-        Plan a piece of work anew whose batch died.
+        Plan a piece of work anew whose batch died, and keep that batch among the retired.
 
         :raises ImpossibleTransitionError: its batch has not ended, or is completed.
+        """
+        ...
+
+    def retired(self, key: str) -> tuple[Ended, ...]:
+        """Return the batches of a piece of work that died before the present one; rows of theirs may be paid."""
+        ...
+
+    def holds(self, batch_id: str) -> bool:
+        """Whether a batch is recorded under any key."""
+        ...
+
+    def earlier_work(self, key: str) -> tuple[str, State] | None:
+        """
+        Return the key and the state of the work that the same task recorded before this one, for another input.
+
+        ``None`` if it recorded none, or if it has many pieces of work at once.
         """
         ...
 
@@ -108,6 +124,18 @@ class NoLedger:
 
     def retire(self, key: str) -> None:
         """Keep nothing."""
+
+    def retired(self, key: str) -> tuple[Ended, ...]:
+        """Return none."""
+        return ()
+
+    def holds(self, batch_id: str) -> bool:
+        """Return that nothing is recorded."""
+        return False
+
+    def earlier_work(self, key: str) -> tuple[str, State] | None:
+        """Return none."""
+        return None
 
     def next_number(self) -> int:
         """Return the only number there is."""
@@ -285,6 +313,16 @@ class FolderLedger:
         """Return the batches of a piece of work that died before the present one; rows of theirs may be paid."""
         return self._retired.get(key, ())
 
+    def holds(self, batch_id: str) -> bool:
+        """Whether a batch is recorded under any key."""
+        return any(
+            isinstance(state, Sent | Ended) and state.batch_id == batch_id for state in self._all_states()
+        )
+
+    def earlier_work(self, key: str) -> tuple[str, State] | None:
+        """Return none: a job has many pieces of work; its plan tells whether its input was changed."""
+        return None
+
     @property
     def deadline(self) -> float | None:
         """When this try's wait ends, in epoch seconds; ``None`` leaves it to the batches."""
@@ -312,6 +350,10 @@ class FolderLedger:
         if not isinstance(state, Uploaded):
             self._write()
 
+    def work(self) -> Iterator[tuple[str, State]]:
+        """Yield the key and the state of each piece of work that something is recorded of."""
+        yield from list(self._work.items())
+
     @property
     def open_batches(self) -> tuple[str, ...]:
         """What may run and be billed: ids of batches that have not ended, and keys of work whose outcome is open."""
@@ -320,6 +362,25 @@ class FolderLedger:
             for key, state in self._work.items()
             if isinstance(state, Sent | Sending)
         )
+
+    def remove_folder(self) -> bool:
+        """
+        Remove the folder that the ledger lies in, with all that is in it, unless something of it may run.
+
+        :returns: whether it was removed.
+        :raises JobTakenOverError: a newer try does this job now.
+        """
+        self.check_owner()
+        if open_batches := self.open_batches:
+            log.warning(
+                "%s stays: %d batches of it have not ended, or may exist (%s), and it is what knows of them",
+                self._path.parent,
+                len(open_batches),
+                ", ".join(open_batches[:5]),
+            )
+            return False
+        remove_tree(self._path.parent)
+        return True
 
     def flush(self) -> None:
         """Write what is not written yet."""

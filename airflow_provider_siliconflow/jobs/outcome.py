@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from airflow_provider_siliconflow.api.exceptions import (
     BatchCancelledError,
+    BatchError,
     BatchExpiredError,
     BatchFailedError,
     BatchPartialFailureError,
+    IncompleteResultsError,
     SiliconFlowError,
 )
-from airflow_provider_siliconflow.api.models import Batch, BatchStatus
+from airflow_provider_siliconflow.api.models import Batch, BatchStatus, Outcome, RequestCounts
+from airflow_provider_siliconflow.batch_files.decimals import exceeds
+from airflow_provider_siliconflow.batch_files.result_lines import results_in
 from airflow_provider_siliconflow.batch_files.tally import OTHER_MESSAGES, ModelTally
-from airflow_provider_siliconflow.batch_files.verdicts import NotJSONError, read_result
-from airflow_provider_siliconflow.jobs.downloads import ResultAPI, ResultFiles
+from airflow_provider_siliconflow.jobs.downloads import ResultAPI, ResultFiles, downloaded, outcomes_in
 from airflow_provider_siliconflow.jobs.options import RunOptions
+from airflow_provider_siliconflow.jobs.settled import is_settled
+
+if TYPE_CHECKING:
+    from airflow_provider_siliconflow.jobs.collecting import Collected
+    from airflow_provider_siliconflow.jobs.job import OpenJob
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +41,6 @@ def is_flawless(batch: Batch) -> bool:
     )
 
 
-# Outcome ----------------------------------------------------------------------------------------------------
-
-
 def judge_batch(
     batch: Batch, *, fail_on_partial_error: bool, allow_all_failed: bool = False, reason: str | None = None
 ) -> str | None:
@@ -45,7 +49,7 @@ def judge_batch(
 
     :param fail_on_partial_error: whether a single failed or expired row is a failure.
     :param allow_all_failed: whether a batch without any successful row may pass.
-    :param reason: the commonest error of the rows, where somebody looked.
+    :param reason: the most common error of the rows, if it was looked up.
     :returns: ``None`` for a flawless batch, else a sentence to warn with.
     :raises BatchError: it is a failure, by the kind of it.
     """
@@ -81,10 +85,9 @@ def judge_batch(
             batch_id=batch.id,
             retryable=False,
         )
-    if not counts.total and batch.error_file_id and not batch.output_file_id and not allow_all_failed:
+    if not counts.total and not batch.output_file_id and not allow_all_failed:
         raise BatchFailedError(
-            f"{story}. The service gives no counts and names a file with errors, but none with results; a retry "
-            "looks at the same batch again.",
+            f"{story}. The service gives no counts and names no file with results; a retry reads the same batch again.",
             batch_id=batch.id,
         )
     if lost == 0 and batch.status != BatchStatus.EXPIRED:
@@ -95,6 +98,64 @@ def judge_batch(
             batch_id=batch.id,
         )
     return f"{story}. {fetch}"
+
+
+def finish_batch(
+    api: ResultAPI, batch: Batch, *, fail_on_partial_error: bool, allow_all_failed: bool
+) -> str | None:
+    """
+    Judge an ended batch, with the most common error of its rows unless it is flawless.
+
+    If its counts do not add up, its files are counted instead.
+
+    :param api: the calls.
+    :param batch: the batch that a wait ended with.
+    :returns: a sentence to warn with, or ``None``.
+    :raises IncompleteResultsError: the batch is not settled yet; a retry reads it again.
+    :raises BatchError: the batch is a failure.
+    """
+    log.info("Batch %s has ended: %s", batch.id, batch.status)
+    if not batch.is_dead and not is_settled(batch):
+        batch = _counted_by_files(api, batch)
+    reason = None if is_flawless(batch) else most_common_error(api, batch)
+    return judge_batch(
+        batch, fail_on_partial_error=fail_on_partial_error, allow_all_failed=allow_all_failed, reason=reason
+    )
+
+
+def _counted_by_files(api: ResultAPI, batch: Batch) -> Batch:
+    """Return a batch with the counts that its files give."""
+    with downloaded(api, batch.id) as (fresh, files):
+        if is_settled(fresh):
+            return fresh
+        outcomes = list(outcomes_in(files).values())
+    ok = outcomes.count(Outcome.OK)
+    total = max(fresh.request_counts.total, len(outcomes))
+    counts = RequestCounts(total=total, completed=ok, failed=len(outcomes) - ok)
+    log.info(
+        "The counts of batch %s do not add up; by its files %d of %d rows succeeded", batch.id, ok, total
+    )
+    return fresh.model_copy(update={"request_counts": counts})
+
+
+def most_common_error(api: ResultAPI, batch: Batch) -> str | None:
+    """
+    Return the most common error message of a batch's rows, with its count; ``None`` if none can be read.
+
+    :param api: the calls.
+    :param batch: an ended batch.
+    """
+    tally = ModelTally()
+    try:
+        chunks = ResultFiles(api, batch.id).chunks("error")
+        for result in results_in(chunks, name="the error file", on_unreadable=lambda problem: None):
+            tally.add_message(result.error_message or "no reason given")
+    except SiliconFlowError as exc:
+        log.warning("The error file of batch %s cannot be read: %s", batch.id, exc)
+    tally.messages.pop(OTHER_MESSAGES, None)
+    for message, rows in tally.most_common_errors(1).items():
+        return f"{message} ({rows} rows)"
+    return None
 
 
 def judge_run(manifest: Mapping[str, Any], options: RunOptions) -> str | None:
@@ -108,21 +169,15 @@ def judge_run(manifest: Mapping[str, Any], options: RunOptions) -> str | None:
     lost = rows["total"] - rows["ok"]
     if not lost:
         return None
-    story = (
-        f"{rows['ok']} of {rows['total']} rows succeeded ({rows['error']} failed, {rows['expired']} expired, "
-        f"{rows['missing']} missing)"
-    )
-    if manifest["errors"]:
-        message, count = next(iter(manifest["errors"].items()))
-        story += f"; most often: {message} ({count} rows)"
+    story = _rows_story(manifest)
     if worth := manifest.get("worth_another_attempt"):
         story += (
-            f". {worth} of them failed for a passing reason: with max_row_attempts above "
+            f". {worth} of them failed for a transient reason: with max_row_attempts above "
             f"{options.max_row_attempts} the task would have sent them again"
         )
     story += f". The results are in {manifest['paths']['output_dir']}"
     rate = options.max_error_rate
-    if rate is not None and lost > rate * rows["total"]:
+    if rate is not None and exceeds(lost, rows["total"], rate):
         raise BatchPartialFailureError(
             f"{story}. {lost / rows['total']:.2%} is more than max_error_rate allows ({rate:.2%})."
         )
@@ -135,37 +190,65 @@ def judge_run(manifest: Mapping[str, Any], options: RunOptions) -> str | None:
 
 def refuse_partial(manifest: Mapping[str, Any], what: str) -> None:
     """
-    Fail when any row of a manifest did not succeed.
+    Fail if any row of a manifest did not succeed.
 
     :param what: what the rows belong to, for the message.
     :raises BatchPartialFailureError: one did not; the files are written.
     """
     rows = manifest["rows"]
-    if rows["ok"] == rows["total"]:
-        return
-    commonest = next(iter(manifest["errors"]), None)
-    raise BatchPartialFailureError(
-        f"{what}: {rows['ok']} of {rows['total']} rows succeeded ({rows['error']} failed, {rows['expired']} "
-        f"expired, {rows['missing']} missing){f'; most often: {commonest}' if commonest else ''}. The results "
-        f"are written to {manifest['paths']['output_dir']}."
+    if rows["ok"] != rows["total"]:
+        raise BatchPartialFailureError(
+            f"{what}: {_rows_story(manifest)}. The results are written to {manifest['paths']['output_dir']}."
+        )
+
+
+def _rows_story(manifest: Mapping[str, Any]) -> str:
+    rows = manifest["rows"]
+    story = (
+        f"{rows['ok']} of {rows['total']} rows succeeded ({rows['error']} failed, {rows['expired']} expired, "
+        f"{rows['missing']} missing)"
     )
+    for message, count in list(manifest["errors"].items())[:1]:
+        story += f"; most often: {message} ({count} rows)"
+    return story
 
 
-def commonest_error(api: ResultAPI, batch: Batch) -> str | None:
+def unfinished_job(job: OpenJob, collected: Collected, output_dir: Any) -> BatchError | None:
     """
-    Return the commonest error message of a batch's rows, with its count; ``None`` where none can be read.
+    Return the error for batches that a retry has to submit (again) or to read; ``None`` if there are none.
 
-    :param batch: an ended batch.
+    :param job: the job; the results of its other batches are written.
+    :param collected: what its batches brought.
+    :param output_dir: where the results are, for the message.
     """
-    tally = ModelTally()
-    try:
-        for line in ResultFiles(api, batch.id, patience=()).lines("error"):
-            with contextlib.suppress(NotJSONError):
-                if result := read_result(line):
-                    tally.add_message(result.error_message or "no reason given")
-    except SiliconFlowError as exc:
-        log.warning("The error file of batch %s cannot be read: %s", batch.id, exc)
-    tally.messages.pop(OTHER_MESSAGES, None)
-    for message, rows in tally.commonest_errors(1).items():
-        return f"{message} ({rows} rows)"
-    return None
+    pieces = list(job.pieces)
+    story: list[str] = []
+    # The rows of a batch that failed in an earlier round went into the next one.
+    dead = [
+        ended
+        for piece in job.rounds[-1]
+        if (ended := job.dead(piece)) and collected.unanswered.get(ended.batch_id, 1)
+    ]
+    if dead:
+        named = ", ".join(f"{ended.batch_id} ({ended.status})" for ended in dead[:5])
+        reasons = [message for ended in dead for message in ended.errors]
+        reason = f"; the service says: {reasons[0]}" if reasons else ""
+        story.append(f"{len(dead)} of {len(pieces)} batches failed or were cancelled: {named}{reason}.")
+    if refused := [(piece, state) for piece in pieces if (state := job.refused(piece))]:
+        models = {job.options.replacements[piece.model] or "the rows' own models" for piece, _ in refused}
+        first = refused[0][1]
+        story.append(
+            f"{len(refused)} of {len(pieces)} batches were refused, of {', '.join(sorted(models))}: HTTP "
+            f"{first.status}, {first.message.rstrip('.')}."
+        )
+    for batch_id, why in list(collected.spoilt.items())[:5]:
+        story.append(f"Batch {batch_id} cannot be read: {why.rstrip('.')}.")
+    if not story:
+        return None
+    kind = BatchFailedError if dead or refused else IncompleteResultsError
+    named_first = dead[0].batch_id if dead else next(iter(collected.spoilt), None)
+    return kind(
+        f"{' '.join(story)} The rows of the other batches are written to {output_dir}. A retry submits the rows that "
+        "have no answer, reads again what could not be read, and pays for nothing else again.",
+        batch_id=named_first,
+    )

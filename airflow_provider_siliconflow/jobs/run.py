@@ -1,85 +1,75 @@
 """
-A whole job: rows cut into shards, each shard over each model, in rounds, back into files in the input's order.
+A whole job: rows of any number over one model or several, in rounds, back into files in the order of the rows.
 
-Everything a later process needs lies in a folder below the output: the plan, the shards and a ledger of what was
-uploaded and created. A process may die anywhere; the next one opens the folder and goes on.
+:class:`BatchRun` is the only one that knows the order of the steps. It never waits: :meth:`~BatchRun.start` and
+:meth:`~BatchRun.resume` return a :class:`Wait` for their caller to carry out, in this process or another one, until
+they return ``None`` and :meth:`~BatchRun.finish` writes the manifest::
+
+    wait = run.start(requests, "requests", timeout=None)
+    while wait is not None:
+        wait = run.resume(hook.wait_for_batches(wait.batch_ids, min_ended=wait.min_ended, deadline=wait.deadline))
+    manifest = run.finish()
+
+A process may die anywhere. Everything that a later one needs is in a folder below the output: the plan, the shards
+and a ledger of what was uploaded and created.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
-    APIError,
-    BatchFailedError,
-    IncompleteResultsError,
-    InsufficientBalanceError,
     InvalidInputError,
-    InvalidRequestError,
-    NotFoundError,
-    PermissionDeniedError,
+    JobTakenOverError,
     SiliconFlowError,
 )
-from airflow_provider_siliconflow.api.models import DEAD_STATUSES, Batch, BatchStatus, UploadedFile
-from airflow_provider_siliconflow.batch_files.atomic_files import write_json, write_whole
-from airflow_provider_siliconflow.batch_files.manifest import (
-    BatchSummary,
-    ModelRun,
-    build_manifest,
-    model_slug,
-    render_summary,
-)
-from airflow_provider_siliconflow.batch_files.merge import BatchFiles, merge_shard, refused_lines
-from airflow_provider_siliconflow.batch_files.shards import Shard, Split, select_rows
-from airflow_provider_siliconflow.batch_files.tally import ModelTally
-from airflow_provider_siliconflow.jobs.downloads import LATE_FILE_PATIENCE, downloaded
-from airflow_provider_siliconflow.jobs.folder import read_json, remove_tree
-from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, upload_name
-from airflow_provider_siliconflow.jobs.ledger import FolderLedger
+from airflow_provider_siliconflow.api.models import Batch
+from airflow_provider_siliconflow.batch_files.atomic_files import write_json
+from airflow_provider_siliconflow.batch_files.manifest import render_summary
+from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
+from airflow_provider_siliconflow.jobs.collecting import Collected, Collector
+from airflow_provider_siliconflow.jobs.identity import Submitter
+from airflow_provider_siliconflow.jobs.job import OpenJob
+from airflow_provider_siliconflow.jobs.ledger import Owner
+from airflow_provider_siliconflow.jobs.opening import Opening, OpenSubmission
 from airflow_provider_siliconflow.jobs.options import RunOptions
-from airflow_provider_siliconflow.jobs.plan import plan
-from airflow_provider_siliconflow.jobs.states import Ended, Planned, Refused, Sending, Sent
-from airflow_provider_siliconflow.jobs.submission import Submission
+from airflow_provider_siliconflow.jobs.outcome import unfinished_job
+from airflow_provider_siliconflow.jobs.sending import Sender
 
 log = logging.getLogger(__name__)
 
-#: Folder below the output in which jobs keep what outlives a process.
-WORK_FOLDER = ".siliconflow"
 
-#: Batches of a model that the service refuses, taking none, before the others of the model are not sent either.
-_REFUSALS_OF_A_MODEL = 3
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """
+    What a job waits for.
 
-OpenSubmission = Callable[[FolderLedger], Submission]
+    :param batch_ids: the open batches.
+    :param min_ended: how many of them must end before :meth:`BatchRun.resume`; ``None`` for all.
+    :param deadline: when the wait ends, in epoch seconds; ``None`` leaves it to the batches.
+    """
+
+    batch_ids: tuple[str, ...]
+    min_ended: int | None
+    deadline: float | None
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One batch of a job: a shard over a model in a round."""
+class _Opened:
+    """A job in this process, and who works on it."""
 
-    round: int
-    model: int
-    shard: Shard
-    folder: str
-    upload_key: str
-    work_key: str
-
-    @property
-    def path(self) -> str:
-        """Where the shard lies below the job's folder."""
-        return f"{self.folder}/{self.shard.name}"
+    job: OpenJob
+    sender: Sender
+    collector: Collector
 
 
 class BatchRun:
     """
-    One job, opened by one process.
+    The driver of one job, in one process.
 
     :param options: what is asked.
     :param submitter: who asks.
@@ -88,6 +78,9 @@ class BatchRun:
     :param output_dir: ``pathlib.Path`` or ``ObjectStoragePath`` of the results.
     :param open_submission: makes the submission over the job's ledger.
     :param earlier_tries: whether an earlier try of this generation may have left batches behind.
+    :param owner: this try, with a fresh token; a resumption is told by ``try_id`` and ``try_number``.
+    :param cancel_on_kill: whether to cancel what an earlier generation of this task left open in ``output_dir``.
+    :param clock: time.
     """
 
     def __init__(
@@ -100,613 +93,196 @@ class BatchRun:
         output_dir: Any,
         open_submission: OpenSubmission,
         earlier_tries: bool,
+        owner: Owner,
+        cancel_on_kill: bool,
+        clock: Clock | None = None,
     ) -> None:
-        self.options = options
         self._submitter = submitter
         self._client = client
-        # Not the host: under another name of the same service the work is the same, and must not be paid again.
-        self._where = {"conn_id": conn_id}
-        self.output_dir = output_dir
-        self.key = submitter.key(run=str(output_dir), models=list(options.models), **self._where)
-        self.folder = output_dir / WORK_FOLDER / self.key[:16]
-        self._open_submission = open_submission
+        self._output_dir = output_dir
         self._earlier_tries = earlier_tries
-        self._tallies: dict[int, ModelTally] = {}
-        self._rounds: list[list[Piece]] = []
-        self._worth_another_attempt = 0
-        self._told_of_refusals = False
-        self._short: set[str] = set()
-        self._alive: set[str] = set()
-        self._cancels_late = False
+        self._owner = owner
+        self._cancel_on_kill = cancel_on_kill
+        self._clock: Clock = clock or SystemClock()
+        self._opening = Opening(
+            options,
+            submitter=submitter,
+            client=client,
+            conn_id=conn_id,
+            output_dir=output_dir,
+            open_submission=open_submission,
+            earlier_tries=earlier_tries,
+            owner=owner,
+            clock=self._clock,
+        )
+        self._opened: _Opened | None = None
+        self._collected: Collected | None = None
+        self._earlier_manifest: dict[str, Any] | None = None
         self._stopped = False
+        self._cancels = False
 
-    # Planning ---------------------------------------------------------------------------------------------
+    # The driver -------------------------------------------------------------------------------------------
 
-    def finished_before(self) -> dict[str, Any] | None:
-        """Return the manifest when an earlier try of this job wrote it, having done everything else."""
-        manifest = self._manifest()
-        # On a first try it is of a run that was deleted and made again under the same id.
-        return manifest if self._earlier_tries and manifest.get("run") == self.key else None
-
-    def _manifest(self) -> dict[str, Any]:
-        return read_json(self.output_dir / "manifest.json", or_cut="it will be replaced") or {}
-
-    def _refuse_sibling(self) -> None:
+    def start(self, requests: Callable[[], Any], name: str, *, timeout: float | None) -> Wait | None:
         """
-        Refuse to write over the results of another map index of the same task and run.
+        Begin a try: plan and submit, or take up what an earlier try left.
 
-        :raises InvalidInputError: they are there.
-        """
-        theirs, mine = self._manifest().get("task") or {}, asdict(self._submitter)
-        same = {"dag_id", "run_id", "task_id", "generation"}
-        if theirs.get("map_index") != mine["map_index"] and {n: theirs.get(n) for n in same} == {
-            n: mine[n] for n in same
-        }:
-            raise InvalidInputError(
-                f"output_dir: {self.output_dir} holds the results of map index {theirs['map_index']} of this task. "
-                "A mapped task needs a folder per map index, such as '.../{{ ti.map_index }}'"
-            )
-
-    def prepare(self, requests: Callable[[], Any], name: str) -> None:
-        """
-        Make the plan, or take up the one an earlier try made.
-
-        :param requests: returns the rows, a file or Python objects; only called when there is no plan yet.
+        :param requests: returns the rows, a file or Python objects. Rows that an earlier try planned are compared with
+            them.
         :param name: what messages call them.
+        :param timeout: seconds until the try's waits end, over all of its deferrals; ``None`` leaves it to the batches.
+        :returns: what to wait for; ``None`` if nothing is left but :meth:`finish`.
         :raises InvalidRequestFileError: rows are wrong; nothing was uploaded.
-        """
-        self._refuse_sibling()
-        if (manifest := self._manifest()) and manifest.get("unfinished") != self.key:
-            log.warning("%s holds the results of another job; they will be replaced", self.output_dir)
-        stored = self._plan()
-        if stored is not None and not self._earlier_tries:
-            log.warning("%s is left of a run that was deleted; it is not used", self.folder)
-            remove_tree(self.folder)
-            stored = None
-        if stored is None:
-            self._make_plan(requests(), name)
-        else:
-            log.info("Going on with the rows as an earlier try planned them")
-        self.open()
-        log.info(
-            "%d rows in %d shards over %s: %d batches, about %d prompt tokens each time",
-            self.split.rows,
-            len(self.split.shards),
-            ", ".join(self.options.models) or "the models that the rows name",
-            len(self.split.shards) * len(self.options.replacements),
-            self.split.prompt_tokens,
-        )
-
-    def _plan(self) -> dict[str, Any] | None:
-        return read_json(self.folder / "plan.json", or_cut="the plan is made anew")
-
-    def _make_plan(self, requests: Any, name: str) -> None:
-        try:
-            split = plan(requests, self.folder / "round-0", name=name, options=self.options)
-        except InvalidInputError:
-            remove_tree(self.folder)
-            raise
-        self._warn_of_unknown_models()
-        # Before the plan: a plan without a ledger tells that the ledger was lost.
-        write_json(self.folder / "ledger.json", {})
-        write_json(
-            self.folder / "plan.json",
-            {
-                "split": split.to_dict(),
-                # What a batch is asked for is fixed here: a template such as now() renders anew at every
-                # resumption, and the same work under another identity would be paid for again.
-                "completion_window": self.options.completion_window,
-                "metadata": dict(self.options.metadata),
-                # An earlier try may have sent batches that this folder knows nothing of.
-                "complete": not self._earlier_tries,
-            },
-        )
-
-    def _warn_of_unknown_models(self) -> None:
-        """Look the models up in the account's list, which costs nothing; the list does not say which batches take."""
-        if not self.options.models:
-            return
-        try:
-            known = set(self._client.list_models(repeat=False))
-        except SiliconFlowError as exc:
-            log.info("The account's models cannot be listed, so none is looked up: %s", exc)
-            return
-        unknown = [model for model in self.options.models if model not in known]
-        if known and unknown:
-            log.warning(
-                "The account does not list %s among its chat models; the service may refuse it",
-                ", ".join(unknown),
-            )
-
-    def open(self) -> None:
-        """
-        Open a job that was prepared.
-
-        :raises InvalidInputError: its folder is gone.
-        """
-        stored = self._plan()
-        if stored is None:
-            raise InvalidInputError(
-                f"{self.folder} holds no plan any more: output_dir must be seen by every worker, and render the "
-                "same, while the task waits. The batches are untouched. A retry makes the plan anew, searches the "
-                "account and adopts them; a clear would pay for all again.",
-                retryable=True,
-            )
-        self.split = Split.from_dict(stored["split"])
-        self.options = replace(
-            self.options,
-            completion_window=stored["completion_window"],
-            metadata=stored["metadata"],
-        )
-        self.ledger = FolderLedger(self.folder / "ledger.json", complete=stored["complete"])
-        self._submission = self._open_submission(self.ledger)
-        if self._stopped:
-            self._submission.stop()
-        self._rounds = [self._pieces(0, dict.fromkeys(self._model_numbers, self.split.shards))]
-        while (planned := self._planned_round(len(self._rounds))) is not None:
-            shards = {int(i): tuple(map(Shard.from_dict, items)) for i, items in planned["shards"].items()}
-            self._rounds.append(self._pieces(len(self._rounds), shards))
-
-    def _planned_round(self, number: int) -> dict[str, Any] | None:
-        return read_json(self.folder / f"round-{number}.json", or_cut="the round is planned anew")
-
-    @property
-    def deadline(self) -> float | None:
-        """When this try's wait ends, in epoch seconds; ``None`` leaves it to the batches."""
-        return self.ledger.deadline
-
-    def set_deadline(self, deadline: float | None) -> None:
-        """Fix the end of this try's wait, over all of its deferrals."""
-        self.ledger.deadline = deadline
-
-    def wake_after(self, open_batches: int) -> int | None:
-        """Return how many batches must end before the next ones are submitted; ``None`` for all."""
-        waiting = sum(self._is_waiting(piece) for piece in self._current)
-        return max(open_batches // 4, 1) if waiting else None
-
-    @property
-    def batch_ids(self) -> list[str]:
-        """Ids of all batches so far."""
-        pieces = (piece for pieces in self._rounds for piece in pieces)
-        return [batch_id for piece in pieces if (batch_id := self._batch_id(piece))]
-
-    @property
-    def _model_numbers(self) -> range:
-        return range(len(self.options.replacements))
-
-    def _pieces(self, number: int, shards: Mapping[int, Sequence[Shard]]) -> list[Piece]:
-        """Return the batches of a round, shard by shard, so that an upload serves its models one after another."""
-        pieces = [
-            self._piece(number, model, shard)
-            for model, model_shards in shards.items()
-            for shard in model_shards
-        ]
-        return sorted(pieces, key=lambda piece: (piece.shard.index, piece.model))
-
-    def _piece(self, number: int, model: int, shard: Shard) -> Piece:
-        return Piece(
-            round=number,
-            model=model,
-            shard=shard,
-            folder="round-0" if number == 0 else f"round-{number}/{model}",
-            upload_key=self._submitter.key(upload=shard.sha256, **self._where),
-            work_key=self._submitter.key(
-                input=shard.sha256,
-                completion_window=self.options.completion_window,
-                model=self.options.replacements[model],
-                round=number,
-                **self._where,
-            ),
-        )
-
-    # Submitting -------------------------------------------------------------------------------------------
-
-    @property
-    def _current(self) -> list[Piece]:
-        """The batches of the last round, and those of earlier ones that have not ended, having been refused before."""
-        late = [piece for pieces in self._rounds[:-1] for piece in pieces if not self._ended(piece)]
-        return [*late, *self._rounds[-1]]
-
-    def _batch_id(self, piece: Piece) -> str | None:
-        state = self.ledger.state(piece.work_key)
-        return state.batch_id if isinstance(state, Sent | Ended) else None
-
-    def _ended(self, piece: Piece) -> Ended | None:
-        state = self.ledger.state(piece.work_key)
-        return state if isinstance(state, Ended) else None
-
-    def _refused(self, piece: Piece) -> Refused | None:
-        """Return what the service said where it did not take the batch in this try."""
-        state = self.ledger.state(piece.work_key)
-        return state if isinstance(state, Refused) else None
-
-    def _is_waiting(self, piece: Piece) -> bool:
-        return not self._batch_id(piece) and not self._refused(piece)
-
-    def _dead(self, piece: Piece) -> tuple[Ended, ...]:
-        """Return the batches that died before the present one; rows of theirs may be paid."""
-        return self.ledger.retired(piece.work_key)
-
-    @property
-    def open_batches(self) -> list[str]:
-        """Ids of the batches that were submitted and have not ended as far as this job knows."""
-        found = ((self._batch_id(piece), self._ended(piece)) for piece in self._current)
-        return [batch_id for batch_id, ended in found if batch_id and not ended]
-
-    def revive(self) -> None:
-        """
-        Take up the batches of an earlier try: one that failed or was cancelled is submitted anew.
-
-        Called once per try, since within a try a batch that failed stays failed.
-        """
-        self.note(filter(None, map(self._looked_at, list(self._current))))
-        adopted = []
-        for piece in self._current:
-            ended = self._ended(piece)
-            if ended and ended.status in DEAD_STATUSES:
-                self.ledger.retire(piece.work_key)
-            elif self._refused(piece):
-                self.ledger.record(piece.work_key, Planned())
-            elif self._batch_id(piece) and piece.work_key not in self._alive:
-                adopted.append(self._submission.submit(self._work(piece, self._file_id(piece))))
-        self.note(adopted)
-
-    def _looked_at(self, piece: Piece) -> Batch | None:
-        """Read the batch that an earlier try recorded, so that one that died is known to have, with its rows."""
-        batch_id = self._batch_id(piece)
-        if batch_id is None or self._ended(piece):
-            return None
-        batch = self._submission.look(batch_id)
-        if batch is not None and not batch.is_dead and batch.status != BatchStatus.CANCELLING:
-            log.info(
-                "Adopting batch %s (%s) of an earlier try: nothing is paid again", batch_id, batch.status
-            )
-            self._alive.add(piece.work_key)
-        return batch
-
-    def submit_due(self) -> list[str]:
-        """
-        Submit as many batches as may be open at once, and return the ids of all open ones.
-
-        A batch that the service refuses stops no other: those that were taken are paid, and their results wanted. The
-        job fails at its end then.
-
+        :raises InvalidInputError: rows were changed since they were submitted, or another job runs in ``output_dir``.
         :raises SiliconFlowError: the service refuses, and has taken no batch of this job.
         """
-        # What is adopted may have ended already, and makes room for more.
-        while self._submit_some():
-            pass
-        self.ledger.flush()
-        return self.open_batches
-
-    def _submit_some(self) -> bool:
-        open_batches = self.open_batches
-        limit = self.options.max_in_flight or len(self._current)
-        waiting = [piece for piece in self._current if self._is_waiting(piece)]
-        now = waiting[: max(limit - len(open_batches), 0)]
-        for piece in now:
-            try:
-                batch = self._submission.submit(self._work(piece, self._file_id(piece)))
-            except InsufficientBalanceError as exc:
-                self._refuse([piece, *self._surely_unsent(waiting, piece)], exc)
-                return True
-            except NotFoundError as exc:
-                if not self.batch_ids:
-                    raise
-                # Perhaps the file is gone: the retry uploads it again.
-                self.ledger.record_upload(piece.upload_key, Planned())
-                self._refuse([piece], exc)
-                return True
-            except (InvalidRequestError, PermissionDeniedError) as exc:
-                self._refuse(self._refused_alike(piece), exc)
-                return True
-            self.note([batch])
-            if self._cancels_late:
-                # Ended while the request was on its way, when there was no batch to be found yet.
-                self._client.cancel_batch(batch.id)
-            log.info("Batch %s: %s", batch.id, self._name(piece))
-        return bool(now)
-
-    def _name(self, piece: Piece) -> str:
-        model = self.options.replacements[piece.model]
-        return f"shard {piece.shard.index} of round {piece.round}{f', {model}' if model else ''}"
-
-    def _refused_alike(self, piece: Piece) -> list[Piece]:
-        """Return a refused batch, and all others of its model once enough of them were refused and none was taken."""
-        same = [other for other in self._current if other.model == piece.model and other.round == piece.round]
-        tried = sum(self._refused(other) is not None for other in same) + 1
-        if tried < _REFUSALS_OF_A_MODEL or any(map(self._batch_id, same)):
-            return [piece]
-        return [piece, *self._surely_unsent(same, piece)]
-
-    def _surely_unsent(self, pieces: Iterable[Piece], but: Piece) -> list[Piece]:
-        """Return those of which no try can have left a batch: one with an intent is looked for, and may be paid."""
-        return [
-            piece
-            for piece in pieces
-            if piece != but and isinstance(self.ledger.state(piece.work_key), Planned)
-        ]
-
-    def _refuse(self, pieces: Iterable[Piece], error: APIError) -> None:
-        """
-        Note batches that the service does not take, and go on to collect the others.
-
-        :raises SiliconFlowError: there are no others; nothing was paid, so there is nothing to lose.
-        """
-        refused = list(pieces)
-        why = Refused(error.status_code, error.message)
-        self.ledger.record_all({piece.work_key: why for piece in refused})
-        nothing_paid = not self.batch_ids and not any(map(self._dead, self._current))
-        if nothing_paid and not any(map(self._is_waiting, self._current)):
-            raise error
-        log.error("Refused: %s: %s", self._name(refused[0]), error)
-        if len(refused) > 1:
-            log.error("%d more like it are not sent in this try", len(refused) - 1)
-        if not self._told_of_refusals:
-            self._told_of_refusals = True
-            log.error(
-                "The batches that were taken go on. Their results are collected, and the task fails then; a retry "
-                "sends what was refused, and nothing else."
-            )
-
-    def _work(self, piece: Piece, file_id: str) -> BatchWork:
-        model = self.options.replacements[piece.model]
-        return BatchWork(
-            key=piece.work_key,
-            label=self._submitter.label,
-            input_file_id=file_id,
-            endpoint=arguments.CHAT_COMPLETIONS,
-            completion_window=self.options.completion_window,
-            metadata=self.options.metadata,
-            replace={"model": model} if model else None,
-        )
-
-    def _file_id(self, piece: Piece) -> str:
-        source = self.folder / piece.path
-        name = upload_name(f"r{piece.round}-{piece.shard.name}", piece.upload_key)
-
-        def send() -> UploadedFile:
-            return self._client.upload_file(source, size=piece.shard.bytes, filename=name)
-
-        return self._submission.upload(piece.upload_key, name, piece.shard.bytes, send).id
-
-    def note(self, batches: Iterable[Batch]) -> None:
-        """Take what became of batches: those that ended are not waited for any more."""
-        by_id = {batch.id: batch for batch in batches if batch.is_terminal}
-        if not by_id:
-            return
-        for piece in self._current:
-            batch = by_id.get(self._batch_id(piece) or "")
-            if batch is None or self._ended(piece):
-                continue
-            counts = batch.request_counts.model_dump(mode="json", include={"total", "completed", "failed"})
-            state = self.ledger.state(piece.work_key)
-            number = state.number if isinstance(state, Sent) else 0
-            ended = Ended(batch.id, number, batch.status, counts, tuple(batch.error_messages[:3]))
-            self.ledger.record(piece.work_key, ended)
-        self.ledger.flush()
-        pieces = self._rounds[-1]
-        done = sum(self._ended(piece) is not None for piece in pieces)
-        log.info("Round %d: %d of %d batches have ended", len(self._rounds) - 1, done, len(pieces))
-
-    # Results ----------------------------------------------------------------------------------------------
-
-    def merge(self) -> bool:
-        """
-        Write the results of all rounds so far; return whether another round was planned.
-
-        Rows that may be answered another time go into it, as long as attempts are left and the account can pay.
-        """
-        self._refuse_sibling()
-        retries = {model: self._merge_model(model) for model in self._model_numbers}
-        self._worth_another_attempt = sum(map(sum, _flat(retries)))
-        if len(self._rounds) >= self.options.max_row_attempts or not self._worth_another_attempt:
-            return False
-        if any(tally.balance_errors for tally in self._tallies.values()):
-            log.error("Rows failed because the account is empty: no row is sent again")
-            return False
-        number = len(self._rounds)
-        shards: dict[int, tuple[Shard, ...]] = {}
-        sources = [self.folder / "round-0" / shard.name for shard in self.split.shards]
-        for model, chosen in retries.items():
-            shards[model] = select_rows(
-                sources,
-                chosen,
-                self.folder / f"round-{number}" / str(model),
-                max_rows=self.options.max_rows,
-                max_bytes=self.options.max_bytes,
-            )
-        planned = {str(model): [shard.to_dict() for shard in items] for model, items in shards.items()}
-        write_json(self.folder / f"round-{number}.json", {"shards": planned})
-        self._rounds.append(self._pieces(number, shards))
+        # On a first try a manifest is of a run that was deleted and made again under the same id.
+        self._earlier_manifest = self._opening.finished_manifest() if self._earlier_tries else None
+        if self._earlier_manifest is not None:
+            log.info("An earlier try wrote all results and the manifest; nothing is left to do")
+            return None
+        job = self._opening.prepare(requests, name, cancels=self._cancel_on_kill)
+        opened = self._take(job, began=self._owner.at)
+        split = job.plan.split
         log.info(
-            "Round %d: %d rows are sent again in %d batches",
-            number,
-            sum(piece.shard.rows for piece in self._current),
-            len(self._current),
+            "%d rows in %d shards over %s: %d batches, about %d prompt tokens each time",
+            split.rows,
+            len(split.shards),
+            ", ".join(job.options.models) or "the models that the rows name",
+            len(split.shards) * len(job.models),
+            split.prompt_tokens,
         )
-        return True
+        job.ledger.deadline = None if timeout is None else self._clock.time() + timeout
+        opened.sender.take_up()
+        return self._advance(opened)
 
-    def _model_folder(self, model: int) -> Any:
-        name = self.options.replacements[model]
-        return (
-            self.output_dir / model_slug(name) if name and len(self.options.models) > 1 else self.output_dir
-        )
+    def resume(self, ended: Iterable[Batch]) -> Wait | None:
+        """
+        Go on after a wait, also in another process than the one that started.
 
-    def _merge_model(self, model: int) -> list[bytearray]:
-        """Write the results of one model, and return for each shard which rows are worth another attempt."""
-        folder = self._model_folder(model)
-        name = self.options.replacements[model]
-        tally = ModelTally()
-        retries: list[bytearray] = []
-        first = {piece.shard.index: piece for piece in self._rounds[0] if piece.model == model}
-        with contextlib.ExitStack() as stack:
-            later = [
-                files
-                for pieces in self._rounds[1:]
-                for piece in pieces
-                if piece.model == model
-                for files in stack.enter_context(self._files(piece, shared=True))
-            ]
-            results = stack.enter_context(write_whole(folder / "results.jsonl"))
-            errors = stack.enter_context(write_whole(folder / "errors.jsonl"))
-            for shard in self.split.shards:
-                piece = first[shard.index]
-                with self._files(piece) as files:
-                    merged = merge_shard(
-                        self.folder / piece.path, [*files, *later], results, errors, model=name
-                    )
-                if merged.tally.rows != shard.rows:
-                    raise IncompleteResultsError(
-                        f"{self.folder / piece.path} has {merged.tally.rows} rows, but {shard.rows} were planned: the "
-                        "file is damaged. The batches are untouched, and so are the results of theirs at the service.",
-                        batch_id=self._batch_id(piece),
-                    )
-                tally.add(merged.tally)
-                retries.append(merged.retry)
-        self._tallies[model] = tally
-        log.info("%s: %d of %d rows are ok", name or "Results", tally.ok, tally.rows)
-        return retries
-
-    @contextlib.contextmanager
-    def _files(self, piece: Piece, *, shared: bool = False) -> Iterator[list[BatchFiles]]:
-        """Download what a piece brought: its batch, the ones that died before it, or why it was refused."""
-        batch_id, refused = self._batch_id(piece), self._refused(piece)
-        found: list[BatchFiles] = []
-        with contextlib.ExitStack() as stack:
-
-            def download(one: str) -> BatchFiles:
-                # What was waited for in vain once is not waited for in each round.
-                patience = () if one in self._short else LATE_FILE_PATIENCE
-                downloading = downloaded(
-                    self._client, one, number=piece.round, shared=shared, patience=patience
-                )
-                files = stack.enter_context(downloading)[1]
-                if files.short:
-                    self._short.add(one)
-                return files
-
-            for dead in self._dead(piece):
-                try:
-                    found.append(download(dead.batch_id))
-                except IncompleteResultsError as exc:
-                    log.warning(
-                        "%s Batch %s was replaced, so the job goes on without it.", exc, dead.batch_id
-                    )
-            if batch_id is not None:
-                found.append(download(batch_id))
-            elif refused is not None and piece.round == 0:
-                # In a later round the rows have a result already, which says more.
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="siliconflow-"))
-                lines = refused_lines(
-                    self.folder / piece.path, status=refused.status, message=refused.message
-                )
-                path = Path(folder) / "error.jsonl"
-                with path.open("wb") as stream:
-                    stream.writelines(lines)
-                found.append(BatchFiles(None, path, shared=shared))
-            elif refused is None:
-                raise AssertionError(f"no batch for {piece}")
-            yield found
+        :param ended: the batches that ended.
+        :returns: what to wait for next; ``None`` if nothing is left but :meth:`finish`.
+        :raises InvalidInputError: the job's folder is gone.
+        :raises JobTakenOverError: another try does the job now.
+        """
+        try:
+            opened = self._open()
+        except InvalidInputError:
+            self._earlier_manifest = self._opening.finished_manifest()
+            if self._earlier_manifest is None:
+                raise
+            log.info("Another try of this task has finished the job; its manifest is taken")
+            return None
+        batches = list(ended)
+        opened.job.record_ended(batches, at=self._clock.time())
+        opened.collector.settle(batches)
+        return self._advance(opened)
 
     def finish(self) -> dict[str, Any]:
         """
         Write the manifest and return it.
 
-        :raises BatchError: the outcome is a failure by the job's options; the results are written.
+        :raises BatchFailedError: batches failed, were cancelled or refused; the results of the others are written.
+        :raises IncompleteResultsError: batches cannot be read; the results of the others are written.
         """
-        runs = [
-            ModelRun(
-                self.options.replacements[model],
-                self._tallies[model],
-                [
-                    summary
-                    for pieces in self._rounds
-                    for piece in pieces
-                    if piece.model == model
-                    for summary in self._summaries(piece)
-                ],
-                {name: str(self._model_folder(model) / f"{name}.jsonl") for name in ("results", "errors")},
-            )
-            for model in self._model_numbers
-        ]
-        paths = {"output_dir": str(self.output_dir), "manifest": str(self.output_dir / "manifest.json")}
-        manifest = build_manifest(runs, prices=self.options.prices, paths=paths)
-        log.info("Results are in %s\n%s", self.output_dir, render_summary(manifest))
-        manifest["worth_another_attempt"] = self._worth_another_attempt
+        if self._earlier_manifest is not None:
+            return self._earlier_manifest
+        opened = self._open()
+        collected = self._collected or opened.collector.collect()
+        manifest = opened.collector.manifest(collected)
         manifest["task"] = asdict(self._submitter)
-        if unfinished := self._unfinished():
-            manifest["unfinished"] = self.key
-            write_json(self.output_dir / "manifest.json", manifest)
-            raise unfinished
+        log.info("Results are in %s\n%s", self._output_dir, render_summary(manifest))
+        unfinished = unfinished_job(opened.job, collected, self._output_dir)
         # With this key the manifest says that nothing is left to do, whatever the verdict on it.
-        manifest["run"] = self.key
-        write_json(self.output_dir / "manifest.json", manifest)
-        remove_tree(self.folder)
+        manifest["unfinished" if unfinished else "run"] = self._opening.key
+        opened.job.ledger.check_owner()
+        write_json(self._output_dir / "manifest.json", manifest)
+        if unfinished:
+            raise unfinished
+        self._opening.tidy_older(cancels=False)
+        opened.job.ledger.remove_folder()
         return manifest
 
-    def _unfinished(self) -> BatchFailedError | None:
-        """Return the error for batches that a retry has to submit (again); the results of the others are written."""
-        pieces = [piece for pieces in self._rounds for piece in pieces]
-        said: list[str] = []
-        first = None
-        # The rows of a batch that failed in an earlier round went into the next one.
-        dead = [
-            (self._batch_id(piece), ended)
-            for piece in self._rounds[-1]
-            if (ended := self._ended(piece)) and ended.status in DEAD_STATUSES
-        ]
-        if dead:
-            first = dead[0][0]
-            named = ", ".join(f"{batch_id} ({ended.status})" for batch_id, ended in dead[:5])
-            reasons = [message for _, ended in dead for message in ended.errors]
-            reason = f"; the service says: {reasons[0]}" if reasons else ""
-            said.append(f"{len(dead)} of {len(pieces)} batches failed or were cancelled: {named}{reason}.")
-        if refused := [(piece, why) for piece in pieces if (why := self._refused(piece))]:
-            models = {
-                self.options.replacements[piece.model] or "the rows' own models" for piece, _ in refused
-            }
-            said.append(
-                f"{len(refused)} of {len(pieces)} batches were refused, of {', '.join(sorted(models))}: HTTP "
-                f"{refused[0][1].status}, {refused[0][1].message.rstrip('.')}."
+    def _advance(self, opened: _Opened) -> Wait | None:
+        """Submit what is due; once all batches have ended, collect, and plan the next round."""
+        job = opened.job
+        while True:
+            is_full = opened.sender.submit_due()
+            if open_batches := job.open_batches:
+                return Wait(open_batches, 1 if is_full else self._min_ended(job), job.ledger.deadline)
+            self._opening.refuse_sibling()
+            self._collected = opened.collector.collect()
+            shards = opened.collector.next_round(self._collected)
+            if shards is None:
+                return None
+            job.add_round(shards)
+            log.info(
+                "Round %d: %d rows are sent again in %d batches",
+                len(job.rounds) - 1,
+                sum(piece.shard.rows for piece in job.current),
+                len(job.current),
             )
-        if not said:
+
+    @staticmethod
+    def _min_ended(job: OpenJob) -> int | None:
+        waiting = any(map(job.is_waiting, job.current))
+        # A task that is woken for every single batch would be woken 200 times by a large job.
+        return max(len(job.open_batches) // 4, 1) if waiting else None
+
+    # Opening ----------------------------------------------------------------------------------------------
+
+    def _open(self) -> _Opened:
+        """Return the job, opened from its folder if this process did not do so yet."""
+        if self._opened is None:
+            job, owner = self._opening.reopen()
+            return self._take(job, began=owner.at)
+        return self._opened
+
+    def _take(self, job: OpenJob, *, began: float) -> _Opened:
+        owner = self._opening.key[:16]
+        collector = Collector(job, self._client, self._output_dir, clock=self._clock, owner=owner)
+        sender = Sender(job, self._client, collector, clock=self._clock, began=began)
+        self._opened = _Opened(job, sender, collector)
+        if self._stopped:
+            sender.stop(cancels=self._cancels)
+        return self._opened
+
+    # From outside -----------------------------------------------------------------------------------------
+
+    @property
+    def batch_ids(self) -> tuple[str, ...]:
+        """Ids of all batches so far."""
+        job = self._known_job
+        return () if job is None else job.batch_ids
+
+    @property
+    def open_batches(self) -> tuple[str, ...]:
+        """Ids of the batches of this try that were submitted and have not ended as far as the job knows."""
+        job = self._known_job
+        return () if job is None else job.open_batches
+
+    @property
+    def _known_job(self) -> OpenJob | None:
+        """The job, also before this process opened it; ``None`` if there is none, or another try does it now."""
+        try:
+            job = self._open().job
+            job.ledger.check_owner()
+        except (InvalidInputError, JobTakenOverError) as exc:
+            log.debug("No batches of this try are known: %s", exc)
             return None
-        also = " (of a cancelled one also the rows that were done)" if dead else ""
-        return BatchFailedError(
-            f"{' '.join(said)} The rows of the others are written to {self.output_dir}. A retry submits these "
-            f"batches{also} and pays for nothing else again; a clear would pay for all.",
-            batch_id=first,
-        )
+        return job
 
-    def _summaries(self, piece: Piece) -> Iterator[BatchSummary]:
-        for state in [*self._dead(piece), self.ledger.state(piece.work_key)]:
-            if isinstance(state, Sent | Ended):
-                ended = state if isinstance(state, Ended) else None
-                yield BatchSummary(
-                    id=state.batch_id,
-                    status=ended.status if ended else "",
-                    rows=piece.shard.rows,
-                    shard=piece.shard.index,
-                    round=piece.round,
-                    counts=dict(ended.counts) if ended else {},
-                )
-
-    def stop(self, *, cancels: bool) -> list[str]:
+    def stop(self, *, cancels: bool) -> tuple[str, ...]:
         """
         Send nothing from now on, and return the ids of the batches that are known to be open.
 
+        If another try does the job now, they are that one's, and none is returned.
+
         :param cancels: whether to cancel a batch that is being created right now, once its answer comes.
         """
-        self._stopped = True
-        self._cancels_late = cancels
-        if not self._rounds:
-            # Ended before the folder was opened; an earlier try, or deferral, may have batches open all the same.
-            try:
-                self.open()
-            except InvalidInputError:
-                return []
-        self._submission.stop()
+        self._stopped, self._cancels = True, cancels
+        if self._opened is not None:
+            self._opened.sender.stop(cancels=cancels)
         return self.open_batches
 
     def check_not_stopped(self) -> None:
@@ -722,18 +298,7 @@ class BatchRun:
         """
         Search the account for batches that were being created.
 
-        :param patience: how long to look again for one that is not listed, in seconds.
+        :param patience: how long to search again for one that is not listed, in seconds.
         :raises SiliconFlowError: the account cannot be searched.
         """
-        unrecorded = (
-            [piece for piece in self._current if isinstance(self.ledger.state(piece.work_key), Sending)]
-            if self._rounds
-            else []
-        )
-        works = (self._work(piece, "") for piece in unrecorded)
-        return [batch.id for batch in self._submission.find(works, patience)] if unrecorded else []
-
-
-def _flat(retries: Mapping[int, Sequence[bytearray]]) -> Iterator[bytearray]:
-    for chosen in retries.values():
-        yield from chosen
+        return [] if self._opened is None else self._opened.sender.find_unrecorded(patience)

@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
-from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES, BatchStatus
+from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES, Batch, BatchStatus
 
 #: Longest text that is kept of an id, of a message and of a status, in characters.
 MAX_ID, _MAX_MESSAGE, _MAX_STATUS = 256, 2000, 64
@@ -72,10 +72,13 @@ class Sent:
 
     :param batch_id: its id.
     :param number: that of its intent; 0 if it was found without one.
+    :param terminal_since: when it was first seen in a terminal status, in epoch seconds of the worker's clock, if it is
+        not settled yet; see :mod:`~.jobs.settled`.
     """
 
     batch_id: str
     number: int = 0
+    terminal_since: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,7 @@ class Ended:
     :param status: ``completed``, ``expired``, ``failed`` or ``cancelled``.
     :param counts: ``total``, ``completed`` and ``failed``, in rows.
     :param errors: the first messages of the service about the batch as a whole, at most three.
+    :param at: when it was first seen in that status, in epoch seconds of the worker's clock; 0 if that is not known.
     """
 
     batch_id: str
@@ -95,6 +99,19 @@ class Ended:
     status: str
     counts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     errors: tuple[str, ...] = ()
+    at: float = 0.0
+
+    @classmethod
+    def of(cls, batch: Batch, number: int, *, at: float = 0.0) -> Ended:
+        """
+        Return what is kept of a batch.
+
+        :param number: that of its intent.
+        :param at: when it was first seen in its status; 0 if an earlier try left it, and nobody knows.
+        """
+        counts = batch.request_counts
+        numbers = {"total": counts.total, "completed": counts.completed, "failed": counts.failed}
+        return cls(batch.id, number, batch.status, numbers, tuple(batch.error_messages[:MAX_ERRORS]), at)
 
     def __post_init__(self) -> None:
         """Bound what is kept, and freeze it."""
@@ -140,8 +157,8 @@ TRANSITIONS: Mapping[type[State], frozenset[type[State]]] = MappingProxyType(
         Sending: frozenset({Sending, Planned, Sent, Refused}),
         # Sent: the account has the work under another id. Sending: the record proved wrong, so the account decides.
         Sent: frozenset({Sent, Sending, Ended}),
-        # Planned: a batch that died is to be replaced.
-        Ended: frozenset({Planned}),
+        # Planned: a batch that died is to be replaced. Sending: as above.
+        Ended: frozenset({Planned, Sending}),
         Refused: frozenset({Planned}),
     }
 )
@@ -182,9 +199,14 @@ def encode(state: State) -> dict[str, Any] | None:
             return None
         case Sending(number, at, accepted):
             return {"state": "sending", "number": number, "at": at, "accepted": accepted}
-        case Sent(batch_id, number):
-            return {"state": "sent", "batch_id": batch_id, "number": number}
-        case Ended(batch_id, number, status, counts, errors):
+        case Sent(batch_id, number, terminal_since):
+            return {
+                "state": "sent",
+                "batch_id": batch_id,
+                "number": number,
+                "terminal_since": terminal_since,
+            }
+        case Ended(batch_id, number, status, counts, errors, at):
             return {
                 "state": "ended",
                 "batch_id": batch_id,
@@ -192,6 +214,7 @@ def encode(state: State) -> dict[str, Any] | None:
                 "status": status,
                 "counts": dict(counts),
                 "errors": list(errors),
+                "at": at,
             }
         case Refused(status, message):
             return {"state": "refused", "status": status, "message": message}
@@ -219,7 +242,12 @@ def _decode(entry: dict[str, Any]) -> State:
         case "sending":
             return Sending(_number(entry["number"]), _time(entry["at"]), _flag(entry["accepted"]))
         case "sent":
-            return Sent(checked_id(entry["batch_id"]), _number(entry["number"]))
+            since = entry.get("terminal_since")
+            return Sent(
+                checked_id(entry["batch_id"]),
+                _number(entry["number"]),
+                None if since is None else _time(since),
+            )
         case "ended":
             return Ended(
                 checked_id(entry["batch_id"]),
@@ -231,6 +259,7 @@ def _decode(entry: dict[str, Any]) -> State:
                     if name in _COUNTS
                 },
                 tuple(_text(message, _MAX_MESSAGE) for message in _list(entry["errors"])),
+                _time(entry.get("at", 0.0)),
             )
         case "refused":
             return Refused(_number(entry["status"]), _text(entry["message"], _MAX_MESSAGE))
@@ -268,6 +297,17 @@ class Uploaded:
 
 #: ``Uploading`` and ``Uploaded`` may each follow either, since an upload is free of charge.
 UploadState: TypeAlias = Planned | Uploading | Uploaded
+
+
+def files_of(state: UploadState) -> tuple[str, ...]:
+    """Return the files that are recorded for an upload, the present one last."""
+    match state:
+        case Planned():
+            return ()
+        case Uploading(earlier=earlier):
+            return earlier
+        case Uploaded(file_id, earlier):
+            return (*earlier, file_id)
 
 
 def encode_upload(state: UploadState) -> dict[str, Any] | None:

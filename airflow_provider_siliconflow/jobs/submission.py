@@ -1,76 +1,56 @@
 """
 Submission exactly once.
 
-Creating a batch is the call that costs money. After a crash or a lost answer nobody knows whether it was
-carried out, so before it is sent (again) the account's own batches are searched for the work's identity.
-Uploads go the same way: they cost no money, but a gigabyte is not sent twice.
+Creating a batch is the call that costs money. After a crash or a lost answer nobody knows whether it was carried out.
+So the intent is recorded before a request leaves; what is recorded is looked up; else the account is searched; what
+proves to be ours is adopted; and only then a request is sent.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, Protocol, TypeVar
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Literal, Protocol
 
-from airflow_provider_siliconflow.api import protocol
 from airflow_provider_siliconflow.api.exceptions import (
-    NotFoundError,
+    APIError,
+    InvalidInputError,
     SiliconFlowError,
     SubmissionUnknownError,
+    UnexpectedAnswerError,
 )
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus, UploadedFile
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
-from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork
+from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork, Proof, Upload
 from airflow_provider_siliconflow.jobs.ledger import Ledger
-from airflow_provider_siliconflow.jobs.states import (
-    Ended,
-    Planned,
-    Refused,
-    Sending,
-    Sent,
-    State,
-    Uploaded,
-    Uploading,
-    UploadState,
+from airflow_provider_siliconflow.jobs.posting import REFUSAL_PATIENCE, Request, send_once
+from airflow_provider_siliconflow.jobs.search import (
+    CANCEL_PATIENCE,
+    LIST_LAG,
+    AccountSearch,
+    SearchAPI,
+    is_replaceable,
 )
+from airflow_provider_siliconflow.jobs.states import Ended, Planned, Refused, Sending, Sent, State
+from airflow_provider_siliconflow.jobs.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Search = Literal["none", "once", "patiently"]
 
-#: How long the account's listing may take to show a new batch, in seconds, and the pauses between looks at it.
-LIST_LAG = 60.0
-_LIST_PAUSES = (2.0, 3.0, 5.0, 10.0, 15.0, 25.0)
-#: How long definite refusals (429, overloaded, no connection) are sat out, in seconds.
-REFUSAL_PATIENCE = 900.0
-#: How often a request is sent of which each time it stayed open whether it counted.
-MAX_OPEN_SENDS = 3
-#: How long the end of a cancellation is waited for before its batch counts as dead, in seconds.
-CANCEL_PATIENCE = 900.0
-#: Clocks of the service and of the worker may differ by so much, in seconds.
-CLOCK_SKEW = 3600.0
-#: The service keeps files for 30 days; nothing older is worth finding.
-MAX_AGE = 30 * 86400.0
+#: Words of a refusal that says that the input file is gone.
+_GONE = re.compile(
+    r"not (be )?(exist|found)|no such|n't exist|unknown|invalid|expired|deleted|missing", re.IGNORECASE
+)
 
 
-class BatchAPI(Protocol):
+class BatchAPI(SearchAPI, Protocol):
     """The calls submission needs; ``SiliconFlowClient`` has them."""
 
     def create_batch(self, **request: Any) -> Batch:
         """Create a batch."""
-        ...
-
-    def get_batch(self, batch_id: str) -> Batch:
-        """Read a batch."""
-        ...
-
-    def list_batches(self) -> Iterator[Batch]:
-        """Yield batches, newest first."""
-        ...
-
-    def list_files(self) -> Iterable[UploadedFile]:
-        """Return the account's files."""
         ...
 
 
@@ -80,9 +60,9 @@ class Submission:
 
     :param api: the calls.
     :param ledger: what outlives a try.
-    :param earlier_tries: how hard they are to be looked for where the ledger is not complete: ``"none"`` when
-        there was no earlier try, ``"once"``, or ``"patiently"`` since the account may list a batch late.
-    :param since: no earlier try can have sent anything before this time (epoch seconds).
+    :param earlier_tries: how hard they are to be looked for if the ledger is not complete: ``"none"`` if there was no
+        earlier try, ``"once"``, or ``"patiently"`` since the account may list a batch late.
+    :param since: no earlier try can have sent anything before this time (epoch seconds of Airflow's clock).
     :param clock: time.
     """
 
@@ -99,13 +79,16 @@ class Submission:
         self._ledger = ledger
         self._earlier_tries = earlier_tries
         self._clock: Clock = clock or SystemClock()
-        self._since = max(since - CLOCK_SKEW, self._clock.time() - MAX_AGE)
-        self._started = self._clock.time()
+        self._started = self._clock.monotonic()
+        self._account = AccountSearch(api, ledger, since, self._clock)
+        self._uploads = Uploads(
+            self._account.files,
+            ledger,
+            earlier_tries=earlier_tries != "none",
+            clock=self._clock,
+            check_not_stopped=self.check_not_stopped,
+        )
         self._stopped = False
-        self._listing_read_at = float("-inf")
-        self._found: dict[str, list[Batch]] = {}
-        self._seen: set[str] = set()
-        self._listing_cut = False
 
     def stop(self) -> None:
         """
@@ -126,265 +109,292 @@ class Submission:
         if self._stopped:
             raise SiliconFlowError(f"{what} is not sent any more: the task was ended from outside")
 
-    # Batches ----------------------------------------------------------------------------------------------
-
-    def submit(self, work: BatchWork) -> Batch:
+    def submit(
+        self, work: BatchWork, *, rate_limit_patience: float = REFUSAL_PATIENCE, adopt_dead: bool = False
+    ) -> Batch:
         """
         Return the batch of a piece of work: the one an earlier try left, or a new one.
 
+        :param rate_limit_patience: how long a 429 is sat out, in seconds. A caller with batches open at the service
+            waits for one of those to end instead.
+        :param adopt_dead: return a batch that failed or was cancelled as well, recorded as ended. By default it is kept
+            among the ledger's retired batches, and replaced.
         :raises SubmissionUnknownError: it stayed open whether a batch exists; a retry searches again.
+        :raises RateLimitedError: the account takes no more for now; nothing was created, and no intent is left.
+        :raises InvalidInputError: the input was changed, and the batch over the old one is paid for.
         :raises SiliconFlowError: the service refused; no batch was created.
         """
+        batch = self._take_up(work, adopt_dead)
+        if batch is not None:
+            return batch
+        self._refuse_changed_input(work)
+        return self._create(work, rate_limit_patience, adopt_dead)
+
+    def upload(self, upload: Upload) -> UploadedFile:
+        """
+        Return the uploaded file: the one an earlier try left, or a new one.
+
+        :raises SiliconFlowError: the service does not take it, or its files cannot be listed.
+        """
+        return self._uploads.upload(upload)
+
+    def recorded(self, work: BatchWork) -> Batch | None:
+        """
+        Read the batch that the ledger names for a piece of work; one that is being cancelled, to its end.
+
+        :returns: the batch, dead or alive; ``None`` if none is recorded, it cannot be read, or it is not ours.
+        :raises SubmissionUnknownError: the service states too little to tell whose it is.
+        """
         state = self._ledger.state(work.key)
-        listed_at = self._listed_at(state)
-        if isinstance(state, Sent | Ended):
-            batch = self._read(state.batch_id)
-            if batch is not None and self._may_adopt(batch):
-                return batch
-            if batch is None:
-                listed_at = self._started + LIST_LAG
-            else:
-                # A try that submitted after this batch had died would have left an intent instead of its id.
-                listed_at = None
-                self._bury(work, state, batch)
-        if listed_at is not None:
-            batch = self._search(work, listed_at, after_intent=not isinstance(state, Planned))
-            if batch is None and isinstance(state, Sent | Ended):
-                raise _unreadable(work, state.batch_id)
-            if batch is not None:
-                self._record_sent(work, batch)
-                return batch
-        if isinstance(self._ledger.state(work.key), Refused):
-            self._ledger.record(work.key, Planned())
-        if not isinstance(self._ledger.state(work.key), Sending):
-            self._ledger.record(work.key, Sending(self._ledger.next_number(), self._clock.time()))
-        batch = self._send_once(
-            f"POST /batches for {work.label}",
-            lambda: self._api.create_batch(**work.request()),
-            lambda: self._search(work, self._clock.time() + LIST_LAG, after_intent=True),
-            lambda: self._ledger.record(work.key, Planned()),
-        )
-        self._record_sent(work, batch)
-        return batch
-
-    def _record_sent(self, work: BatchWork, batch: Batch) -> None:
-        state = self._ledger.state(work.key)
-        number = state.number if isinstance(state, Sending | Sent | Ended) else 0
-        self._ledger.record(work.key, Sent(batch.id, number))
-
-    def _bury(self, work: BatchWork, state: Sent | Ended, batch: Batch) -> None:
-        """Record that a batch died, so that its work is planned anew."""
-        if isinstance(state, Sent):
-            counts = batch.request_counts.model_dump(mode="json", include={"total", "completed", "failed"})
-            errors = tuple(batch.error_messages)
-            self._ledger.record(work.key, Ended(batch.id, state.number, batch.status, counts, errors))
-        self._ledger.retire(work.key)
-
-    def _listed_at(self, state: State | UploadState) -> float | None:
-        """Return when the account surely lists what an earlier try left; ``None`` when it left nothing."""
-        if not isinstance(state, Planned | Refused):
-            return self._started + LIST_LAG
-        if self._ledger.complete or self._earlier_tries == "none":
+        if not isinstance(state, Sent | Ended):
             return None
-        return self._started + (LIST_LAG if self._earlier_tries == "patiently" else 0.0)
-
-    def look(self, batch_id: str) -> Batch | None:
-        """Read a batch of an earlier try, to the end of its cancellation; ``None`` where it cannot be read."""
-        return self._read(batch_id)
+        batch = self._account.read(state.batch_id)
+        return batch if batch is not None and self._account.proves_record(work, batch) else None
 
     def find(self, works: Iterable[BatchWork], patience: float = 0.0) -> list[Batch]:
         """
         Search the account for live batches of these works: once, and while none is listed, again.
 
         :param patience: how long, in seconds.
+        :returns: batches that are certainly ours.
         """
-        listed_at = self._clock.time() + patience
-        found = (self._search(work, listed_at, watch=False, after_intent=True) for work in works)
-        return [batch for batch in found if batch is not None]
+        listed_by = self._clock.monotonic() + patience
+        return [batch for work in works if (batch := self._find_live(work, listed_by)) is not None]
 
-    def _read(self, batch_id: str, *, watch: bool = True) -> Batch | None:
-        """Read a batch; one that is being cancelled is watched until it is clear how that ended."""
-        try:
-            batch = self._api.get_batch(batch_id)
-            give_up_at = self._clock.time() + (CANCEL_PATIENCE if watch else 0.0)
-            while batch.status == BatchStatus.CANCELLING and self._clock.time() < give_up_at:
-                log.info("Batch %s of an earlier try is being cancelled; waiting for the end of it", batch_id)
-                self._clock.sleep(10.0)
-                batch = self._api.get_batch(batch_id)
-        except NotFoundError as exc:
-            log.warning("Batch %s was submitted by an earlier try but cannot be read: %s", batch_id, exc)
-            return None
-        return batch
-
-    @staticmethod
-    def _may_adopt(batch: Batch) -> bool:
-        if batch.is_dead or batch.status == BatchStatus.CANCELLING:
-            log.info("Batch %s of an earlier try is %s; it is not adopted", batch.id, batch.status)
-            return False
-        log.info(
-            "Adopting batch %s (%s), submitted by an earlier try: nothing is paid again",
-            batch.id,
-            batch.status,
-        )
-        return True
-
-    def _search(
-        self, work: BatchWork, listed_at: float, *, after_intent: bool, watch: bool = True
-    ) -> Batch | None:
-        """
-        Search the account for the work, again and again until it must be listed if it exists.
-
-        :param listed_at: epoch seconds from which on the listing can be trusted.
-        :param after_intent: whether an intent is recorded.
-        :param watch: wait for the end of a batch that is being cancelled.
-        :raises SubmissionUnknownError: the account does not list batches that are old enough to be sure.
-        """
-        pauses = iter(_LIST_PAUSES)
-        while True:
-            if self._listing_read_at < listed_at:
-                self._read_listing()
-            live = [batch for batch in self._found.get(work.key, ()) if not batch.is_dead]
-            # The listing may be behind: only the batch itself says whether it is still alive.
-            for listed in sorted(live, key=lambda batch: batch.created_at or 0):
-                # Listed, it exists, whatever a gateway answers to its id for a moment.
-                batch = self._read(listed.id, watch=watch) or listed
-                if self._may_adopt(batch):
-                    if len(live) > 1:
-                        log.warning(
-                            "The account has %d batches of this task (%s); going on with the oldest",
-                            len(live),
-                            ", ".join(other.id for other in live),
-                        )
+    def _find_live(self, work: BatchWork, listed_by: float) -> Batch | None:
+        for found in self._account.looks(work, listed_by, watch=False):
+            for batch in found.live:
+                if batch.status != BatchStatus.CANCELLING:
                     return batch
-            left = listed_at - self._listing_read_at
-            if left <= 0:
-                if self._listing_cut and not self._listed_far_enough(work, after_intent):
-                    raise SubmissionUnknownError(
-                        f"The account lists its newest {len(self._seen)} batches only, and none is {work.label}: it "
-                        "may be an older one, paid for by an earlier try. Nothing was sent. Look on the console for "
-                        f"the metadata {WORK_KEY}={work.key}; clear the task where there is none.",
-                        retryable=True,
-                    )
-                return None
-            pause = min(next(pauses, LIST_LAG), left)
-            log.info("No batch of an earlier try is listed; looking again in %.0f s, the list may lag", pause)
-            self._clock.sleep(pause)
-
-    def _listed_far_enough(self, work: BatchWork, after_intent: bool) -> bool:
-        """Whether a listing that lacks the account's older batches would show the work all the same."""
-        if after_intent:
-            return bool(self._ledger.older_batches(work.key) & self._seen)
-        # Looked for once, there is hardly anything to be found: a person's clear has begun a new generation.
-        return self._earlier_tries != "patiently"
-
-    def _read_listing(self) -> None:
-        """
-        Read the account's batches, newest first, as far back as an earlier try can have been.
-
-        Stops after a page's worth of batches that are too old or were read before, and never reads one
-        twice, so that a search costs as few calls as there are new pages.
-        """
-        nothing_new, began = 0, self._clock.time()
-        reached_old = False
-        for batch in self._api.list_batches():
-            old = batch.created_at is not None and batch.created_at < self._since
-            reached_old |= old
-            if old or batch.id in self._seen:
-                nothing_new += 1
-                if nothing_new >= protocol.PAGE_SIZE:
-                    break
-                continue
-            nothing_new = 0
-            self._seen.add(batch.id)
-            if key := batch.metadata.get(WORK_KEY):
-                self._found.setdefault(key, []).append(batch)
-        else:
-            self._listing_cut = getattr(self._api, "listing_cut", False) and not reached_old
-        self._listing_read_at = began
-
-    # Files ------------------------------------------------------------------------------------------------
-
-    def upload(self, key: str, filename: str, size: int, send: Callable[[], UploadedFile]) -> UploadedFile:
-        """
-        Return the uploaded file of a piece of work: the one an earlier try left, or a new one.
-
-        :param key: identity of the upload.
-        :param filename: name at the service, which holds the identity.
-        :param size: size in bytes; a file of another size is not adopted.
-        :param send: uploads.
-        """
-        state = self._ledger.upload(key)
-        if isinstance(state, Uploaded):
-            return UploadedFile(id=state.file_id, filename=filename, bytes=size)
-        if self._listed_at(state) is not None:
-            file = self._search_file(filename, size)
-            if file is not None:
-                self._ledger.record_upload(key, Uploaded(file.id))
-                return file
-        self._ledger.record_upload(key, Uploading(self._clock.time()))
-        file = self._send_once(
-            f"POST /files of {filename}",
-            send,
-            lambda: self._search_file(filename, size),
-            lambda: self._ledger.record_upload(key, Planned()),
-        )
-        self._ledger.record_upload(key, Uploaded(file.id))
-        return file
-
-    def _search_file(self, filename: str, size: int) -> UploadedFile | None:
-        for file in self._api.list_files():
-            if file.filename == filename and file.bytes in (None, size):
-                log.info("Using file %s, which was uploaded before", file.id)
-                return file
         return None
 
-    # Sending ----------------------------------------------------------------------------------------------
+    def is_ours(self, work: BatchWork, batch: Batch) -> bool | None:
+        """Whether a batch is that of a piece of work; ``None`` if the service states too little to tell."""
+        proof = self._account.prove(work, batch)
+        return None if proof is Proof.UNPROVEN else proof is Proof.OURS
 
-    def _send_once(
-        self,
-        what: str,
-        send: Callable[[], T],
-        find: Callable[[], T | None],
-        forget: Callable[[], None],
-    ) -> T:
-        """Send until it counted once: sit out definite refusals, search after an open outcome."""
-        give_up_at = self._clock.time() + REFUSAL_PATIENCE
-        refusals = open_sends = 0
-        while True:
-            if self._stopped and not open_sends:
-                forget()
-            self.check_not_stopped(what)
-            try:
-                return send()
-            except SiliconFlowError as exc:
-                if protocol.had_no_effect(exc):
-                    refusals += 1
-                    delay = protocol.backoff_delay(refusals, exc, 15.0, 60.0)
-                    if self._clock.time() + delay > give_up_at:
-                        if open_sends:
-                            raise _unknown(what, open_sends, exc) from exc
-                        forget()
-                        raise
-                    log.warning("%s; nothing was created; sending it again in %.0f s", exc, delay)
-                    self._clock.sleep(delay)
-                    continue
-                if not protocol.leaves_effect_open(exc):
-                    if open_sends:
-                        # This send was refused, an earlier one may have counted and be listed late.
-                        raise _unknown(what, open_sends, exc) from exc
-                    forget()
-                    raise
-                open_sends += 1
-                log.warning("%s; it is open whether it counted, so the account is searched", exc)
-                try:
-                    found = find()
-                except SiliconFlowError as unread:
-                    raise _unknown(what, open_sends, unread) from exc
-                if found is not None:
-                    return found
-                if open_sends >= MAX_OPEN_SENDS:
-                    raise _unknown(what, open_sends, exc) from exc
-                log.warning("%s left nothing in the account; sending it again", what)
+    # What earlier tries left ------------------------------------------------------------------------------
+
+    def _take_up(self, work: BatchWork, adopt_dead: bool) -> Batch | None:
+        """Return the batch that an earlier try left; ``None`` if a new one is certainly to be created."""
+        state = self._ledger.state(work.key)
+        unreadable = None
+        if isinstance(state, Sent | Ended):
+            batch = self._account.read(state.batch_id)
+            if batch is None:
+                unreadable = state.batch_id
+            elif self._account.proves_record(work, batch):
+                # If it is dead, nothing is searched: a try that had replaced it would have left an intent.
+                return self._adopt(work, batch, adopt_dead)
+            else:
+                self._ledger.record(work.key, Sending(self._ledger.next_number(), self._clock.time()))
+        listed_by = self._must_be_listed_by(work, state)
+        if listed_by is None:
+            return None
+        batch = self._search_earlier(work, listed_by, adopt_dead)
+        if batch is None and unreadable is not None:
+            raise _unreadable(work, unreadable)
+        if batch is None and self._is_accepted(work):
+            raise _lost(work, "an earlier try", None)
+        return batch
+
+    def _is_accepted(self, work: BatchWork) -> bool:
+        state = self._ledger.state(work.key)
+        return isinstance(state, Sending) and state.accepted
+
+    def _must_be_listed_by(self, work: BatchWork, state: State) -> float | None:
+        """Return when the account surely lists what an earlier try left; ``None`` if there is nothing to be found."""
+        if not isinstance(state, Planned | Refused):
+            return self._started + LIST_LAG
+        if self._ledger.complete or self._earlier_tries == "none":
+            return None
+        if self._earlier_tries == "patiently":
+            return self._started + LIST_LAG
+        # There is hardly anything to be found, and nothing at all without an input file of ours.
+        return self._started if work.upload is None or self._account.our_files(work) else None
+
+    def _search_earlier(self, work: BatchWork, listed_by: float, adopt_dead: bool) -> Batch | None:
+        try:
+            return self._search(work, listed_by, adopt_dead)
+        except SubmissionUnknownError:
+            raise
+        except SiliconFlowError as exc:
+            raise SubmissionUnknownError(
+                f"The account cannot be searched for {work.label}, which an earlier try may have paid for: {exc} "
+                "Nothing was sent. A retry searches again.",
+                retryable=True,
+            ) from exc
+
+    def _search(self, work: BatchWork, listed_by: float, adopt_dead: bool) -> Batch | None:
+        """
+        Search until the work must be listed if it exists, and adopt what is found.
+
+        :param listed_by: monotonic time from which on the listing can be trusted.
+        :raises SubmissionUnknownError: the account does not show enough to be sure.
+        """
+        for found in self._account.looks(work, listed_by):
+            for batch in (*found.live, *found.dead):
+                adopted = self._adopt(work, batch, adopt_dead)
+                if adopted is not None:
+                    return adopted
+        # Searched once only, there is hardly anything to be found, and no first try may fail for what it cannot see.
+        has_record = not isinstance(self._ledger.state(work.key), Planned | Refused)
+        if has_record or self._earlier_tries == "patiently":
+            self._account.check_conclusive(work, found)
+        return None
+
+    def _adopt(self, work: BatchWork, batch: Batch, adopt_dead: bool) -> Batch | None:
+        """Take a batch that is ours for the work's; ``None`` if it is dead and to be replaced."""
+        if batch.status == BatchStatus.CANCELLING:
+            raise SubmissionUnknownError(
+                f"Batch {batch.id} of {work.label} is being cancelled, and has not ended within "
+                f"{CANCEL_PATIENCE:.0f} s: its rows may still be answered and paid. Nothing was sent. A retry takes it "
+                "up when it has ended.",
+                retryable=True,
+            )
+        self._record_sent(work, batch)
+        if not is_replaceable(batch):
+            log.info(
+                "Adopting batch %s (%s), submitted by an earlier try: nothing is paid again",
+                batch.id,
+                batch.status,
+            )
+            return batch
+        self._record_ended(work, batch)
+        if adopt_dead:
+            return batch
+        log.info("Batch %s of an earlier try is %s; it is not adopted", batch.id, batch.status)
+        self._ledger.retire(work.key)
+        return None
+
+    def _record_sent(self, work: BatchWork, batch: Batch) -> None:
+        state = self._ledger.state(work.key)
+        if isinstance(state, Sent | Ended) and state.batch_id == batch.id:
+            return
+        if isinstance(state, Refused):
+            self._ledger.record(work.key, Planned())
+        number = state.number if isinstance(state, Sending | Sent) else 0
+        self._ledger.record(work.key, Sent(batch.id, number))
+
+    def _record_ended(self, work: BatchWork, batch: Batch) -> None:
+        state = self._ledger.state(work.key)
+        if isinstance(state, Sent):
+            self._ledger.record(work.key, Ended.of(batch, state.number))
+
+    # An input that was changed ----------------------------------------------------------------------------
+
+    def _refuse_changed_input(self, work: BatchWork) -> None:
+        """
+        Refuse to submit beside another batch of the same task, unless that one is dead.
+
+        :raises InvalidInputError: there is one, and it is paid for.
+        """
+        for batch_id, key in self._others(work).items():
+            batch = self._account.read(batch_id)
+            if batch is not None and batch.metadata.get(WORK_KEY, key) != key:
+                # What was recorded, or listed, was not true.
+                continue
+            if batch is None or not is_replaceable(batch):
+                raise _changed_input(work, batch_id, batch)
+
+    def _others(self, work: BatchWork) -> dict[str, str]:
+        """Return the batches that the same task made from another input, as far as they are known: id to key."""
+        if not work.only_one:
+            return {}
+        listed = self._account.batches.of_submitter(work.submitter.mark) if work.submitter is not None else {}
+        others = {batch_id: key for batch_id, key in listed.items() if key != work.key}
+        key, state = self._ledger.earlier_work(work.key) or ("", Planned())
+        if isinstance(state, Sent | Ended):
+            others[state.batch_id] = key
+        if isinstance(state, Sending):
+            for _ in self._account.looks(work, self._started + LIST_LAG):
+                others |= {listed.id: key for listed in self._account.batches.marked(key)}
+                if others:
+                    break
+        return others
+
+    # Creating ---------------------------------------------------------------------------------------------
+
+    def _create(self, work: BatchWork, rate_limit_patience: float, adopt_dead: bool) -> Batch:
+        """Create the batch; if the service no longer has the input file, upload it again, once."""
+        file_id = self._input_file(work)
+        try:
+            batch = self._post(work, file_id, rate_limit_patience, adopt_dead)
+        except APIError as exc:
+            if work.upload is None or not _says_file_is_gone(exc, file_id):
+                raise
+            log.warning("The service does not have file %s any more (%s); it is uploaded again", file_id, exc)
+            self._uploads.forget(work.upload, file_id)
+            batch = self._post(work, self._input_file(work), rate_limit_patience, adopt_dead)
+        self._record_sent(work, batch)
+        return batch
+
+    def _input_file(self, work: BatchWork) -> str:
+        if work.upload is not None:
+            return self.upload(work.upload).id
+        assert work.input_file_id is not None
+        return work.input_file_id
+
+    def _post(self, work: BatchWork, file_id: str, rate_limit_patience: float, adopt_dead: bool) -> Batch:
+        def send() -> Batch:
+            self._record_intent(work)
+            return self._confirmed(work, file_id, self._api.create_batch(**work.request(file_id)))
+
+        request = Request(
+            f"POST /batches for {work.label}",
+            send,
+            find=lambda: self._search(work, self._clock.monotonic() + LIST_LAG, adopt_dead),
+            forget=lambda: self._ledger.record(work.key, Planned()),
+            accept=lambda: self._record_accepted(work),
+            lost=lambda answer: _lost(work, "this try", answer),
+            rate_limit_patience=rate_limit_patience,
+        )
+        return send_once(request, self._clock, self.check_not_stopped)
+
+    def _record_intent(self, work: BatchWork) -> None:
+        state = self._ledger.state(work.key)
+        if isinstance(state, Refused):
+            self._ledger.record(work.key, Planned())
+        # One that is recorded already is recorded again, since that asks whose job this is.
+        is_known = isinstance(state, Sending) and state.number > 0
+        intent = state if is_known else Sending(self._ledger.next_number(), self._clock.time())
+        self._ledger.record(work.key, intent)
+
+    def _record_accepted(self, work: BatchWork) -> None:
+        state = self._ledger.state(work.key)
+        if isinstance(state, Sending):
+            self._ledger.record(work.key, replace(state, accepted=True))
+
+    def _confirmed(self, work: BatchWork, file_id: str, answer: Batch) -> Batch:
+        """
+        Return the batch that an answer to ``POST /batches`` names, read by its id if the answer says little else.
+
+        :raises UnexpectedAnswerError: the id is not that of a batch of ours; one may have been created all the same.
+        """
+        if answer.is_known_status and answer.input_file_id == file_id:
+            return answer
+        log.warning("POST /batches for %s answered little but the id %s; it is read", work.label, answer.id)
+        self._record_accepted(work)
+        try:
+            batch = self._account.read(answer.id, watch=False)
+        except SiliconFlowError as exc:
+            log.warning("%s; the answer's id is taken for that of the batch", exc)
+            return answer
+        if batch is None or batch.input_file_id not in (file_id, None):
+            raise UnexpectedAnswerError(
+                f"POST /batches for {work.label} answered with the id {answer.id}, which is not that of a batch over "
+                f"{file_id}",
+                accepted=True,
+            )
+        return batch
+
+
+def _says_file_is_gone(error: APIError, file_id: str) -> bool:
+    """Whether a refusal of ``POST /batches`` says that the service no longer has the input file."""
+    if error.status_code not in (400, 404):
+        return False
+    names_file = re.search(r"\bfile\b", error.message, re.IGNORECASE) is not None
+    return file_id in error.message or (names_file and _GONE.search(error.message) is not None)
 
 
 def _unreadable(work: BatchWork, batch_id: str) -> SubmissionUnknownError:
@@ -392,17 +402,31 @@ def _unreadable(work: BatchWork, batch_id: str) -> SubmissionUnknownError:
     return SubmissionUnknownError(
         f"Batch {batch_id} was submitted for {work.label} by an earlier try, and the account neither answers to its id "
         "nor lists it. Nothing was sent, since that would pay twice. Check that the connection leads to the account "
-        "that it was submitted with. A retry looks again; a clear submits anew.",
+        "that it was submitted with. A retry reads it again; a manual clear with on_clear='resubmit' submits anew.",
         retryable=True,
     )
 
 
-def _unknown(what: str, sends: int, last: SiliconFlowError) -> SubmissionUnknownError:
-    """Return the error for an outcome that stays open."""
-    # Unlike a bare call of the hook, a retry of this one knows how to look.
+def _lost(work: BatchWork, who: str, answer: SiliconFlowError | None) -> SubmissionUnknownError:
+    """Return the error for a batch that the service may have created, and that the account does not list."""
     return SubmissionUnknownError(
-        f"{what} was sent {sends} time(s) without a usable answer, and it may have counted: the account lists "
-        "nothing of it so far, or cannot be read. A retry of this task searches the account before it sends "
-        f"again; a clear would not, and might pay twice. Last answer: {last}",
+        f"{who.capitalize()} asked for the batch of {work.label}, the service answered with a success status and "
+        "without a usable id, and the account lists no such batch. It is not asked for again, since it may exist and be "
+        f"paid for: a retry only searches. Look on the console for a batch with the metadata {WORK_KEY}={work.key}; if "
+        "there is none, a manual clear with on_clear='resubmit' submits anew."
+        f"{f' The answer: {answer}' if answer is not None else ''}",
+        retryable=True,
+    )
+
+
+def _changed_input(work: BatchWork, batch_id: str, batch: Batch | None) -> InvalidInputError:
+    """Return the error for a batch of the same task that was made from another input."""
+    status = f" ({batch.status})" if batch is not None else ""
+    return InvalidInputError(
+        f"The input of {work.label} was changed between two tries: batch {batch_id}{status} was made from the earlier "
+        "one, and is paid for. Nothing was sent. Either restore the input (rows and their order, completion_window, "
+        "endpoint, replace, conn_id) and let the task retry, which takes the batch up; or cancel that batch and let "
+        "the task retry; or submit anew beside it by a manual clear with on_clear='resubmit'. durable=False submits on "
+        "every try.",
         retryable=True,
     )

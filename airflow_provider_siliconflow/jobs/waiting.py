@@ -25,8 +25,10 @@ from airflow_provider_siliconflow.api.exceptions import (
     NotFoundError,
     PermissionDeniedError,
     SiliconFlowError,
+    UnexpectedAnswerError,
 )
 from airflow_provider_siliconflow.api.models import Batch, RequestCounts
+from airflow_provider_siliconflow.jobs import settled
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,8 @@ class _Waiting:
     missing_since: float | None = None
     fault: str | None = None
     seen: _Look | None = None
+    #: When it was first seen in a terminal status, while it is not settled.
+    terminal_since: float | None = None
     said_at: float = 0.0
     said_done: int = -1
     warned_status: str | None = None
@@ -99,7 +103,7 @@ class BatchWait:
     :param now: epoch seconds.
     :param poll_interval: seconds between two polls of one batch; 20 % jitter either way.
     :param deadline: epoch seconds at which the wait ends; by default an hour after the batches expire.
-    :param enough: how many ended batches end the wait; by default all.
+    :param min_ended: how many ended batches end the wait; by default all.
     :param began: epoch seconds at which the wait began, where that was in another process; by default now.
     """
 
@@ -107,7 +111,7 @@ class BatchWait:
     now: float
     poll_interval: float
     deadline: float | None = None
-    enough: int | None = None
+    min_ended: int | None = None
     began: float | None = None
     ended: dict[str, Batch] = field(default_factory=dict)
     _pending: dict[str, _Waiting] = field(default_factory=dict)
@@ -125,12 +129,17 @@ class BatchWait:
 
     @property
     def finished(self) -> bool:
-        """Whether every batch, or as many as are enough, reached a terminal status."""
-        return not self._pending or (self.enough is not None and len(self.ended) >= self.enough)
+        """Whether every batch, or as many as are asked for, has ended."""
+        return not self._pending or (self.min_ended is not None and len(self.ended) >= self.min_ended)
+
+    @property
+    def settling(self) -> bool:
+        """Whether a batch reached a terminal status, but its counts do not add up yet."""
+        return any(state.terminal_since is not None for state in self._pending.values())
 
     @property
     def batches(self) -> list[Batch]:
-        """The terminal batches, in the order of ``batch_ids``."""
+        """The ended batches, in the order of ``batch_ids``."""
         return [self.ended[batch_id] for batch_id in self.batch_ids if batch_id in self.ended]
 
     @property
@@ -167,6 +176,11 @@ class BatchWait:
             next_due = min(next_due, self.deadline)
         return max(next_due - now, 0.0)
 
+    def time_left(self, now: float) -> float | None:
+        """Return for how many seconds a poll may go on; ``None`` if nothing ends it."""
+        left = self._deadline() - now
+        return None if left == math.inf else max(left, 0.0)
+
     def check_deadline(self, now: float) -> None:
         """
         End the wait when its time is over.
@@ -175,7 +189,7 @@ class BatchWait:
         """
         if self.finished:
             return
-        deadline = self.deadline if self.deadline is not None else self._default_deadline()
+        deadline = self._deadline()
         if now < deadline:
             return
         states = ", ".join(map(self._state_of, list(self._pending)[:10]))
@@ -197,21 +211,30 @@ class BatchWait:
         said = state.seen.status if state.seen else "never read"
         return f"{batch_id} ({said}{f'; last look: {state.fault}' if state.fault else ''})"
 
-    def _default_deadline(self) -> float:
-        """Return an hour after the last expiry; without end while a pending batch was never read."""
+    def _deadline(self) -> float:
+        """Return the deadline, by default an hour after the last expiry; none while a batch was never read."""
+        if self.deadline is not None:
+            return self.deadline
         seen = [state.seen for state in self._pending.values()]
-        return max(look.deadline if look else math.inf for look in seen)
+        return max((look.deadline if look else math.inf for look in seen), default=math.inf)
 
     def observe(self, batch_id: str, batch: Batch, now: float) -> bool:
         """
         Take what a poll answered; return whether the batch has ended.
 
-        A status that is not known counts as pending: it must neither crash a wait nor end it.
+        A status that is not known counts as pending: it must neither crash a wait nor end it. A terminal batch that is
+        not settled counts as pending for :data:`~.settled.SETTLE_PATIENCE`, and has ended as it is then.
         """
+        if batch.id != batch_id:
+            answered = UnexpectedAnswerError(
+                f"The answer about batch {batch_id} is about another one, {batch.id}"
+            )
+            self.fault(batch_id, answered, now)
+            return False
         state = self._pending[batch_id]
         state.faults, state.missing_since, state.fault = 0, None, None
         self._say_progress(state, batch, now)
-        if batch.is_terminal:
+        if batch.is_terminal and self._is_over(state, batch, now):
             self.ended[batch_id] = batch
             del self._pending[batch_id]
             return True
@@ -224,8 +247,26 @@ class BatchWait:
             counts.failed,
             default_deadline(batch, self.began or self.now),
         )
-        state.due = _step_after(now + self.poll_interval * random.uniform(0.8, 1.2))
+        pause = self.poll_interval * random.uniform(0.8, 1.2)
+        if batch.is_terminal:
+            pause = min(pause, settled.SETTLE_POLL)
+        state.due = _step_after(now + pause)
         return False
+
+    @staticmethod
+    def _is_over(state: _Waiting, batch: Batch, now: float) -> bool:
+        """Whether a terminal batch is settled, or was waited for long enough."""
+        if settled.is_settled(batch):
+            return True
+        if state.terminal_since is None:
+            state.terminal_since = now
+            log.info(
+                "Batch %s is %s, but its counts do not add up yet; waiting up to %.0f s for them",
+                batch.id,
+                batch.status,
+                settled.SETTLE_PATIENCE,
+            )
+        return now - state.terminal_since >= settled.SETTLE_PATIENCE
 
     def fault(self, batch_id: str, error: SiliconFlowError, now: float) -> None:
         """

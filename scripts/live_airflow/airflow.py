@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import psutil
 
@@ -102,7 +102,7 @@ class LiveAirflow(AirflowRecords):
 
     # Start and stop
 
-    def __enter__(self) -> LiveAirflow:
+    def __enter__(self) -> Self:
         self.start_all()
         return self
 
@@ -200,7 +200,8 @@ class LiveAirflow(AirflowRecords):
             except (LiveAirflowError, OSError):
                 return False
             return True
-        job = _JOB_TYPES.get(part.name, "TriggererJob")
+        # `triggerer-2` is a triggerer.
+        job = _JOB_TYPES.get(part.name.rstrip("-0123456789"), "TriggererJob")
         # Only a row made since: a killed component's row goes on saying `running`.
         return bool(
             self.query(

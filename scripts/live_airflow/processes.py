@@ -100,8 +100,13 @@ def kill_marked(mark: str, timeout: float = 20) -> None:
     deadline = time.monotonic() + timeout
     while processes := [p for p in _marked(mark) if p.status() != psutil.STATUS_ZOMBIE]:
         for process in processes:
+            below: list[psutil.Process] = []
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+                # They may have written over their mark, as the processes of Postgres do.
+                below = process.children(recursive=True)
+            for each in (process, *below):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
         psutil.wait_procs(processes, timeout=0.2)
         if time.monotonic() > deadline:
             raise LiveAirflowError(f"processes survive SIGKILL: {[process.pid for process in processes]}")

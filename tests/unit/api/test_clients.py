@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from airflow_provider_siliconflow.api import arguments, protocol
+from airflow_provider_siliconflow.api import answers, arguments, protocol
 from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
     APIError,
@@ -177,7 +177,7 @@ def test_an_answer_that_cannot_be_read_was_an_answer(
 
 
 def test_a_cut_answer_is_told_with_its_trace_id(ask: Ask, make_settings: MakeSettings, recorder: Any) -> None:
-    recorder.answer = lambda seen: recorder.Answer(200, b"{", {protocol.TRACE_ID_HEADER: "ti_7"}, announce=9)
+    recorder.answer = lambda seen: recorder.Answer(200, b"{", {answers.TRACE_ID_HEADER: "ti_7"}, announce=9)
     with pytest.raises(NoAnswerError, match="ti_7"):
         ask(make_settings(f"{recorder.url}/v1", max_retries=0), protocol.get_batch("b"))
 

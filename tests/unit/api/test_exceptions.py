@@ -17,7 +17,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     InvalidRequestFileError,
     LineProblem,
     SiliconFlowError,
-    UnexpectedAnswerError,
+    TransportError,
 )
 
 CLASSES = [
@@ -44,7 +44,7 @@ def build(kind: type[SiliconFlowError], retryable: bool | None) -> SiliconFlowEr
     if issubclass(kind, InvalidRequestFileError):
         problems = [LineProblem(3, "no messages", "row-3"), LineProblem(4, "no body")]
         return kind("rows.jsonl", problems, more=True, retryable=retryable)
-    if issubclass(kind, UnexpectedAnswerError):
+    if issubclass(kind, TransportError):
         return kind("what happened", accepted=True, retryable=retryable)
     return kind("what happened", retryable=retryable)
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator import Emulator
 
 MakeSettings = Callable[..., ClientSettings]
+#: An API that is not the storage, and not on the internet either: then storage need not be.
+ELSEWHERE = "http://127.0.0.1:9/v1"
 #: Enough that a file does not fit into the buffers of a socket.
 BIG = bytes(range(256)) * 4096 * 3
 
@@ -88,7 +90,7 @@ def test_a_storage_that_fails_for_a_while(
 def test_a_refusal_that_is_cut_is_still_a_refusal(make_settings: MakeSettings, recorder: Any) -> None:
     make = type(recorder.answer(None))
     recorder.answer = lambda seen: make(502, b"<html>", announce=500)
-    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1", max_retries=1))
+    client = SiliconFlowClient(make_settings(ELSEWHERE, max_retries=1))
     with pytest.raises(ServiceUnavailableError):
         list(client.iter_file(f"{recorder.url}/out", no_refresh))
     assert len(recorder.seen) == 2
@@ -116,7 +118,7 @@ def serve(recorder: Any, contents: list[bytes], *, ranges: bool, etags: list[str
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_storage_with_or_without_ranges(make_settings: MakeSettings, recorder: Any, ranges: bool) -> None:
     serve(recorder, [BIG] * 4, ranges=ranges, etags=[None])
-    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1"))
+    client = SiliconFlowClient(make_settings(ELSEWHERE))
     assert b"".join(client.iter_file(f"{recorder.url}/out", no_refresh)) == BIG
     asked = [seen.headers.get("range", "bytes=0-") for seen in recorder.seen]
     starts = [int(span.removeprefix("bytes=").removesuffix("-")) for span in asked]
@@ -129,7 +131,7 @@ def test_a_file_that_changes_under_the_download_is_not_patched_together(
     make_settings: MakeSettings, recorder: Any, ranges: bool
 ) -> None:
     serve(recorder, [BIG, BIG[::-1]], ranges=ranges, etags=['"one"', '"two"'])
-    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1"))
+    client = SiliconFlowClient(make_settings(ELSEWHERE))
     with pytest.raises(IncompleteResultsError, match="changed"):
         list(client.iter_file(f"{recorder.url}/out", no_refresh))
     assert recorder.seen[1].headers["if-range"] == '"one"'
@@ -144,7 +146,7 @@ def test_another_range_than_asked_for_is_not_taken(make_settings: MakeSettings, 
         return make(206, BIG[500:], {"Content-Range": f"bytes 500-{len(BIG) - 1}/{len(BIG)}"})
 
     recorder.answer = answer
-    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1", max_retries=1))
+    client = SiliconFlowClient(make_settings(ELSEWHERE, max_retries=1))
     with pytest.raises(NoAnswerError, match="range"):
         list(client.iter_file(f"{recorder.url}/out", no_refresh))
 
@@ -160,7 +162,7 @@ def test_a_storage_that_answers_less_than_asked_for(make_settings: MakeSettings,
         return make(206, BIG[start:end], {"Content-Range": f"bytes {start}-{end - 1}/{len(BIG)}"})
 
     recorder.answer = answer
-    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1", max_retries=1))
+    client = SiliconFlowClient(make_settings(ELSEWHERE, max_retries=1))
     assert b"".join(client.iter_file(f"{recorder.url}/out", no_refresh)) == BIG
 
 
@@ -189,14 +191,14 @@ def test_a_storage_that_does_not_tell_the_size_with_a_range(
     body = content[:1000] if known else b"3e8\r\n" + content[:1000] + b"\r\n"
     first = recorder.Answer(200, body, headers, announce=len(content))
     recorder.answer = parts_of(content, 1500, first=first, size="*")
-    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1", max_retries=1))
+    client = SiliconFlowClient(make_settings(ELSEWHERE, max_retries=1))
     assert b"".join(client.iter_file(f"{recorder.url}/out", no_refresh)) == content
 
 
 def test_a_file_of_another_size_is_another_file(make_settings: MakeSettings, recorder: Any) -> None:
     first = recorder.Answer(200, BIG[:1000], announce=len(BIG))
     recorder.answer = parts_of(BIG * 2, len(BIG) * 2, first=first, size=str(len(BIG) * 2))
-    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1"))
+    client = SiliconFlowClient(make_settings(ELSEWHERE))
     with pytest.raises(IncompleteResultsError, match="changed"):
         list(client.iter_file(f"{recorder.url}/out", no_refresh))
 
@@ -205,7 +207,7 @@ def test_nothing_beyond_the_last_byte_is_the_end(make_settings: MakeSettings, re
     """All bytes came, but not the mark after the last piece that says so."""
     first = recorder.Answer(200, b"3e8\r\n" + BIG[:1000] + b"\r\n", {"Transfer-Encoding": "chunked"})
     recorder.answer = parts_of(BIG[:1000], 1, first=first, size="1000")
-    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1"))
+    client = SiliconFlowClient(make_settings(ELSEWHERE))
     assert b"".join(client.iter_file(f"{recorder.url}/out", no_refresh)) == BIG[:1000]
 
 
@@ -214,7 +216,7 @@ def test_a_range_refused_for_a_moment_is_asked_for_again(make_settings: MakeSett
     then = parts_of(BIG, len(BIG), first=first, size=str(len(BIG)))
     # A replica that does not have the whole file yet.
     recorder.answer = lambda seen: recorder.Answer(416) if len(recorder.seen) == 2 else then(seen)
-    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1"))
+    client = SiliconFlowClient(make_settings(ELSEWHERE))
     assert b"".join(client.iter_file(f"{recorder.url}/out", no_refresh)) == BIG
 
 
@@ -227,7 +229,7 @@ def test_a_storage_that_compresses_unasked(make_settings: MakeSettings, recorder
         return recorder.Answer(200, sent, head, announce=len(packed))
 
     recorder.answer = answer
-    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1"))
+    client = SiliconFlowClient(make_settings(ELSEWHERE))
     assert b"".join(client.iter_file(f"{recorder.url}/out", no_refresh)) == BIG[::-1] + BIG
     # Bytes of a compressed file cannot be asked for from the middle.
     assert not any("range" in seen.headers for seen in recorder.seen)
@@ -237,7 +239,7 @@ def test_a_compression_nobody_knows_is_not_taken_for_results(
     make_settings: MakeSettings, recorder: Any
 ) -> None:
     recorder.answer = lambda seen: recorder.Answer(200, b"packed", {"Content-Encoding": "lzma"})
-    client = SiliconFlowClient(make_settings("https://api.siliconflow.cn/v1", max_retries=0))
+    client = SiliconFlowClient(make_settings(ELSEWHERE, max_retries=0))
     with pytest.raises(NoAnswerError, match="lzma"):
         list(client.iter_file(f"{recorder.url}/out", no_refresh))
 

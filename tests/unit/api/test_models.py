@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from airflow_provider_siliconflow.api import protocol
+from airflow_provider_siliconflow.api.exceptions import UnexpectedAnswerError
 from airflow_provider_siliconflow.api.models import Batch, BatchResult, Outcome
 from airflow_provider_siliconflow.api.settings import ClientSettings
 
@@ -27,7 +28,7 @@ CREATED = json.loads(
 
 
 def read(call: protocol.Call[Any], answer: Any) -> Any:
-    return call.answer(200, {}, json.dumps(answer).encode(), SETTINGS)
+    return call.answer(200, {}, json.dumps(answer).encode())
 
 
 def batch_with(**fields: Any) -> Batch:
@@ -115,10 +116,17 @@ def test_an_odd_field_does_not_hide_the_batch(fields: dict[str, Any]) -> None:
     assert batch.input_file_id == "file-jkvytbjtow"
 
 
-@pytest.mark.parametrize("fields", [{"id": ""}, {"id": None}, {"status": ""}, {"status": None}])
-def test_without_id_or_status_it_is_no_batch(fields: dict[str, Any]) -> None:
-    with pytest.raises(protocol.UnexpectedAnswerError):
-        batch_with(**fields)
+@pytest.mark.parametrize("id_", ["", None, True, 1.5, "a b", "a\0b", "\ud800", "..", "x" * 513, {}, 10**400])
+def test_without_an_id_it_is_no_batch(id_: Any) -> None:
+    with pytest.raises(UnexpectedAnswerError):
+        batch_with(id=id_)
+
+
+@pytest.mark.parametrize("status", ["", None, 3, [], "\0"])
+def test_without_a_status_it_is_pending(status: Any) -> None:
+    batch = batch_with(status=status)
+    assert not batch.is_terminal
+    assert not batch.is_known_status
 
 
 def test_unknown_fields_are_kept_over_a_round_trip() -> None:
@@ -198,11 +206,11 @@ def test_a_signature_is_shown_nowhere() -> None:
 
 
 def test_an_answer_that_cannot_be_read_shows_no_signature(caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(protocol.UnexpectedAnswerError) as caught:
-        read(protocol.get_batch("b"), {"id": "b", "output_file_id": SIGNED})
+    with pytest.raises(UnexpectedAnswerError) as caught:
+        read(protocol.get_batch("b"), {"name": "b", "output_file_id": SIGNED})
     # A traceback prints the cause as well.
     assert "SECRET" not in f"{caught.value}{caught.value.__cause__}"
-    read(protocol.list_batches(), {"data": [{"id": "b", "output_file_id": SIGNED}]})
+    read(protocol.list_batches(), {"data": [{"name": "b", "output_file_id": SIGNED}]})
     assert caplog.records
     assert "SECRET" not in caplog.text
 

@@ -1,15 +1,18 @@
+"""Rows are cut into shards."""
+
 from __future__ import annotations
 
 import hashlib
 import json
 import tracemalloc
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError, InvalidRequestFileError
-from airflow_provider_siliconflow.batch_files import custom_ids
 from airflow_provider_siliconflow.batch_files.shards import (
     Shard,
     Split,
@@ -17,12 +20,7 @@ from airflow_provider_siliconflow.batch_files.shards import (
     select_rows,
     split_requests,
 )
-
-
-def prompts(count):
-    return [
-        {"custom_id": f"id-{n}", "messages": [{"role": "user", "content": "x" * n}]} for n in range(count)
-    ]
+from tests.unit.batch_files.samples import prompts
 
 
 @given(
@@ -30,7 +28,9 @@ def prompts(count):
     max_rows=st.integers(1, 8),
     max_bytes=st.integers(200, 600),
 )
-def test_shards_hold_every_row_in_order_within_both_limits(tmp_path_factory, sizes, max_rows, max_bytes):
+def test_shards_hold_every_row_in_order_within_both_limits(
+    tmp_path_factory: pytest.TempPathFactory, sizes: Any, max_rows: Any, max_bytes: Any
+) -> None:
     work_dir = tmp_path_factory.mktemp("shards")
     split = split_requests(
         ["x" * n for n in sizes], work_dir, name="x", max_rows=max_rows, max_bytes=max_bytes
@@ -54,13 +54,13 @@ def test_shards_hold_every_row_in_order_within_both_limits(tmp_path_factory, siz
     assert (split.rows, split.bytes) == (len(sizes), sum(shard.bytes for shard in split.shards))
 
 
-def test_a_shard_may_be_filled_to_the_last_byte(tmp_path):
+def test_a_shard_may_be_filled_to_the_last_byte(tmp_path: Path) -> None:
     size = split_requests(["x"] * 2, tmp_path, name="x").bytes
     for rows, limit, shards in ((2, size, 1), (2, size - 1, 2), (4, size, 2)):
         assert len(split_requests(["x"] * rows, tmp_path, name="x", max_bytes=limit).shards) == shards
 
 
-def test_rows_of_any_size_are_not_gathered(tmp_path):
+def test_rows_of_any_size_are_not_gathered(tmp_path: Path) -> None:
     rows = ({"messages": [{"role": "user", "content": "x" * (1 << 20)}]} for _ in range(40))
     tracemalloc.start()
     try:
@@ -70,7 +70,7 @@ def test_rows_of_any_size_are_not_gathered(tmp_path):
         tracemalloc.stop()
 
 
-def test_a_split_tells_models_and_survives_json(tmp_path):
+def test_a_split_tells_models_and_survives_json(tmp_path: Path) -> None:
     rows = ["abcd" * 3, {"model": "b", "messages": [{"role": "user", "content": "中"}]}, *prompts(1)]
     split = split_requests(rows, tmp_path / "new" / "folder", name="x", max_rows=2)
     assert (split.models, split.rows_without_model, split.prompt_tokens) == (("b",), 2, 4)
@@ -79,53 +79,19 @@ def test_a_split_tells_models_and_survives_json(tmp_path):
     assert (defaulted.models, defaulted.rows_without_model) == (("b", "d"), 0)
 
 
-def test_a_default_model_in_a_full_line_is_seen(tmp_path):
+def test_a_default_model_in_a_full_line_is_seen(tmp_path: Path) -> None:
     rows = [{"custom_id": "a", "body": {"messages": [{"role": "user", "content": ""}]}}]
     assert split_requests(rows, tmp_path, name="x", defaults={"model": "d"}).models == ("d",)
 
 
-def test_a_custom_id_is_unique_over_all_shards_numbered_ones_included(tmp_path):
-    rows = [
-        *prompts(3),
-        {"custom_id": "row-0000006", "messages": prompts(1)[0]["messages"]},
-        b"bad",
-        "numbered",
-    ]
-    rows += prompts(2)
-    with pytest.raises(InvalidRequestFileError) as caught:
-        split_requests(iter(rows), tmp_path, name="rows", max_rows=2)
-    assert [(p.line, p.custom_id, p.reason[:7]) for p in caught.value.problems] == [
-        (5, None, "the row"),
-        (6, "row-0000006", "line 4 "),
-        (7, "id-0", "line 1 "),
-        (8, "id-1", "line 2 "),
-    ]
-
-
-@given(st.lists(st.integers(0, 25), min_size=1, max_size=19), st.integers(1, 4))
-def test_repeated_custom_ids_are_named_whether_their_hashes_are_in_memory_or_on_disk(
-    tmp_path_factory, numbers, held
-):
-    rows = [{"custom_id": str(number), "messages": prompts(1)[0]["messages"]} for number in numbers]
-    repeated = [line for line, number in enumerate(numbers, 1) if number in numbers[: line - 1]]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(custom_ids, "_BUCKET_HASHES", held)
-        found = []
-        try:
-            split_requests(rows, tmp_path_factory.mktemp("ids"), name="rows")
-        except InvalidRequestFileError as refused:
-            found = [problem.line for problem in refused.problems]
-    assert found == repeated
-
-
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
-def test_no_rows_are_an_error(tmp_path, content):
+def test_no_rows_are_an_error(tmp_path: Path, content: Any) -> None:
     (tmp_path / "empty.jsonl").write_bytes(content)
     with pytest.raises(InvalidInputError, match=r"empty\.jsonl holds no rows"):
         split_requests(tmp_path / "empty.jsonl", tmp_path / "work", name="empty.jsonl")
 
 
-def test_blank_lines_in_the_middle_are_named(tmp_path):
+def test_blank_lines_in_the_middle_are_named(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes(b'"a"\n\n\r\n"b"\n\n')
     with pytest.raises(InvalidRequestFileError) as caught:
@@ -134,7 +100,9 @@ def test_blank_lines_in_the_middle_are_named(tmp_path):
 
 
 @given(st.lists(st.booleans(), min_size=10, max_size=10), st.booleans())
-def test_selected_rows_keep_their_bytes_and_tell_their_shards(tmp_path_factory, wanted, as_bitmap):
+def test_selected_rows_keep_their_bytes_and_tell_their_shards(
+    tmp_path_factory: pytest.TempPathFactory, wanted: Any, as_bitmap: Any
+) -> None:
     work_dir = tmp_path_factory.mktemp("select")
     split = split_requests(prompts(10), work_dir / "all", name="x", max_rows=4)
     sources = [work_dir / "all" / shard.name for shard in split.shards]
@@ -152,6 +120,6 @@ def test_selected_rows_keep_their_bytes_and_tell_their_shards(tmp_path_factory, 
 
 
 @pytest.mark.parametrize("limits", [{"max_rows": 0}, {"max_bytes": 0}])
-def test_limits_without_room_are_refused(tmp_path, limits):
+def test_limits_without_room_are_refused(tmp_path: Path, limits: Any) -> None:
     with pytest.raises(InvalidInputError, match="at least one row"):
         split_requests(["x"], tmp_path, name="x", **limits)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +17,33 @@ from airflow_provider_siliconflow.api.exceptions import (
     NotSentError,
     RateLimitedError,
     ServiceUnavailableError,
+    UnexpectedAnswerError,
 )
 from airflow_provider_siliconflow.api.models import Batch, UploadedFile
 from airflow_provider_siliconflow.api.settings import ClientSettings
 from airflow_provider_siliconflow.emulator.config import EmulatorConfig
 from airflow_provider_siliconflow.emulator.service import EmulatedService, ServiceError
+from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork, Submitter, Upload
+from airflow_provider_siliconflow.jobs.states import (
+    Planned,
+    State,
+    UploadState,
+    check_transition,
+    decode,
+    encode,
+)
 
 #: What may happen to one operation: a refusal, an answer lost before or after the work, or a crash.
-FAULTS = ("none", "refused", "unsent", "lost-before", "lost-after", "crash-before", "crash-after")
+FAULTS = (
+    "none",
+    "refused",
+    "unsent",
+    "lost-before",
+    "lost-after",
+    "odd-after",
+    "crash-before",
+    "crash-after",
+)
 
 
 class Crash(BaseException):
@@ -28,21 +51,92 @@ class Crash(BaseException):
 
 
 class FakeClock:
-    def __init__(self) -> None:
+    """A clock that costs no time; ``jumps`` are what somebody sets its wall clock by, one for each pause."""
+
+    def __init__(self, jumps: Iterable[float] = ()) -> None:
         self.now = 1_800_000_000.0
+        self.wrong = 0.0
+        self.jumps = iter(jumps)
+
+    def true_time(self) -> float:
+        """Return the time of the service."""
+        return self.now
 
     def time(self) -> float:
-        return self.now
+        return self.now + self.wrong
+
+    def monotonic(self) -> float:
+        return self.now - 1_799_000_000.0
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
+        if seconds >= 1.0:
+            self.wrong += next(self.jumps, 0.0)
+
+
+@dataclass(frozen=True)
+class Oddities:
+    """
+    What the service's answers about batches are like.
+
+    :param order: of the list: ``newest``, ``oldest`` or ``any``.
+    :param without: fields that the list leaves out, or that are null in it.
+    :param never_told: fields that no answer about a batch has.
+    :param clock_off: seconds by which ``created_at`` of batches is off.
+    :param readable: whether the content of input files can be read.
+    """
+
+    order: str = "newest"
+    without: frozenset[str] = frozenset()
+    never_told: frozenset[str] = frozenset()
+    clock_off: float = 0.0
+    readable: bool = True
+
+    def of_id(self, view: dict[str, Any]) -> dict[str, Any]:
+        """Return what the service answers to an id."""
+        created = view["created_at"]
+        view = {**view, "created_at": None if created is None else created + self.clock_off}
+        return {name: value for name, value in view.items() if name not in self.never_told}
+
+    def of_list(self, views: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return what the service lists."""
+        views = [
+            {name: value for name, value in self.of_id(view).items() if name not in self.without}
+            for view in views
+        ]
+        if self.order == "oldest":
+            views.reverse()
+        if self.order == "any":
+            random.Random(len(views)).shuffle(views)
+        return views
+
+
+class FakeListing:
+    """Batches as :class:`~.jobs.account.Listing` hands them out."""
+
+    def __init__(self, batches: Iterable[Batch], *, cut: bool = False, unreadable: int = 0) -> None:
+        self._batches = iter(batches)
+        self.cut = cut
+        self.unreadable = unreadable
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
 
 
 class FaultyAPI:
     """The emulator's rules behind the calls of a client, with a script of faults."""
 
-    def __init__(self, service: EmulatedService, script: Iterator[str], clock: FakeClock) -> None:
-        self.service, self.script, self.clock = service, script, clock
+    def __init__(
+        self,
+        service: EmulatedService,
+        script: Iterator[str],
+        clock: FakeClock,
+        oddities: Oddities = Oddities(),
+    ) -> None:
+        self.service, self.script, self.clock, self.oddities = service, script, clock, oddities
         self.settings = ClientSettings("sk-test", "http://emulator.invalid/v1")
         self.calls: list[str] = []
         self.possible: list[tuple[str, ...]] = []
@@ -81,17 +175,22 @@ class FaultyAPI:
             raise Crash
         if fault == "lost-after":
             raise NoAnswerError("reset")
+        if fault == "odd-after":
+            raise UnexpectedAnswerError("<html>", accepted=True)
         return answer
 
     def create_batch(self, **request: Any) -> Batch:
-        return Batch.model_validate(self._run("create", lambda: self.service.create_batch(request)))
+        return self._batch(self._run("create", lambda: self.service.create_batch(request)))
 
     def get_batch(self, batch_id: str) -> Batch:
-        return Batch.model_validate(self._run("get", lambda: self.service.get_batch(batch_id)))
+        return self._batch(self._run("get", lambda: self.service.get_batch(batch_id)))
 
-    def list_batches(self) -> Iterator[Batch]:
+    def _batch(self, view: dict[str, Any]) -> Batch:
+        return Batch.model_validate(self.oddities.of_id(view))
+
+    def list_batches(self) -> FakeListing:
         page = self._run("list", lambda: self.service.list_batches(limit=100))
-        yield from (Batch.model_validate(item) for item in page["data"])
+        return FakeListing(Batch.model_validate(item) for item in self.oddities.of_list(page["data"]))
 
     def list_models(self, *, repeat: bool = True) -> list[str]:
         return [item["id"] for item in self.service.models("chat")["data"]]
@@ -107,11 +206,120 @@ class FaultyAPI:
 
         return UploadedFile.model_validate(self._run("upload", work)["data"])
 
-    def iter_file(self, reference: str, refresh: Callable[[], str | None]) -> Iterator[bytes]:
+    def iter_file(
+        self, reference: str, refresh: Callable[[], str | None], *, limit: int | None = None
+    ) -> Iterator[bytes]:
+        if "/" not in reference:
+            yield self._run("content", lambda: self._content(reference))
+            return
         _, batch_id, name = reference.partition("?")[0].rsplit("/", 2)
         kind: Any = name.removesuffix(".jsonl")
         yield self._run("download", lambda: self.service.open_results(batch_id, kind).read_bytes())
 
+    def _content(self, file_id: str) -> bytes:
+        if not self.oddities.readable:
+            raise ServiceError(404, "404 page not found")
+        return self.service.open_content(file_id).read_bytes()
+
 
 def make_service(folder: Path, clock: FakeClock, **config: Any) -> EmulatedService:
-    return EmulatedService(EmulatorConfig(**config), folder, clock=clock.time)
+    return EmulatedService(EmulatorConfig(**config), folder, clock=clock.true_time)
+
+
+ROW = {"custom_id": "a", "body": {"model": "Qwen/Qwen3-32B", "messages": [{"role": "user", "content": "hi"}]}}
+CONTENT = json.dumps(ROW).encode() + b"\n"
+
+
+class FaultyLedger:
+    """A ledger that survives crashes, and in whose writes a process may die."""
+
+    complete = True
+
+    def __init__(self, script: Iterator[str]) -> None:
+        self.script = script
+        self.states: dict[str, State] = {}
+        self.uploads: dict[str, UploadState] = {}
+        self.dead: dict[str, tuple[Any, ...]] = {}
+
+    def _maybe_crash(self, when: str) -> None:
+        if next(self.script, "none") == when:
+            raise Crash
+
+    def state(self, key: str) -> State:
+        return self.states.get(key, Planned())
+
+    def record(self, key: str, state: State) -> None:
+        check_transition(key, self.state(key), state)
+        self._maybe_crash("crash-before")
+        self.states[key] = decode(encode(state))
+        self._maybe_crash("crash-after")
+
+    def retire(self, key: str) -> None:
+        self.dead[key] = (*self.retired(key), self.states[key])
+        self.record(key, Planned())
+
+    def retired(self, key: str) -> tuple[Any, ...]:
+        return self.dead.get(key, ())
+
+    def holds(self, batch_id: str) -> bool:
+        return any(getattr(state, "batch_id", None) == batch_id for state in self.states.values())
+
+    def earlier_work(self, key: str) -> tuple[str, State] | None:
+        others = [other for other in self.states if other != key]
+        return (others[-1], self.states[others[-1]]) if others else None
+
+    def next_number(self) -> int:
+        return 1
+
+    def upload(self, key: str) -> UploadState:
+        return self.uploads.get(key, Planned())
+
+    def record_upload(self, key: str, state: UploadState) -> None:
+        self.uploads[key] = state
+
+    def older_batches(self, key: str) -> frozenset[str]:
+        return frozenset()
+
+
+def make_work(service: EmulatedService, task_id: str = "create") -> BatchWork:
+    answer = service.add_file("rows.jsonl", "batch", [CONTENT])
+    file_id = answer.get("data", answer)["id"]
+    submitter = Submitter("dag", "run", task_id, -1, 3)
+    return BatchWork(
+        key=submitter.key(input=file_id),
+        label=submitter.label,
+        input_file_id=file_id,
+        endpoint="/v1/chat/completions",
+        completion_window="24h",
+        metadata={},
+        replace=None,
+        submitter=submitter,
+    )
+
+
+def make_upload_work(api: FaultyAPI, content: bytes = CONTENT) -> BatchWork:
+    """Return work whose file is uploaded first."""
+    submitter = Submitter("dag", "run", "create", -1, 3)
+    digest = sha256(content).hexdigest()
+    key = submitter.key(upload=digest)
+
+    def send() -> UploadedFile:
+        answer = api._run("upload", lambda: api.service.add_file(f"rows-{key}.jsonl", "batch", [content]))
+        return UploadedFile.model_validate(answer["data"])
+
+    return BatchWork(
+        key=submitter.key(input=digest),
+        label=submitter.label,
+        input_file_id=None,
+        endpoint="/v1/chat/completions",
+        completion_window="24h",
+        metadata={},
+        replace=None,
+        upload=Upload(key, f"rows-{key}.jsonl", len(content), digest, send),
+        submitter=submitter,
+    )
+
+
+def batches_of(service: EmulatedService, work: BatchWork) -> list[dict[str, Any]]:
+    found = service.state()["batches"]
+    return [batch for batch in found if (batch.get("metadata") or {}).get(WORK_KEY) == work.key]

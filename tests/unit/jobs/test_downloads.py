@@ -19,7 +19,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.api.settings import ClientSettings
 from airflow_provider_siliconflow.jobs.downloads import ResultFiles, download_results
-from airflow_provider_siliconflow.jobs.outcome import commonest_error
+from airflow_provider_siliconflow.jobs.outcome import most_common_error
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator import Emulator
@@ -250,15 +250,15 @@ def test_a_second_download_replaces_the_first(
     assert ids(tmp_path / "errors.jsonl") == []
 
 
-def test_the_commonest_error(
+def test_the_most_common_error(
     client: SiliconFlowClient, make_batch: Callable[..., str], emulator: Emulator
 ) -> None:
     batch = client.get_batch(make_batch("Hi", FAIL, "[[emulator:error=503]]", FAIL))
-    assert commonest_error(client, batch) == "The request has invalid parameters. (20015) (2 rows)"
+    assert most_common_error(client, batch) == "The request has invalid parameters. (20015) (2 rows)"
     odd = b'{"id":5,"custom_id":"a","error":{"code":"1","message":"no \\ud83d"}}\n<html>\n{"odd":1}\n'
     api = Altered(client, {})
     api.iter_file = lambda reference, refresh: iter([odd])  # type: ignore[method-assign]
-    assert commonest_error(api, batch) == "no \ufffd (1) (1 rows)"
+    assert most_common_error(api, batch) == "no \ufffd (1) (1 rows)"
     # It only makes a message better, so it never makes a judgement fail.
     emulator.faults.add("GET storage:status=403,times=-1")
-    assert commonest_error(client, batch) is None
+    assert most_common_error(client, batch) is None

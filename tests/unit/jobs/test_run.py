@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from airflow_provider_siliconflow.api.exceptions import (
     InvalidRequestError,
     InvalidRequestFileError,
 )
+from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.api.settings import ClientSettings
 from airflow_provider_siliconflow.emulator.server import Emulator
 from airflow_provider_siliconflow.jobs.identity import Submitter
-from airflow_provider_siliconflow.jobs.ledger import FolderLedger
+from airflow_provider_siliconflow.jobs.ledger import FolderLedger, Owner
 from airflow_provider_siliconflow.jobs.options import check_options
 from airflow_provider_siliconflow.jobs.outcome import judge_run
 from airflow_provider_siliconflow.jobs.plan import estimate
-from airflow_provider_siliconflow.jobs.run import BatchRun
+from airflow_provider_siliconflow.jobs.run import BatchRun, Wait
 from airflow_provider_siliconflow.jobs.submission import Submission
+from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
 MODELS = ["Qwen/Qwen3-32B", "THUDM/GLM-4-9B-0414"]
 
@@ -47,6 +50,9 @@ class Clock:
 
     def sleep(self, seconds: float) -> None:
         self.passed += seconds
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.passed
 
 
 def rows(count: int, mark: Callable[[int], str] = lambda _: "") -> list[dict[str, Any]]:
@@ -81,15 +87,19 @@ class Job:
         self.options = options(**changes)
         self.tries = 0
         self.map_index = -1
+        self.generation = 5
         self.host = emulator.base_url
         self.after: Callable[[str], None] = lambda _: None
+        self.clock = Clock()
+        self.timeout: float | None = None
+        self.waits: list[Wait] = []
 
     def _client(self) -> SiliconFlowClient:
         job = self
 
         class Client(SiliconFlowClient):
-            def _send(self, call: Any, body: Any) -> Any:
-                answer = super()._send(call, body)
+            def _send(self, call: Any, *arguments: Any, **options: Any) -> Any:
+                answer = super()._send(call, *arguments, **options)
                 job.after(call.name)
                 return answer
 
@@ -101,31 +111,39 @@ class Job:
 
         def open_submission(ledger: FolderLedger) -> Submission:
             tries = "none" if self.tries == 1 else "patiently"
-            return Submission(client, ledger=ledger, earlier_tries=tries, since=0.0, clock=Clock())
+            return Submission(client, ledger=ledger, earlier_tries=tries, since=0.0, clock=self.clock)
 
+        submitter = Submitter("dag", "run", "task", self.map_index, self.generation)
+        owner = Owner.new(submitter, try_number=self.tries, try_id=str(self.tries))
         run = BatchRun(
             self.options,
-            submitter=Submitter("dag", "run", "task", self.map_index, 5),
+            submitter=submitter,
             client=client,
             conn_id="c",
             output_dir=self.folder,
             open_submission=open_submission,
             earlier_tries=self.tries > 1,
+            owner=replace(owner, at=self.clock.time()),
+            cancel_on_kill=True,
+            clock=self.clock,
         )
-        if (done := run.finished_before()) is not None:
-            return done
-        run.prepare(lambda: self.requests, "requests")
-        run.revive()
-        while True:
-            while batches := run.submit_due():
-                enough = run.wake_after(len(batches)) or len(batches)
-                ended: list[Any] = []
-                while len(ended) < enough:
-                    seen = [client.get_batch(batch_id) for batch_id in batches]
-                    ended = [batch for batch in seen if batch.is_terminal]
-                run.note(ended)
-            if not run.merge():
-                return run.finish()
+        wait = run.start(lambda: self.requests, "requests", timeout=self.timeout)
+        while wait is not None:
+            self.waits.append(wait)
+            wait = run.resume(self._wait(client, wait))
+        return run.finish()
+
+    def _wait(self, client: SiliconFlowClient, wait: Wait) -> list[Batch]:
+        state = BatchWait(wait.batch_ids, self.clock.time(), 60.0, min_ended=wait.min_ended)
+        while not state.finished:
+            for batch_id in state.due(self.clock.time()):
+                state.observe(batch_id, client.get_batch(batch_id), self.clock.time())
+            state.check_deadline(self.clock.time())
+            if not state.finished:
+                # The service runs by its own clock, and so fast that no pause is needed.
+                self.clock.sleep(state.pause(self.clock.time()) if state.settling else 0.0)
+                state.make_all_due(self.clock.time())
+        return state.batches
 
 
 def results(folder: Path, model: str = MODELS[0]) -> list[dict[str, Any]]:
@@ -162,7 +180,7 @@ def test_only_rows_worth_it_are_sent_again(emulator: Emulator, tmp_path: Path) -
 def test_a_row_that_another_attempt_may_mend_is_told(emulator: Emulator, tmp_path: Path) -> None:
     marks = {3: "[[emulator:once=429]]", 4: "[[emulator:error=400]]"}
     job = Job(emulator, tmp_path, rows(6, lambda i: marks.get(i, "")), models=MODELS[:1])
-    assert "1 of them failed for a passing reason: with max_row_attempts above 1" in (
+    assert "1 of them failed for a transient reason: with max_row_attempts above 1" in (
         judge_run(job.attempt(), job.options) or ""
     )
 
@@ -206,6 +224,42 @@ def test_an_empty_account_keeps_what_was_submitted_for_a_retry(emulator: Emulato
     assert [row["error"] is None for row in found] == [True] * 10 + [False] * 5, "what was paid is there"
     assert job.attempt()["rows"]["ok"] == 15
     assert posts(emulator) == (3, 4)
+
+
+def test_an_empty_account_ends_the_rounds(emulator: Emulator, tmp_path: Path) -> None:
+    """Rows fail for a transient reason as well, but who sends them again pays for nothing but refusals."""
+    marks = {3: "[[emulator:once=429]]", 4: "[[emulator:once=402]]"}
+    job = Job(emulator, tmp_path, rows(6, lambda i: marks.get(i, "")), models=MODELS[:1], max_row_attempts=3)
+    manifest = job.attempt()
+    assert [each["rows"] for each in manifest["rounds"]] == [6]
+    assert (manifest["rows"]["ok"], manifest["rows"]["error"]) == (4, 2)
+
+
+def test_a_wait_says_how_many_batches_must_end_and_until_when(emulator: Emulator, tmp_path: Path) -> None:
+    job = Job(emulator, tmp_path, rows(60), models=MODELS[:1], max_in_flight=8)
+    job.timeout = 3600.0
+    before = time.time()
+    assert job.attempt()["rows"]["ok"] == 60
+    first, *_, last = job.waits
+    assert (len(first.batch_ids), first.min_ended) == (8, 2), (
+        "a quarter, so that 12 batches do not wake 12 times"
+    )
+    assert last.min_ended is None, "nothing is left to be sent"
+    assert {wait.deadline for wait in job.waits} == {first.deadline}
+    assert first.deadline is not None
+    assert before + 3600 <= first.deadline <= time.time() + 3600
+
+
+def test_each_try_has_a_deadline_of_its_own(emulator: Emulator, tmp_path: Path) -> None:
+    job = Job(emulator, tmp_path, rows(10), models=MODELS[:1])
+    job.after = fail_first_of(emulator)
+    job.timeout = 60.0
+    with pytest.raises(BatchFailedError):
+        job.attempt()
+    job.timeout = None
+    job.attempt()
+    assert job.waits[0].deadline is not None
+    assert job.waits[-1].deadline is None
 
 
 def test_bad_rows_are_refused_before_anything_is_sent(emulator: Emulator, tmp_path: Path) -> None:

@@ -79,10 +79,10 @@ POSSIBLE: dict[str, set[str]] = {
         "accepted",
         "in doubt",
     },
-    "completed": set(),
-    "expired": {"planned"},
-    "failed": {"planned"},
-    "cancelled": {"planned"},
+    "completed": {"sending", "sending later", "accepted", "in doubt"},
+    "expired": {"planned", "sending", "sending later", "accepted", "in doubt"},
+    "failed": {"planned", "sending", "sending later", "accepted", "in doubt"},
+    "cancelled": {"planned", "sending", "sending later", "accepted", "in doubt"},
     "refused": {"planned"},
 }
 

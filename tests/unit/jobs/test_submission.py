@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -19,79 +19,21 @@ from airflow_provider_siliconflow.api.exceptions import (
 )
 from airflow_provider_siliconflow.api.models import Batch, UploadedFile
 from airflow_provider_siliconflow.emulator.service import EmulatedService
-from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork, Submitter
+from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, Upload
 from airflow_provider_siliconflow.jobs.ledger import NoLedger
-from airflow_provider_siliconflow.jobs.states import (
-    Planned,
-    State,
-    UploadState,
-    check_transition,
-    decode,
-    encode,
-)
 from airflow_provider_siliconflow.jobs.submission import Search, Submission
-from tests.unit.jobs.faulty import FAULTS, Crash, FakeClock, FaultyAPI, make_service
-
-ROW = {"custom_id": "a", "body": {"model": "Qwen/Qwen3-32B", "messages": [{"role": "user", "content": "hi"}]}}
-
-
-class FaultyLedger:
-    """A ledger that survives crashes, and in whose writes a process may die."""
-
-    complete = True
-
-    def __init__(self, script: Iterator[str]) -> None:
-        self.script = script
-        self.states: dict[str, State] = {}
-        self.uploads: dict[str, UploadState] = {}
-
-    def _maybe_crash(self, when: str) -> None:
-        if next(self.script, "none") == when:
-            raise Crash
-
-    def state(self, key: str) -> State:
-        return self.states.get(key, Planned())
-
-    def record(self, key: str, state: State) -> None:
-        check_transition(key, self.state(key), state)
-        self._maybe_crash("crash-before")
-        self.states[key] = decode(encode(state))
-        self._maybe_crash("crash-after")
-
-    def retire(self, key: str) -> None:
-        self.record(key, Planned())
-
-    def next_number(self) -> int:
-        return 1
-
-    def upload(self, key: str) -> UploadState:
-        return self.uploads.get(key, Planned())
-
-    def record_upload(self, key: str, state: UploadState) -> None:
-        self.uploads[key] = state
-
-    def older_batches(self, key: str) -> frozenset[str]:
-        return frozenset()
-
-
-def make_work(service: EmulatedService, task_id: str = "create") -> BatchWork:
-    answer = service.add_file("rows.jsonl", "batch", [json.dumps(ROW).encode() + b"\n"])
-    file_id = answer.get("data", answer)["id"]
-    submitter = Submitter("dag", "run", task_id, -1, 3)
-    return BatchWork(
-        key=submitter.key(input=file_id),
-        label=submitter.label,
-        input_file_id=file_id,
-        endpoint="/v1/chat/completions",
-        completion_window="24h",
-        metadata={},
-        replace=None,
-    )
-
-
-def batches_of(service: EmulatedService, work: BatchWork) -> list[dict[str, Any]]:
-    found = service.state()["batches"]
-    return [batch for batch in found if (batch.get("metadata") or {}).get(WORK_KEY) == work.key]
+from tests.unit.jobs.faulty import (
+    CONTENT,
+    FAULTS,
+    Crash,
+    FakeClock,
+    FakeListing,
+    FaultyAPI,
+    FaultyLedger,
+    batches_of,
+    make_service,
+    make_work,
+)
 
 
 def created(service: EmulatedService) -> int:
@@ -218,11 +160,15 @@ def test_other_work_over_the_same_file_is_not_adopted(tmp_path: Any) -> None:
 def test_a_search_among_ten_thousand_foreign_batches_is_bounded(tmp_path: Any) -> None:
     clock = FakeClock()
     service = make_service(tmp_path, clock)
-    service.seed_foreign_batches(10_000, age_seconds=86400.0)
+    for day in range(100):
+        service.seed_foreign_batches(100, age_seconds=(1.5 + day) * 86400.0)
     work = make_work(service)
 
     class Paged(FaultyAPI):
-        def list_batches(self) -> Iterator[Batch]:
+        def list_batches(self) -> FakeListing:
+            return FakeListing(self._pages())
+
+        def _pages(self) -> Iterator[Batch]:
             after = None
             while True:
                 page = self._run(
@@ -281,16 +227,17 @@ def test_an_upload_is_found_again_by_name_and_size(tmp_path: Any) -> None:
     clock = FakeClock()
     service = make_service(tmp_path, clock)
     api = FaultyAPI(service, iter(["lost-after"]), clock)
-    content = json.dumps(ROW).encode() + b"\n"
+    content = CONTENT
 
     def send() -> UploadedFile:
         answer = api._run("upload", lambda: service.add_file("rows-key.jsonl", "batch", [content]))
         return UploadedFile.model_validate(answer["data"])
 
     submission = Submission(api, ledger=NoLedger(), earlier_tries="none", since=0.0, clock=clock)
-    file = submission.upload("key", "rows-key.jsonl", len(content), send)
+    upload = Upload("key", "rows-key.jsonl", len(content), sha256(content).hexdigest(), send)
+    file = submission.upload(upload)
     again = Submission(api, ledger=NoLedger(), earlier_tries="patiently", since=0.0, clock=clock)
-    assert again.upload("key", "rows-key.jsonl", len(content), send).id == file.id
+    assert again.upload(upload).id == file.id
     assert len(api.list_files()) == 1
 
 
@@ -298,11 +245,10 @@ class Cut(FaultyAPI):
     """Lists the newest batches only, as a service does whose listing has no pages."""
 
     newest = 3
-    listing_cut = True
 
-    def list_batches(self) -> Iterator[Batch]:
+    def list_batches(self) -> FakeListing:
         page = self._run("list", lambda: self.service.list_batches(limit=self.newest))
-        yield from (Batch.model_validate(item) for item in page["data"])
+        return FakeListing((Batch.model_validate(item) for item in page["data"]), cut=True)
 
 
 def test_a_listing_without_pages_stops_no_first_try_of_a_generation(tmp_path: Any) -> None:
@@ -339,8 +285,8 @@ def test_a_batch_that_is_listed_is_adopted_whatever_its_id_answers(tmp_path: Any
     assert submit(Lost(service, iter(()), clock)).id == first.id
 
     class Other(Lost):
-        def list_batches(self) -> Iterator[Batch]:
-            yield from ()
+        def list_batches(self) -> FakeListing:
+            return FakeListing(())
 
     with pytest.raises(SubmissionUnknownError, match=f"{first.id} was submitted") as caught:
         submit(Other(service, iter(()), clock))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -15,11 +14,6 @@ from hypothesis import strategies as st
 
 from airflow_provider_siliconflow.api.exceptions import (
     AuthenticationError,
-    BatchCancelledError,
-    BatchError,
-    BatchExpiredError,
-    BatchFailedError,
-    BatchPartialFailureError,
     BatchTimeoutError,
     BatchWaitError,
     InsufficientBalanceError,
@@ -35,8 +29,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     UnexpectedAnswerError,
 )
 from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES, Batch
-from airflow_provider_siliconflow.jobs import events, waiting
-from airflow_provider_siliconflow.jobs.outcome import judge_batch
+from airflow_provider_siliconflow.jobs import waiting
 from airflow_provider_siliconflow.jobs.waiting import BatchWait, default_deadline
 
 START = 1_800_000_000.0
@@ -235,11 +228,11 @@ def test_a_batch_that_was_never_read_is_not_given_up() -> None:
     assert driver.run(until=START + 20 * 86400) == START + 20 * 86400
 
 
-def test_enough_ended_batches_end_the_wait() -> None:
+def test_as_many_ended_batches_as_asked_for_end_the_wait() -> None:
     def answer(batch_id: str, now: float) -> Batch:
         return batch("completed" if batch_id in ("batch_2", "batch_4") else "in_progress", batch_id)
 
-    wait = BatchWait([f"batch_{n}" for n in range(6)], START, 60.0, START + 600, enough=2)
+    wait = BatchWait([f"batch_{n}" for n in range(6)], START, 60.0, START + 600, min_ended=2)
     Driver(wait, answer).run()
     assert [found.id for found in wait.batches] == ["batch_2", "batch_4"]
 
@@ -280,103 +273,6 @@ def test_progress_is_told_when_it_changes(caplog: pytest.LogCaptureFixture) -> N
     assert 11 <= len(lines) <= 12
     assert "300/1000 rows done, 0 failed" in lines[3]
     assert "expected end 2027-01-15" in lines[3]
-
-
-# Events -----------------------------------------------------------------------------------------------------
-
-
-def test_ended_batches_travel_as_json_without_a_signature() -> None:
-    found = batch("completed", output_file_id="https://h/o.jsonl?sig=SECRET", request_counts={"total": 2})
-    event = json.loads(json.dumps(events.ended_event([found])))
-    assert "SECRET" not in json.dumps(event)
-    (read,) = events.read_event(event)
-    assert (read.id, read.status, read.request_counts.total) == ("batch_1", "completed", 2)
-    assert read.output_file_id == "https://h/o.jsonl"
-
-
-@pytest.mark.parametrize(
-    ("error", "kind", "retryable"),
-    [
-        (BatchTimeoutError("too late"), BatchTimeoutError, True),
-        (BatchWaitError("bad key"), BatchWaitError, False),
-        (InvalidInputError("no connection of that name"), BatchWaitError, False),
-        (NoAnswerError("lost"), BatchWaitError, True),
-    ],
-)
-def test_errors_travel_as_json(error: SiliconFlowError, kind: type[BatchError], retryable: bool) -> None:
-    event = json.loads(json.dumps(events.error_event(error, ["batch_7"])))
-    with pytest.raises(kind, match=str(error)) as caught:
-        events.read_event(event)
-    assert type(caught.value) is kind
-    assert (caught.value.batch_id, caught.value.retryable) == ("batch_7", retryable)
-
-
-@pytest.mark.parametrize("event", [None, "success", {}, {"status": "ended?"}, ["ended"], {"status": "ended"}])
-def test_an_event_that_is_none_of_ours_is_no_success(event: Any) -> None:
-    with pytest.raises(BatchError, match="event"):
-        events.read_event(event)
-
-
-# Outcome ----------------------------------------------------------------------------------------------------
-
-URL = {"output_file_id": "https://h/o"}
-ERRORS = {"error_file_id": "https://h/e"}
-
-
-def numbers(total: int, completed: int, failed: int) -> dict[str, Any]:
-    return {"request_counts": {"total": total, "completed": completed, "failed": failed}}
-
-
-def judged(found: Batch, **options: Any) -> str | None:
-    return judge_batch(found, **({"fail_on_partial_error": False} | options))
-
-
-def test_flawless() -> None:
-    assert judged(batch("completed", **numbers(3, 3, 0), **URL), fail_on_partial_error=True) is None
-
-
-@pytest.mark.parametrize("counts", [None, {}, {"total": 0, "completed": 0, "failed": 0}])
-def test_a_completed_batch_without_counts(counts: Any) -> None:
-    assert judged(batch("completed", request_counts=counts, **URL)) is None
-    with pytest.raises(BatchFailedError, match="a file with errors, but none with results"):
-        judged(batch("completed", request_counts=counts, **ERRORS))
-
-
-@pytest.mark.parametrize(
-    ("found", "kind", "retryable", "words"),
-    [
-        (batch("failed", errors=["line 3: no messages"]), BatchFailedError, True, "line 3: no messages"),
-        (batch("cancelled", **numbers(9, 4, 0)), BatchCancelledError, True, "4 of 9 rows"),
-        (batch("expired", **numbers(9, 0, 9)), BatchExpiredError, False, "0 of 9 rows"),
-        (batch("expired"), BatchExpiredError, True, "longer completion_window"),
-        (batch("completed", **numbers(9, 0, 9), **ERRORS), BatchFailedError, False, "0 of 9 rows"),
-    ],
-)
-def test_failures_say_why_and_whether_a_retry_helps(
-    found: Batch, kind: type[BatchError], retryable: bool, words: str
-) -> None:
-    with pytest.raises(kind, match=words) as caught:
-        judged(found, reason="TPM limit reached (9 rows)")
-    assert (caught.value.batch_id, caught.value.retryable) == ("batch_1", retryable)
-    assert "TPM limit reached (9 rows)" in str(caught.value)
-
-
-@pytest.mark.parametrize("status", ["completed", "expired"])
-def test_a_partial_failure_is_a_warning_unless_the_author_says_otherwise(status: str) -> None:
-    found = batch(status, **numbers(9, 7, 2), **URL)
-    assert "7 of 9 rows succeeded, 2 did not; most often: TPM" in (judged(found, reason="TPM") or "")
-    with pytest.raises(BatchPartialFailureError, match="7 of 9 rows") as caught:
-        judged(found, fail_on_partial_error=True)
-    assert not caught.value.retryable
-
-
-@pytest.mark.parametrize("status", ["completed", "expired"])
-def test_all_rows_may_fail_where_the_author_allows_it(status: str) -> None:
-    assert "0 of 9 rows" in (judged(batch(status, **numbers(9, 0, 9)), allow_all_failed=True) or "")
-
-
-def test_rows_that_nobody_counted_as_failed_did_not_succeed_either() -> None:
-    assert "7 of 9 rows succeeded, 2 did not" in (judged(batch("completed", **numbers(9, 7, 0), **URL)) or "")
 
 
 def test_a_wait_that_begins_late_has_an_hour_of_its_own() -> None:

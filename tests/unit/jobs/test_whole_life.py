@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError, SiliconFlowError
-from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES
+from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES, Batch
 from airflow_provider_siliconflow.jobs import downloads
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY, Submitter
-from airflow_provider_siliconflow.jobs.ledger import FolderLedger
+from airflow_provider_siliconflow.jobs.ledger import FolderLedger, Owner
 from airflow_provider_siliconflow.jobs.options import check_options
-from airflow_provider_siliconflow.jobs.run import BatchRun
+from airflow_provider_siliconflow.jobs.run import BatchRun, Wait
 from airflow_provider_siliconflow.jobs.submission import Submission
 from airflow_provider_siliconflow.jobs.waiting import BatchWait
 from tests.unit.jobs.faulty import FAULTS, Crash, FakeClock, FaultyAPI, make_service
@@ -60,6 +61,8 @@ class Life:
         }
 
     def attempt(self, number: int) -> dict[str, Any]:
+        submitter = Submitter("dag", "run", "task", -1, 3)
+        owner = Owner.new(submitter, try_number=number, try_id=str(number))
         run = BatchRun(
             check_options(
                 model=None,
@@ -74,34 +77,38 @@ class Life:
                 prices=None,
                 request_params=None,
             ),
-            submitter=Submitter("dag", "run", "task", -1, 3),
+            submitter=submitter,
             client=self.api,  # type: ignore[arg-type]
             conn_id="c",
             output_dir=self.output,
             open_submission=lambda ledger: self._open_submission(ledger, number),
             earlier_tries=number > 1,
+            owner=replace(owner, at=self.clock.time()),
+            cancel_on_kill=True,
+            clock=self.clock,
         )
-        if (done := run.finished_before()) is not None:
-            return done
         prompts = [f"Say {i}" + (" [[emulator:once=503]]" if i == 5 else "") for i in range(ROWS)]
-        run.prepare(lambda: prompts, "requests")
-        run.revive()
+        wait = run.start(lambda: prompts, "requests", timeout=None)
+        while wait is not None:
+            wait = run.resume(self._wait(wait))
+        return run.finish()
+
+    def _wait(self, wait: Wait) -> list[Batch]:
+        state = BatchWait(
+            wait.batch_ids, self.clock.time(), 60.0, deadline=wait.deadline, min_ended=wait.min_ended
+        )
         while True:
-            while batch_ids := run.submit_due():
-                wait = BatchWait(batch_ids, self.clock.time(), 60.0, enough=run.wake_after(len(batch_ids)))
-                while not wait.finished:
-                    for batch_id in wait.due(self.clock.time()):
-                        try:
-                            batch = self.api.get_batch(batch_id)
-                        except SiliconFlowError as exc:
-                            wait.fault(batch_id, exc, self.clock.time())
-                        else:
-                            wait.observe(batch_id, batch, self.clock.time())
-                    wait.check_deadline(self.clock.time())
-                    self.clock.sleep(wait.pause(self.clock.time()))
-                run.note(wait.batches)
-            if not run.merge():
-                return run.finish()
+            for batch_id in state.due(self.clock.time()):
+                try:
+                    batch = self.api.get_batch(batch_id)
+                except SiliconFlowError as exc:
+                    state.fault(batch_id, exc, self.clock.time())
+                else:
+                    state.observe(batch_id, batch, self.clock.time())
+            if state.finished:
+                return state.batches
+            state.check_deadline(self.clock.time())
+            self.clock.sleep(state.pause(self.clock.time()))
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,0 +1,76 @@
+"""Which addresses a result file may be fetched from: the storage's, and none of the worker's own networks."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from urllib.parse import urlsplit
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+#: Where IPv6 networks translate to IPv4: the last 32 bits are the address.
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
+def is_public(address: str) -> bool:
+    """
+    Whether an IP address is one of the internet.
+
+    Loopback, link-local, private, shared (100.64.0.0/10, in which a cloud has its metadata service), unspecified,
+    reserved and multicast addresses are not, nor is an IPv6 address that leads to one of these.
+
+    :param address: as ``getaddrinfo`` and ``getpeername`` give it, perhaps with a zone.
+    """
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    embedded = _embedded(found)
+    if embedded is not None:
+        return is_public(str(embedded))
+    return found.is_global and not found.is_multicast
+
+
+def _embedded(address: _Address) -> ipaddress.IPv4Address | None:
+    if isinstance(address, ipaddress.IPv4Address):
+        return None
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    teredo = address.teredo
+    return address.ipv4_mapped or address.sixtofour or (teredo[1] if teredo else None)
+
+
+def is_private_name(host: str) -> bool:
+    """
+    Whether a host is an address outside the internet by its very name, however that is written.
+
+    :param host: of a URL: a name, an address, or one that resolvers read as an address (``2130706433``, ``0x7f.1``).
+    """
+    host = host.strip("[]").rstrip(".").lower()
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        try:
+            host = socket.inet_ntoa(socket.inet_aton(host))
+        except (OSError, UnicodeError):
+            return False
+    return not is_public(host)
+
+
+def leads_to_private(url: str) -> bool:
+    """
+    Whether the host of a URL is, or resolves to, an address outside the internet.
+
+    :param url: of the API, as the connection has it. A name that cannot be resolved here, as behind a proxy, leads to
+        none.
+    """
+    host = urlsplit(url).hostname or ""
+    if is_private_name(host):
+        return True
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    return any(not is_public(str(entry[4][0])) for entry in found)

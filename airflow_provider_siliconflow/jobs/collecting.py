@@ -1,0 +1,414 @@
+"""
+From the batches of a job to its results: downloads, the merge in the order of the rows, and the manifest.
+
+One batch that cannot be read costs its own rows alone: those of the others are written, and the job then fails and says
+which it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from airflow_provider_siliconflow.api.exceptions import (
+    AuthenticationError,
+    IncompleteResultsError,
+    JobTakenOverError,
+    PermissionDeniedError,
+    SiliconFlowError,
+)
+from airflow_provider_siliconflow.api.models import Batch, BatchStatus, Outcome
+from airflow_provider_siliconflow.api.protocol import is_transient
+from airflow_provider_siliconflow.batch_files.atomic_files import write_whole
+from airflow_provider_siliconflow.batch_files.manifest import (
+    BatchSummary,
+    ModelRun,
+    build_manifest,
+    model_slug,
+)
+from airflow_provider_siliconflow.batch_files.merge import BatchFiles, MergedShard, merge_shard, refused_lines
+from airflow_provider_siliconflow.batch_files.shards import Shard, iter_custom_ids, select_rows
+from airflow_provider_siliconflow.batch_files.tally import ModelTally
+from airflow_provider_siliconflow.jobs.clock import Clock
+from airflow_provider_siliconflow.jobs.downloads import (
+    LATE_FILE_PATIENCE,
+    ResultAPI,
+    downloaded,
+    outcomes_in,
+)
+from airflow_provider_siliconflow.jobs.job import OpenJob
+from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, Piece
+from airflow_provider_siliconflow.jobs.scratch import scratch_folder
+from airflow_provider_siliconflow.jobs.settled import SETTLE_LIMIT
+from airflow_provider_siliconflow.jobs.states import Ended, Sent
+from airflow_provider_siliconflow.jobs.storable import storable, storable_text
+
+log = logging.getLogger(__name__)
+
+#: Batches that may fail to be read for a transient reason before the storage is taken to be away for all.
+_TRANSIENT_FAILURES = 3
+
+
+@dataclass(slots=True)
+class Collected:
+    """
+    What the batches of all rounds so far brought.
+
+    :param tallies: the figures, by model.
+    :param retries: by model, for each shard of the first round a byte per row: 1 if another attempt is worth it.
+    :param spoilt: batches that could not be read, and why.
+    :param unanswered: dead batches of this try and how many of their rows they did not answer.
+    """
+
+    tallies: dict[int, ModelTally] = field(default_factory=dict)
+    retries: dict[int, list[bytearray]] = field(default_factory=dict)
+    spoilt: dict[str, str] = field(default_factory=dict)
+    unanswered: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def worth_another_attempt(self) -> int:
+        """Rows that another attempt may answer."""
+        return sum(sum(chosen) for model in self.retries.values() for chosen in model)
+
+    @property
+    def out_of_balance(self) -> bool:
+        """Whether rows failed because the account cannot pay."""
+        return any(tally.balance_errors for tally in self.tallies.values())
+
+
+class Collector:
+    """
+    Reads and writes the results of a job.
+
+    :param job: the job.
+    :param client: the calls.
+    :param output_dir: folder of the results.
+    :param clock: time.
+    :param owner: hex digits of the job, for the names of temporary folders.
+    """
+
+    def __init__(self, job: OpenJob, client: ResultAPI, output_dir: Any, *, clock: Clock, owner: str) -> None:
+        self._job = job
+        self._client = client
+        self._output_dir = output_dir
+        self._clock = clock
+        self._owner = owner
+        self._short: set[str] = set()
+
+    # Before the merge -------------------------------------------------------------------------------------
+
+    def settle(self, batches: Iterable[Batch]) -> None:
+        """
+        Record the end of batches whose counts do not add up, if their files say that they are settled.
+
+        :param batches: as a wait handed them on; the others of the job are left alone.
+        """
+        by_id = {batch.id: batch for batch in batches}
+        for piece in self._job.current:
+            state = self._job.state(piece)
+            if not isinstance(state, Sent) or state.terminal_since is None or state.batch_id not in by_id:
+                continue
+            try:
+                with self._downloaded(
+                    piece, state.batch_id, ended_at=state.terminal_since, patience=()
+                ) as found:
+                    batch = found[0]
+            except SiliconFlowError as exc:
+                if self._is_not_about_one(exc):
+                    raise
+                if self._clock.time() - state.terminal_since < SETTLE_LIMIT:
+                    log.info("Batch %s is not settled yet: %s", state.batch_id, exc)
+                    continue
+                # What cannot be read after so long is named when the results are written.
+                batch = by_id[state.batch_id]
+            self._job.record_settled(piece, batch)
+
+    def unanswered(self, piece: Piece, ended: Ended) -> bytearray:
+        """
+        Return a byte per row of a dead batch: 1 if it did not answer the row.
+
+        :raises SiliconFlowError: the batch cannot be read, or is not settled.
+        """
+        with self._downloaded(piece, ended.batch_id, ended_at=ended.at or None) as (_, files):
+            return self._unanswered(piece, ended, files)
+
+    def _unanswered(self, piece: Piece, ended: Ended, files: BatchFiles) -> bytearray:
+        outcomes = outcomes_in(files)
+        answered = {Outcome.OK, Outcome.ERROR}
+        if ended.status == BatchStatus.FAILED and Outcome.OK not in outcomes.values():
+            # Rejected as a whole: what it says of single rows is no answer to them.
+            answered = set()
+        return bytearray(
+            outcomes.get(custom_id) not in answered for custom_id in iter_custom_ids(self._job.source(piece))
+        )
+
+    # Collecting -------------------------------------------------------------------------------------------
+
+    def collect(self) -> Collected:
+        """
+        Download what all batches brought, and write the results of each model in the order of the rows.
+
+        Every batch of the job has ended, or was refused.
+
+        :raises JobTakenOverError: another try does the job now; nothing is written under its name.
+        :raises SiliconFlowError: nothing can be read; a retry reads it again.
+        """
+        collected = Collected()
+        for model in self._job.models:
+            self._merge_model(model, collected)
+        return collected
+
+    def next_round(self, collected: Collected) -> dict[int, tuple[Shard, ...]] | None:
+        """
+        Write the shards of the rows that are worth another attempt.
+
+        :returns: the shards by model; ``None`` if no row is, no attempt is left, the account is empty, or a retry of
+            the task has to bring the rows of a batch first.
+        """
+        job = self._job
+        number = len(job.rounds)
+        if number >= job.options.max_row_attempts or not collected.worth_another_attempt:
+            return None
+        if collected.out_of_balance:
+            log.error("Rows failed because the account is empty: no row is sent again")
+            return None
+        cancelled = [
+            ended.batch_id
+            for piece in job.rounds[-1]
+            if (ended := job.dead(piece)) and ended.status == BatchStatus.CANCELLED
+            # A person who cancels a batch does not want its rows to be sent again at once.
+            if collected.unanswered.get(ended.batch_id)
+        ]
+        if waits_for := [*collected.spoilt, *cancelled]:
+            log.warning(
+                "No row is sent again in this try, because of batches %s", ", ".join(map(str, waits_for[:5]))
+            )
+            return None
+        folder = job.plans.path
+        sources = [folder / FIRST_ROUND / shard.name for shard in job.plan.split.shards]
+        return {
+            model: select_rows(
+                sources,
+                chosen,
+                folder / f"round-{number}" / str(model),
+                max_rows=job.options.max_rows,
+                max_bytes=job.options.max_bytes,
+            )
+            for model, chosen in collected.retries.items()
+        }
+
+    def _model_folder(self, model: int) -> Any:
+        name = self._job.options.replacements[model]
+        if name is None or len(self._job.options.models) < 2:
+            return self._output_dir
+        return self._output_dir / model_slug(name)
+
+    def _merge_model(self, model: int, collected: Collected) -> None:
+        job = self._job
+        folder = self._model_folder(model)
+        name = job.options.replacements[model]
+        tally = collected.tallies[model] = ModelTally()
+        retries: list[bytearray] = collected.retries.setdefault(model, [])
+        pieces = [piece for piece in job.pieces if piece.model == model]
+        first = {piece.shard.index: piece for piece in pieces if piece.round == 0 and piece.rest_of is None}
+        with contextlib.ExitStack() as stack:
+            later = [
+                (piece, files)
+                for piece in pieces
+                if first.get(piece.shard.index) is not piece
+                for files in stack.enter_context(self._files(piece, collected, shared=True))
+            ]
+            results = stack.enter_context(write_whole(folder / "results.jsonl"))
+            errors = stack.enter_context(write_whole(folder / "errors.jsonl"))
+            for shard in job.plan.split.shards:
+                piece = first[shard.index]
+                with self._files(piece, collected) as files:
+                    shared = [each for other, each in later if shard.index in other.shard.sources]
+                    merged = self._merge_shard(piece, [*files, *shared], results, errors, collected)
+                if merged.tally.rows != shard.rows:
+                    raise IncompleteResultsError(
+                        f"{job.source(piece)} has {merged.tally.rows} rows, but {shard.rows} were planned: the file is "
+                        "damaged. The batches are untouched, and so are their results at the service.",
+                        batch_id=job.batch_id(piece),
+                    )
+                tally.add(merged.tally)
+                retries.append(merged.retry)
+            # The files get their names at the end of this block.
+            job.ledger.check_owner()
+        log.info("%s: %d of %d rows are ok", name or "Results", tally.ok, tally.rows)
+
+    def _merge_shard(
+        self, piece: Piece, files: Sequence[BatchFiles], results: Any, errors: Any, collected: Collected
+    ) -> MergedShard:
+        """Merge a shard; a batch with a file that cannot be read is left out and remembered as spoilt."""
+        name = self._job.options.replacements[piece.model]
+        while True:
+            usable = [_emptied(each) if each.batch_id in collected.spoilt else each for each in files]
+            try:
+                return merge_shard(self._job.source(piece), usable, results, errors, model=name)
+            except IncompleteResultsError as exc:
+                # It is raised before anything of the shard is written.
+                if exc.batch_id is None or exc.batch_id in collected.spoilt:
+                    raise
+                self._spoil(exc.batch_id, exc, collected)
+
+    @contextlib.contextmanager
+    def _files(
+        self, piece: Piece, collected: Collected, *, shared: bool = False
+    ) -> Iterator[list[BatchFiles]]:
+        """Download what a piece brought: its batch, the ones that died before it, or why it was refused."""
+        job = self._job
+        ended, refused = job.ended(piece), job.refused(piece)
+        found: list[BatchFiles] = []
+        with contextlib.ExitStack() as stack:
+            for retired in job.retired(piece):
+                with contextlib.suppress(_LeftOut):
+                    found.append(self._opened(stack, piece, retired, shared=shared))
+            if ended is not None:
+                found.append(self._collected_files(stack, piece, ended, collected, shared=shared))
+            elif refused is not None and piece.round == 0:
+                # In a later round the rows have a result already, which says more.
+                folder = stack.enter_context(scratch_folder(self._owner))
+                path = folder / "error.jsonl"
+                lines = refused_lines(job.source(piece), status=refused.status, message=refused.message)
+                _write_lines(path, lines)
+                found.append(BatchFiles(None, path, shared=shared))
+            elif refused is None:
+                raise AssertionError(f"no batch for {piece}")
+            yield found
+
+    def _collected_files(
+        self, stack: contextlib.ExitStack, piece: Piece, ended: Ended, collected: Collected, *, shared: bool
+    ) -> BatchFiles:
+        nothing = BatchFiles(
+            None, None, round=piece.round, shared=shared, batch_id=ended.batch_id, short=True
+        )
+        if ended.batch_id in collected.spoilt:
+            return nothing
+        try:
+            downloading = self._downloaded(piece, ended.batch_id, ended_at=ended.at or None, shared=shared)
+            files = stack.enter_context(downloading)[1]
+            if self._job.dead(piece):
+                collected.unanswered[ended.batch_id] = sum(self._unanswered(piece, ended, files))
+        except SiliconFlowError as exc:
+            self._spoil(ended.batch_id, exc, collected)
+            return nothing
+        return files
+
+    def _opened(
+        self, stack: contextlib.ExitStack, piece: Piece, retired: Ended, *, shared: bool
+    ) -> BatchFiles:
+        """Download a batch that was replaced since it had no answer to any row; late ones are paid for all the same."""
+        try:
+            downloading = self._downloaded(
+                piece, retired.batch_id, ended_at=retired.at, shared=shared, patience=()
+            )
+            return stack.enter_context(downloading)[1]
+        except SiliconFlowError as exc:
+            if self._is_not_about_one(exc):
+                raise
+            log.warning("%s Batch %s was replaced, so the job goes on without it.", exc, retired.batch_id)
+            raise _LeftOut from exc
+
+    def _spoil(self, batch_id: str, error: SiliconFlowError, collected: Collected) -> None:
+        """
+        Remember a batch that cannot be read.
+
+        :raises SiliconFlowError: it is not about this batch alone.
+        """
+        if self._is_not_about_one(error):
+            raise error
+        collected.spoilt[batch_id] = storable_text(str(error), 1000)
+        log.error("Batch %s cannot be read, and its rows are left out: %s", batch_id, error)
+        if is_transient(error) and len(collected.spoilt) >= _TRANSIENT_FAILURES:
+            log.error("%d batches cannot be read; the others are not tried", len(collected.spoilt))
+            raise error
+
+    @staticmethod
+    def _is_not_about_one(error: SiliconFlowError) -> bool:
+        return isinstance(error, AuthenticationError | PermissionDeniedError | JobTakenOverError)
+
+    @contextlib.contextmanager
+    def _downloaded(
+        self,
+        piece: Piece,
+        batch_id: str,
+        *,
+        ended_at: float | None,
+        shared: bool = False,
+        patience: Sequence[float] = LATE_FILE_PATIENCE,
+    ) -> Iterator[tuple[Batch, BatchFiles]]:
+        # What was waited for in vain once is not waited for in each round.
+        if batch_id in self._short:
+            patience = ()
+        with downloaded(
+            self._client,
+            batch_id,
+            self._clock,
+            number=piece.round,
+            shared=shared,
+            rows=piece.shard.rows,
+            ended_at=ended_at,
+            patience=patience,
+            owner=self._owner,
+        ) as found:
+            if found[1].short:
+                self._short.add(batch_id)
+            yield found
+
+    # Manifest ---------------------------------------------------------------------------------------------
+
+    def manifest(self, collected: Collected) -> dict[str, Any]:
+        """Return the manifest of what was collected, fit for XCom."""
+        options = self._job.options
+        runs = [
+            ModelRun(
+                options.replacements[model],
+                collected.tallies[model],
+                [
+                    summary
+                    for piece in self._job.pieces
+                    if piece.model == model
+                    for summary in self._summaries(piece)
+                ],
+                {name: str(self._model_folder(model) / f"{name}.jsonl") for name in ("results", "errors")},
+            )
+            for model in self._job.models
+        ]
+        paths = {"output_dir": str(self._output_dir), "manifest": str(self._output_dir / "manifest.json")}
+        manifest = build_manifest(runs, prices=options.prices, paths=paths)
+        manifest["worth_another_attempt"] = collected.worth_another_attempt
+        if collected.spoilt:
+            manifest["spoilt"] = dict(collected.spoilt)
+        found: dict[str, Any] = storable(manifest)
+        return found
+
+    def _summaries(self, piece: Piece) -> Iterator[BatchSummary]:
+        ended = self._job.ended(piece)
+        batches: list[Ended] = [*self._job.retired(piece), *([ended] if ended else [])]
+        for batch in batches:
+            yield BatchSummary(
+                id=batch.batch_id,
+                status=batch.status,
+                rows=piece.shard.rows,
+                shard=piece.shard.index,
+                round=piece.round,
+                counts=batch.counts,
+            )
+
+
+class _LeftOut(Exception):  # noqa: N818
+    """A batch that the results do without."""
+
+
+def _emptied(files: BatchFiles) -> BatchFiles:
+    return replace(files, output=None, errors=None, short=True)
+
+
+def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    with path.open("wb") as stream:
+        stream.writelines(lines)

@@ -1,0 +1,259 @@
+"""An open job: its batches, and what each is now."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from airflow_provider_siliconflow.api import arguments
+from airflow_provider_siliconflow.api.models import DEAD_STATUSES, Batch, UploadedFile
+from airflow_provider_siliconflow.batch_files.shards import Shard
+from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, Upload, upload_name
+from airflow_provider_siliconflow.jobs.ledger import FolderLedger
+from airflow_provider_siliconflow.jobs.options import RunOptions
+from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, Piece, Plan, PlanFolder, Rest
+from airflow_provider_siliconflow.jobs.settled import is_settled
+from airflow_provider_siliconflow.jobs.states import Ended, Planned, Refused, Sending, Sent, State
+from airflow_provider_siliconflow.jobs.submission import Submission
+
+log = logging.getLogger(__name__)
+
+
+class OpenJob:
+    """
+    A job whose plan was made, in this process.
+
+    :param options: what is asked; models, window and metadata are taken from the plan.
+    :param plan: the plan.
+    :param conn_id: the connection, a part of each identity. Not the host: under another name of the same service the
+        work is the same, and must not be paid again.
+    :param plans: the job's folder.
+    :param ledger: what each batch is.
+    :param submission: submits over that ledger.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        plan: Plan,
+        *,
+        conn_id: str,
+        plans: PlanFolder,
+        ledger: FolderLedger,
+        submission: Submission,
+    ) -> None:
+        self.options = replace(
+            options,
+            models=plan.models,
+            completion_window=plan.completion_window,
+            metadata=plan.metadata,
+        )
+        self.plan = plan
+        self.plans = plans
+        self.ledger = ledger
+        self.submission = submission
+        self.submitter: Submitter = plan.submitter
+        self._where = {"conn_id": conn_id}
+        self.rounds = [self._pieces(0, dict.fromkeys(self.models, plan.split.shards))]
+        while (shards := plans.read_round(len(self.rounds))) is not None:
+            self.rounds.append(self._pieces(len(self.rounds), shards))
+        self._rests: list[Rest] = []
+        for rest in plans.read_rests():
+            self._take_rest(rest)
+
+    # Pieces -----------------------------------------------------------------------------------------------
+
+    @property
+    def models(self) -> range:
+        """Indexes of the models."""
+        return range(len(self.options.replacements))
+
+    @property
+    def pieces(self) -> Iterator[Piece]:
+        """The batches of all rounds."""
+        return (piece for pieces in self.rounds for piece in pieces)
+
+    @property
+    def current(self) -> list[Piece]:
+        """The batches of the last round, and those of earlier ones that have not ended, having been refused before."""
+        late = [piece for pieces in self.rounds[:-1] for piece in pieces if self.ended(piece) is None]
+        return [*late, *self.rounds[-1]]
+
+    def _pieces(self, number: int, shards: Mapping[int, Sequence[Shard]]) -> list[Piece]:
+        """Return the batches of a round, shard by shard, so that an upload serves its models one after another."""
+        pieces = [
+            self._piece(number, model, shard)
+            for model, model_shards in shards.items()
+            for shard in model_shards
+        ]
+        return sorted(pieces, key=lambda piece: (piece.shard.index, piece.model))
+
+    def _piece(
+        self, number: int, model: int, shard: Shard, *, folder: str | None = None, rest_of: str | None = None
+    ) -> Piece:
+        return Piece(
+            round=number,
+            model=model,
+            shard=shard,
+            folder=folder or (FIRST_ROUND if number == 0 else f"round-{number}/{model}"),
+            rest_of=rest_of,
+            upload_key=self.submitter.key(upload=shard.sha256, **self._where),
+            work_key=self.submitter.key(
+                input=shard.sha256,
+                completion_window=self.options.completion_window,
+                model=self.options.replacements[model],
+                round=number,
+                **self._where,
+            ),
+        )
+
+    def add_round(self, shards: Mapping[int, Sequence[Shard]]) -> None:
+        """Plan another round of these shards, by model."""
+        number = len(self.rounds)
+        self.plans.write_round(number, shards)
+        self.rounds.append(self._pieces(number, shards))
+
+    def add_rest(self, piece: Piece, shard: Shard | None) -> None:
+        """Plan a batch of the rows that a dead one did not answer; ``None`` if it answered all."""
+        if shard is not None:
+            # Of which shards of the first round they are: the merge reads only the batches that it must.
+            shard = replace(shard, sources=piece.shard.sources if piece.round else (piece.shard.index,))
+        rest = Rest(piece.work_key, shard)
+        self.plans.write_rests([*self._rests, rest])
+        self._take_rest(rest)
+
+    def _take_rest(self, rest: Rest) -> None:
+        dead = next((piece for piece in self.pieces if piece.work_key == rest.of), None)
+        if dead is None:
+            log.warning("The rest of %s belongs to no batch of this job; it is not used", rest.of)
+            return
+        self._rests.append(rest)
+        if rest.shard is not None:
+            made = self._piece(dead.round, dead.model, rest.shard, folder=rest.folder, rest_of=rest.of)
+            self.rounds[dead.round].append(made)
+
+    def name(self, piece: Piece) -> str:
+        """Return what messages call a batch that has no id yet."""
+        model = self.options.replacements[piece.model]
+        what = "the unanswered rows of a batch that died" if piece.rest_of else f"shard {piece.shard.index}"
+        return f"{what} of round {piece.round}{f', {model}' if model else ''}"
+
+    def source(self, piece: Piece) -> Any:
+        """Return the request file of a batch."""
+        return self.plans.path / piece.path
+
+    def work(self, piece: Piece, send: Callable[[str], UploadedFile]) -> BatchWork:
+        """
+        Return the request for a batch.
+
+        :param send: uploads its request file under a name, when it is needed.
+        """
+        model = self.options.replacements[piece.model]
+        name = upload_name(f"r{piece.round}-{piece.shard.name}", piece.upload_key)
+        upload = Upload(piece.upload_key, name, piece.shard.bytes, piece.shard.sha256, lambda: send(name))
+        return BatchWork(
+            key=piece.work_key,
+            label=self.submitter.label,
+            input_file_id=None,
+            endpoint=arguments.CHAT_COMPLETIONS,
+            completion_window=self.options.completion_window,
+            metadata=self.options.metadata,
+            replace={"model": model} if model else None,
+            upload=upload,
+            submitter=self.submitter,
+        )
+
+    # States -----------------------------------------------------------------------------------------------
+
+    def state(self, piece: Piece) -> State:
+        """Return what a batch is."""
+        return self.ledger.state(piece.work_key)
+
+    def batch_id(self, piece: Piece) -> str | None:
+        """Return the id of a batch that was created."""
+        state = self.state(piece)
+        return state.batch_id if isinstance(state, Sent | Ended) else None
+
+    def ended(self, piece: Piece) -> Ended | None:
+        """Return what became of a batch that has ended."""
+        state = self.state(piece)
+        return state if isinstance(state, Ended) else None
+
+    def dead(self, piece: Piece) -> Ended | None:
+        """Return what became of a batch that failed or was cancelled, and whose rest is not known."""
+        ended = self.ended(piece)
+        if ended is None or ended.status not in DEAD_STATUSES:
+            return None
+        return None if any(rest.of == piece.work_key for rest in self._rests) else ended
+
+    def refused(self, piece: Piece) -> Refused | None:
+        """Return what the service said if it did not take the batch in this try."""
+        state = self.state(piece)
+        return state if isinstance(state, Refused) else None
+
+    def is_waiting(self, piece: Piece) -> bool:
+        """Whether a batch is still to be submitted, or to be searched for."""
+        return isinstance(self.state(piece), Planned | Sending)
+
+    def retired(self, piece: Piece) -> tuple[Ended, ...]:
+        """Return the batches that died before the present one; rows of theirs may be paid for."""
+        return self.ledger.retired(piece.work_key)
+
+    @property
+    def batch_ids(self) -> tuple[str, ...]:
+        """Ids of all batches so far."""
+        return tuple(batch_id for piece in self.pieces if (batch_id := self.batch_id(piece)))
+
+    @property
+    def open_batches(self) -> tuple[str, ...]:
+        """Ids of the batches that were submitted and have not ended, or are not settled, as far as this job knows."""
+        states = map(self.state, self.current)
+        return tuple(state.batch_id for state in states if isinstance(state, Sent))
+
+    @property
+    def running(self) -> int:
+        """Number of the batches that have not ended."""
+        states = map(self.state, self.current)
+        return sum(isinstance(state, Sent) and state.terminal_since is None for state in states)
+
+    @property
+    def has_paid(self) -> bool:
+        """Whether a batch was created, dead ones included."""
+        return bool(self.batch_ids) or any(map(self.retired, self.current))
+
+    def record_ended(self, batches: Iterable[Batch], *, at: float) -> None:
+        """
+        Record what became of batches: those that are settled are not waited for any more.
+
+        :param batches: as they were read; those that have not ended are left out.
+        :param at: when they were first seen like this, in epoch seconds.
+        """
+        by_id = {batch.id: batch for batch in batches if batch.is_terminal}
+        states: dict[str, State] = {}
+        for piece in self.current:
+            state = self.state(piece)
+            batch = by_id.get(state.batch_id) if isinstance(state, Sent) else None
+            if not isinstance(state, Sent) or batch is None:
+                continue
+            if is_settled(batch):
+                states[piece.work_key] = Ended.of(batch, state.number, at=state.terminal_since or at)
+            elif state.terminal_since is None:
+                states[piece.work_key] = replace(state, terminal_since=at)
+        self._record(states)
+
+    def record_settled(self, piece: Piece, batch: Batch) -> None:
+        """Record that a batch which was not settled when it was first seen to have ended is so now."""
+        state = self.state(piece)
+        assert isinstance(state, Sent)
+        assert state.terminal_since is not None
+        self._record({piece.work_key: Ended.of(batch, state.number, at=state.terminal_since)})
+
+    def _record(self, states: Mapping[str, State]) -> None:
+        if not states:
+            return
+        self.ledger.record_all(states)
+        pieces = self.rounds[-1]
+        done = sum(self.ended(piece) is not None for piece in pieces)
+        log.info("Round %d: %d of %d batches have ended", len(self.rounds) - 1, done, len(pieces))

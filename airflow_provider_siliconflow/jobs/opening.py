@@ -1,0 +1,419 @@
+"""
+Opening a job: its plan, made or taken up, and what else is in its output folder.
+
+All jobs keep their folders below ``<output_dir>/.siliconflow``, each under a name made of its identity. What is found
+there decides by money: a plan is taken up whatever the try number says, nothing that may run is removed, and nobody
+writes over the results of a job that runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+from airflow_provider_siliconflow.api.client import SiliconFlowClient
+from airflow_provider_siliconflow.api.exceptions import (
+    InvalidInputError,
+    JobTakenOverError,
+    NotFoundError,
+    SiliconFlowError,
+)
+from airflow_provider_siliconflow.batch_files.atomic_files import local_path
+from airflow_provider_siliconflow.jobs.cancelling import cancel
+from airflow_provider_siliconflow.jobs.clock import Clock
+from airflow_provider_siliconflow.jobs.folder import read_json, remove_tree
+from airflow_provider_siliconflow.jobs.identity import Submitter
+from airflow_provider_siliconflow.jobs.job import OpenJob
+from airflow_provider_siliconflow.jobs.ledger import FolderLedger, Owner
+from airflow_provider_siliconflow.jobs.options import RunOptions
+from airflow_provider_siliconflow.jobs.plan import (
+    FIRST_ROUND,
+    Plan,
+    PlanFolder,
+    digest_of,
+    plan,
+    source_version,
+)
+from airflow_provider_siliconflow.jobs.scratch import remove_leftovers
+from airflow_provider_siliconflow.jobs.states import Ended, Planned, Refused, Sending, Sent
+from airflow_provider_siliconflow.jobs.submission import Submission
+
+log = logging.getLogger(__name__)
+
+#: Folder below the output in which jobs keep what outlives a process.
+WORK_FOLDER = ".siliconflow"
+#: Seconds for which a job that has submitted nothing yet counts as one that is starting.
+_STARTING = 900.0
+#: Seconds for which a request whose outcome another job did not record counts as one that may run.
+_OPEN_INTENT = 3600.0
+#: Folders of jobs that are looked at, in one output folder.
+_MOST_FOLDERS = 1000
+_FOLDER_NAME = re.compile("[0-9a-f]{16}")
+
+OpenSubmission = Callable[[FolderLedger], Submission]
+
+
+class Opening:
+    """
+    Opens one job in one process.
+
+    :param options: what is asked.
+    :param submitter: who asks.
+    :param client: the calls.
+    :param conn_id: the connection.
+    :param output_dir: folder of the results.
+    :param open_submission: makes the submission over a ledger.
+    :param earlier_tries: whether an earlier try of this generation may have left batches behind.
+    :param owner: this try.
+    :param clock: time.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        *,
+        submitter: Submitter,
+        client: SiliconFlowClient,
+        conn_id: str,
+        output_dir: Any,
+        open_submission: OpenSubmission,
+        earlier_tries: bool,
+        owner: Owner,
+        clock: Clock,
+    ) -> None:
+        self._options = options
+        self._submitter = submitter
+        self._client = client
+        self._conn_id = conn_id
+        self._output_dir = output_dir
+        self._open_submission = open_submission
+        self._earlier_tries = earlier_tries
+        self._owner = owner
+        self._clock = clock
+        # Not the host: under another name of the same service the job is the same.
+        self.key = submitter.key(run=str(output_dir), models=list(options.models), conn_id=conn_id)
+        self.plans = PlanFolder(output_dir / WORK_FOLDER / self.key[:16])
+
+    # Manifests --------------------------------------------------------------------------------------------
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the manifest in the output folder, whosever it is; empty if there is none."""
+        return read_json(self._output_dir / "manifest.json", or_cut="it will be replaced") or {}
+
+    def finished_manifest(self) -> dict[str, Any] | None:
+        """Return the manifest if this job wrote it, having done everything else."""
+        manifest = self.manifest()
+        return manifest if manifest.get("run") == self.key else None
+
+    def refuse_sibling(self) -> None:
+        """
+        Refuse to write over the results of another map index of the same task and run.
+
+        :raises InvalidInputError: they are there.
+        """
+        theirs, mine = self.manifest().get("task"), asdict(self._submitter)
+        if not isinstance(theirs, dict):
+            return
+        same = ("dag_id", "run_id", "task_id", "generation")
+        if theirs.get("map_index") != mine["map_index"] and all(theirs.get(n) == mine[n] for n in same):
+            raise InvalidInputError(
+                f"output_dir: {self._output_dir} holds the results of map index {theirs.get('map_index')} of this "
+                "task. A mapped task needs a folder per map index, such as '.../{{ ti.map_index }}'"
+            )
+
+    # Opening ----------------------------------------------------------------------------------------------
+
+    def prepare(self, requests: Callable[[], Any], name: str, *, cancels: bool) -> OpenJob:
+        """
+        Claim the job for this try, and make its plan or take up the one that is there.
+
+        :param requests: returns the rows.
+        :param name: what messages call them.
+        :param cancels: whether to cancel what an older generation of this task has open in the output folder.
+        :raises InvalidInputError: rows are wrong, or were changed since they were submitted; or another job runs here.
+        """
+        self.refuse_sibling()
+        self._refuse_others()
+        if (manifest := self.manifest()) and manifest.get("unfinished") != self.key:
+            log.warning("%s holds the results of another job; they will be replaced", self._output_dir)
+        remove_leftovers(self.key[:16])
+        stored = self._usable_plan(requests, name)
+        if stored is None:
+            job = self._make_plan(requests(), name)
+        else:
+            job = self._open(stored)
+            job.ledger.claim(self._owner)
+            log.info("Going on with the rows as an earlier try planned them")
+        self.tidy_older(cancels=cancels)
+        return job
+
+    def reopen(self) -> tuple[OpenJob, Owner]:
+        """
+        Open a job that another process of this try prepared.
+
+        :returns: the job, and this try as that process recorded it.
+        :raises JobTakenOverError: another try does the job now.
+        :raises InvalidInputError: the job's folder is gone.
+        """
+        stored = self.plans.read()
+        if stored is None:
+            raise InvalidInputError(
+                f"{self.plans} holds no plan any more: output_dir must be seen by every worker, and render the "
+                "same, while the task waits. The batches are untouched. A retry makes the plan anew, searches the "
+                "account and adopts them; a clear that submits anew would pay for all again.",
+                retryable=True,
+            )
+        job = self._open(stored)
+        owner = job.ledger.owner()
+        if owner is None:
+            log.warning("%s does not say whose job it is; this try claims it", self.plans)
+            job.ledger.claim(self._owner)
+            return job, self._owner
+        if owner.try_number < self._owner.try_number:
+            # Ended before it began in earnest, this try has claimed nothing; what is open is its task's all the same.
+            return job, owner
+        if (owner.try_id, owner.try_number) != (self._owner.try_id, self._owner.try_number):
+            raise JobTakenOverError(
+                f"Another try of this task does the job now: {owner}. This one stops and sends nothing more. What it "
+                "submitted is not lost: the other one takes it up."
+            )
+        job.ledger.continue_as(owner.token)
+        return job, owner
+
+    def _open(self, stored: Plan) -> OpenJob:
+        return self._opened(self.plans, stored)
+
+    def _opened(self, plans: PlanFolder, stored: Plan) -> OpenJob:
+        ledger = FolderLedger(plans.path / "ledger.json", complete=stored.complete)
+        return OpenJob(
+            self._options,
+            # Whose it is is a part of where it is: the plan of another is not believed to be ours.
+            replace(stored, submitter=self._submitter, models=self._options.models)
+            if plans is self.plans
+            else stored,
+            conn_id=self._conn_id,
+            plans=plans,
+            ledger=ledger,
+            submission=self._open_submission(ledger),
+        )
+
+    # Planning ---------------------------------------------------------------------------------------------
+
+    def _usable_plan(self, requests: Callable[[], Any], name: str) -> Plan | None:
+        """Return the plan that an earlier try made of the same rows; ``None`` if a new one is to be made."""
+        stored = self.plans.read()
+        if stored is None:
+            return None
+        if not self._earlier_tries:
+            log.warning(
+                "%s is there though this is the first try: it is taken up, not paid again", self.plans
+            )
+        try:
+            rows = requests()
+        # An input that is gone, or a function that fails, must not keep a retry from what is paid for.
+        except Exception as exc:  # noqa: BLE001
+            log.warning("%s cannot be read again (%s); the job goes on with the rows as planned", name, exc)
+            return stored
+        if stored.is_of(rows, self._options, name=name):
+            return stored
+        self._refuse_changed(self._open(stored), name)
+        log.warning("%s was changed, and nothing of the earlier rows runs: they are planned anew", name)
+        remove_tree(self.plans.path)
+        return None
+
+    def _refuse_changed(self, job: OpenJob, name: str) -> None:
+        """
+        Refuse to go on if rows were changed of which batches are paid for.
+
+        :raises InvalidInputError: they are. A run that was deleted and made again is no reason, if all have ended.
+        """
+        paid = [piece for piece in job.pieces if not isinstance(job.state(piece), Planned | Refused)]
+        if not paid or (not self._earlier_tries and self._may_run(job.ledger) is None):
+            return
+        ids = ", ".join(job.batch_ids[:5]) or "one whose creation was not recorded"
+        raise InvalidInputError(
+            f"{name} was changed since an earlier try submitted its rows: {len(paid)} batches are paid for ({ids}"
+            f"{', ...' if len(job.batch_ids) > 5 else ''}). Nothing was sent. Restore the rows, their order and "
+            "request_params and let the task retry, which takes the batches up; or submit the new rows beside them by "
+            "a manual clear with on_clear='resubmit'; or give the new rows another output_dir.",
+            retryable=True,
+        )
+
+    def _make_plan(self, requests: Any, name: str) -> OpenJob:
+        options = self._options
+        ledger = FolderLedger(self.plans.path / "ledger.json", complete=not self._earlier_tries)
+        ledger.claim(self._owner)
+        version = source_version(requests)
+        try:
+            split = plan(requests, self.plans.path / FIRST_ROUND, name=name, options=options)
+        except InvalidInputError:
+            ledger.remove_folder()
+            raise
+        self._warn_of_unknown_models()
+        ledger.check_owner()
+        stored = Plan(
+            split,
+            options.completion_window,
+            options.metadata,
+            self._submitter,
+            options.models,
+            options.max_rows,
+            options.max_bytes,
+            digest_of(options.request_params),
+            version,
+            # An earlier try may have sent batches that this folder knows nothing of.
+            complete=not self._earlier_tries,
+        )
+        self.plans.write(stored)
+        # Two jobs that start at once each see the other here, before anything is sent.
+        try:
+            self._refuse_others()
+        except InvalidInputError:
+            ledger.remove_folder()
+            raise
+        job = self._open(stored)
+        job.ledger.continue_as(self._owner.token)
+        return job
+
+    def _warn_of_unknown_models(self) -> None:
+        """Look the models up in the account's list, which costs nothing; the list does not say which batches take."""
+        if not self._options.models:
+            return
+        try:
+            known = set(self._client.list_models(repeat=False))
+        except SiliconFlowError as exc:
+            log.info("The account's models cannot be listed, so none is looked up: %s", exc)
+            return
+        unknown = [model for model in self._options.models if model not in known]
+        if known and unknown:
+            log.warning(
+                "The account does not list %s among its chat models; the service may refuse it",
+                ", ".join(unknown),
+            )
+
+    # Other jobs in the output folder ----------------------------------------------------------------------
+
+    def _other_folders(self) -> Iterator[PlanFolder]:
+        for name in _names(self._output_dir / WORK_FOLDER):
+            if _FOLDER_NAME.fullmatch(name) and name != self.key[:16]:
+                yield PlanFolder(self._output_dir / WORK_FOLDER / name)
+
+    def _refuse_others(self) -> None:
+        """
+        Refuse to start where another job runs: their results would be mixed.
+
+        :raises InvalidInputError: one does.
+        :raises JobTakenOverError: it is a newer generation of this very task.
+        """
+        for plans in self._other_folders():
+            stored = plans.read()
+            ledger = FolderLedger(plans.path / "ledger.json", complete=False)
+            if stored is None:
+                owner = ledger.owner()
+                if owner is not None and 0 <= self._clock.time() - owner.at < _STARTING:
+                    raise InvalidInputError(
+                        _in_use(self._output_dir, str(owner), "starts there"), retryable=True
+                    )
+                continue
+            theirs, mine = stored.submitter, self._submitter
+            if replace(theirs, generation=mine.generation) == mine:
+                if theirs.generation < mine.generation:
+                    continue
+                if theirs.generation > mine.generation:
+                    raise JobTakenOverError(
+                        f"{self._output_dir} holds the job of a later clear of this task. This try stops and sends "
+                        "nothing."
+                    )
+                if (running := self._may_run(ledger)) is not None:
+                    raise InvalidInputError(
+                        "models, conn_id or output_dir of this task were changed since an earlier try submitted "
+                        f"batches: {running} is paid for and may run. Nothing was sent. Restore them and let the task "
+                        "retry, which takes the batches up; or cancel them first.",
+                        retryable=True,
+                    )
+            elif (running := self._may_run(ledger)) is not None:
+                raise InvalidInputError(
+                    _in_use(self._output_dir, theirs.label, f"runs there (batch {running})")
+                )
+
+    def _may_run(self, ledger: FolderLedger) -> str | None:
+        """Return what of a job may run: the id of a batch, or the key of one whose creation was not recorded."""
+        for key, state in ledger.work():
+            if isinstance(state, Sending) and self._clock.time() - state.at < _OPEN_INTENT:
+                return key
+            if isinstance(state, Sent):
+                try:
+                    if not self._client.get_batch(state.batch_id).is_terminal:
+                        return state.batch_id
+                except NotFoundError:
+                    continue
+        return None
+
+    def tidy_older(self, *, cancels: bool) -> None:
+        """
+        Cancel what older generations of this task have open in the output folder, and remove what has ended.
+
+        A manual clear that submits anew leaves the older job to nobody: it may have been waiting in the triggerer, or
+        in the queue.
+
+        :param cancels: whether to cancel; otherwise their batches go on and are billed.
+        """
+        for plans in self._other_folders():
+            stored = plans.read()
+            if stored is None or stored.submitter.generation >= self._submitter.generation:
+                continue
+            if replace(stored.submitter, generation=self._submitter.generation) != self._submitter:
+                continue
+            try:
+                self._tidy(self._opened(plans, stored), cancels=cancels)
+            except SiliconFlowError as exc:
+                log.warning("%s, of an earlier generation of this task, is left as it is: %s", plans, exc)
+
+    def _tidy(self, job: OpenJob, *, cancels: bool) -> None:
+        # A try of that generation that is still alive stops by this.
+        job.ledger.claim(self._owner)
+        for piece in job.pieces:
+            state = job.state(piece)
+            if not isinstance(state, Sent):
+                continue
+            batch = self._client.get_batch(state.batch_id)
+            if cancels and not batch.is_terminal:
+                if job.submission.is_ours(job.work(piece, _never), batch):
+                    log.warning("Cancelling batch %s of an earlier generation of this task", batch.id)
+                    batch = cancel(self._client, batch.id)
+                else:
+                    log.warning("Batch %s is not proven to be of this task; it is left alone", batch.id)
+            elif not batch.is_terminal:
+                log.warning("Batch %s of an earlier generation of this task goes on and is billed", batch.id)
+            if batch.is_terminal:
+                job.ledger.record(piece.work_key, Ended.of(batch, state.number, at=self._clock.time()))
+        job.ledger.flush()
+        job.ledger.remove_folder()
+
+
+def _never(name: str) -> Any:
+    raise AssertionError("nothing of an earlier generation is uploaded")
+
+
+def _in_use(output_dir: Any, who: str, what: str) -> str:
+    return (
+        f"output_dir: the job of {who} {what}, and its results would be mixed with these in {output_dir}. Nothing was "
+        "sent. Give each task and run a folder of its own, such as '.../{{ run_id }}/{{ task.task_id }}'"
+    )
+
+
+def _names(folder: Any) -> list[str]:
+    """Return the names in a folder; none if there is no such folder."""
+    local = local_path(folder)
+    try:
+        if local is not None:
+            return sorted(os.listdir(local))[:_MOST_FOLDERS]
+        return sorted(
+            str(path).rstrip("/").rpartition("/")[2] for path in folder.fs.ls(folder.path, detail=False)
+        )[:_MOST_FOLDERS]
+    except (FileNotFoundError, NotADirectoryError):
+        return []

@@ -1,0 +1,298 @@
+"""
+Searching the account for the batch of a piece of work, and proving that what is found is that batch.
+
+What carries our mark is not ours for that: whoever has the account can copy it. What carries no mark may be ours all the
+same: the list may leave metadata out. And what is not listed may exist: the list may lag, be cut, or be short.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from airflow_provider_siliconflow.api.exceptions import (
+    NotFoundError,
+    SiliconFlowError,
+    SubmissionUnknownError,
+)
+from airflow_provider_siliconflow.api.models import Batch, BatchStatus
+from airflow_provider_siliconflow.jobs.account import AccountAPI, AccountBatches, AccountFiles, Listed
+from airflow_provider_siliconflow.jobs.clock import Clock
+from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork, Proof, Upload, prove
+from airflow_provider_siliconflow.jobs.ledger import Ledger
+from airflow_provider_siliconflow.jobs.states import files_of
+
+log = logging.getLogger(__name__)
+
+#: How long the account's listing may take to show a new batch, in seconds, and the pauses between two searches of it.
+LIST_LAG = 60.0
+_LIST_PAUSES = (2.0, 3.0, 5.0, 10.0, 15.0, 25.0)
+#: How long the end of a cancellation is waited for, in seconds.
+CANCEL_PATIENCE = 900.0
+#: Batches without any metadata that are read by their id, in one search: those over a file of ours, and the first of
+#: the list that name no file at all.
+_MAX_READS_OVER_FILE, _MAX_READS_WITHOUT_FILE = 200, 50
+
+
+class SearchAPI(AccountAPI, Protocol):
+    """The calls that a search needs; ``SiliconFlowClient`` has them."""
+
+    def get_batch(self, batch_id: str) -> Batch:
+        """Read a batch."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """
+    What a look at the account showed.
+
+    :param live: batches that are certainly the work's, and whose rows are paid or will be; the oldest first.
+    :param dead: batches that are certainly the work's, and that failed or were cancelled before their rows were done.
+    :param doubtful: ids of batches that may be the work's; the service states too little of them.
+    """
+
+    live: tuple[Batch, ...]
+    dead: tuple[Batch, ...]
+    doubtful: tuple[str, ...]
+
+
+class AccountSearch:
+    """
+    Searches for one try.
+
+    :param api: the calls.
+    :param ledger: what earlier tries recorded.
+    :param since: no try can have sent anything before this time (epoch seconds of Airflow's clock).
+    :param clock: time.
+    """
+
+    def __init__(self, api: SearchAPI, ledger: Ledger, since: float, clock: Clock) -> None:
+        self._api = api
+        self._ledger = ledger
+        self._since = since
+        self._clock = clock
+        self.files = AccountFiles(api, clock)
+        self.batches = AccountBatches(api, self.files, clock)
+        self._told_of: set[str] = set()
+
+    # Reading ----------------------------------------------------------------------------------------------
+
+    def read(self, batch_id: str, *, watch: bool = True) -> Batch | None:
+        """
+        Read a batch.
+
+        :param watch: wait for the end of one that is being cancelled.
+        :returns: ``None`` if the account does not know it, or answers about another.
+        """
+        try:
+            batch = self._api.get_batch(batch_id)
+            give_up_at = self._clock.monotonic() + (CANCEL_PATIENCE if watch else 0.0)
+            while batch.status == BatchStatus.CANCELLING and self._clock.monotonic() < give_up_at:
+                log.info("Batch %s of an earlier try is being cancelled; waiting for its end", batch_id)
+                self._clock.sleep(10.0)
+                batch = self._api.get_batch(batch_id)
+        except NotFoundError as exc:
+            log.warning("Batch %s was submitted by an earlier try but cannot be read: %s", batch_id, exc)
+            return None
+        if batch.id != batch_id:
+            log.warning(
+                "Asked for batch %s, the service answered about %s; that is no answer", batch_id, batch.id
+            )
+            return None
+        return batch
+
+    def looks(self, work: BatchWork, listed_by: float, *, watch: bool = True) -> Iterator[Found]:
+        """
+        Look at the account again and again, with pauses, until the work must be listed if it exists.
+
+        :param listed_by: monotonic time from which on the listing can be trusted.
+        :param watch: wait for the end of a batch that is being cancelled.
+        """
+        pauses = iter(_LIST_PAUSES)
+        while True:
+            self.batches.read(work, self._anchor(work), listed_by)
+            yield self._look(work, watch=watch)
+            left = listed_by - self.batches.read_at
+            if left <= 0:
+                return
+            pause = min(next(pauses, LIST_LAG), left)
+            log.info(
+                "No batch of an earlier try is listed; searching again in %.0f s, the list may lag", pause
+            )
+            self._clock.sleep(pause)
+
+    def _anchor(self, work: BatchWork) -> float | None:
+        """Return a time of the service's clock before which no batch of the work can be; ``None`` if none is known."""
+        try:
+            self.files.read()
+        except SiliconFlowError as exc:
+            log.info("The account's files cannot be listed, so all of its batches are: %s", exc)
+            return None
+        ours = self.our_files(work)
+        if not ours:
+            # No batch can be ours then, so it is of no use to go back further than any try.
+            return self._since
+        times = [file.created_at if (file := self.files.get(file_id)) else None for file_id in ours]
+        known = [time for time in times if time is not None]
+        return min(known) if len(known) == len(times) else None
+
+    def _look(self, work: BatchWork, *, watch: bool) -> Found:
+        doubtful = self._read_unmarked(work)
+        retired = {ended.batch_id for ended in self._ledger.retired(work.key)}
+        live: list[Batch] = []
+        dead: list[Batch] = []
+        for listed in self.batches.marked(work.key):
+            if listed.id in retired:
+                continue
+            # The listing may be behind: only the batch itself says whether it is still alive. Listed, it exists,
+            # whatever a gateway answers to its id for a moment.
+            batch = self.read(listed.id, watch=watch) or listed.batch()
+            proof = self.prove(work, batch)
+            if proof is Proof.UNPROVEN:
+                doubtful.append(batch.id)
+            elif proof is Proof.FOREIGN:
+                self._log_copy(work, batch)
+            else:
+                (dead if is_replaceable(batch) else live).append(batch)
+        if len(live) > 1:
+            log.warning(
+                "The account has %d batches of this task (%s); going on with the oldest",
+                len(live),
+                ", ".join(batch.id for batch in live),
+            )
+        return Found(tuple(live), tuple(dead), tuple(doubtful))
+
+    def _log_copy(self, work: BatchWork, batch: Batch) -> None:
+        if batch.id not in self._told_of:
+            self._told_of.add(batch.id)
+            log.error(
+                "Batch %s carries our mark (%s=%s) and is not ours: its input file (%s), endpoint or completion window "
+                "is another. It is left alone",
+                batch.id,
+                WORK_KEY,
+                work.key,
+                batch.input_file_id,
+            )
+
+    # Batches without a mark -------------------------------------------------------------------------------
+
+    def _read_unmarked(self, work: BatchWork) -> list[str]:
+        """
+        Read batches that are listed without our marks by their ids, if they may be the work's.
+
+        :returns: those that may be, and that nothing more can be told of.
+        """
+        chosen, unread = self._unmarked(work)
+        for listed in chosen:
+            if not self.batches.is_told(listed.id):
+                batch = self.read(listed.id, watch=False)
+                if batch is not None:
+                    self.batches.told(batch)
+        # A service that keeps the metadata of others has none of these: somebody else created them.
+        doubtful = [] if self.batches.shows_marks else [listed.id for listed in self._unmarked(work)[0]]
+        return [*doubtful, *unread]
+
+    def _unmarked(self, work: BatchWork) -> tuple[list[Listed], list[str]]:
+        """Return the batches that may be the work's as far as the list shows it, and the ids of those beyond the limits."""
+        over_file: list[Listed] = []
+        without_file: list[Listed] = []
+        ours = self.our_files(work)
+        for listed in self.batches.unmarked():
+            if listed.file_id is not None and listed.file_id not in ours:
+                continue
+            if not self._ledger.holds(listed.id):
+                (without_file if listed.file_id is None else over_file).append(listed)
+        unread = [*over_file[_MAX_READS_OVER_FILE:], *without_file[_MAX_READS_WITHOUT_FILE:]]
+        chosen = [*over_file[:_MAX_READS_OVER_FILE], *without_file[:_MAX_READS_WITHOUT_FILE]]
+        return chosen, [listed.id for listed in unread]
+
+    # Proof ------------------------------------------------------------------------------------------------
+
+    def our_files(self, work: BatchWork) -> set[str]:
+        """Return the input files that a batch of the work can have, as far as the ledger and the account tell."""
+        if work.upload is None:
+            return {work.input_file_id} if work.input_file_id else set()
+        self.files.read()
+        listed = {file.id for file in self.files.named(work.upload) if work.upload.may_be(file)}
+        return listed | self.recorded_files(work.upload)
+
+    def recorded_files(self, upload: Upload) -> set[str]:
+        """Return the files that the ledger names, but for those that the account lists as something else."""
+        recorded = {file_id: self.files.get(file_id) for file_id in files_of(self._ledger.upload(upload.key))}
+        return {file_id for file_id, file in recorded.items() if file is None or upload.may_be(file)}
+
+    def prove(self, work: BatchWork, batch: Batch) -> Proof:
+        """Say whether a batch is that of a piece of work."""
+        ours, upload = self.our_files(work), work.upload
+        file = self.files.get(batch.input_file_id or "")
+        only_listed = (
+            file is not None and upload is not None and file.id in ours - self.recorded_files(upload)
+        )
+        # Name and size can be copied; the content can be compared, if the service lets it be read.
+        if only_listed and file and upload and self.files.has_content_of(file, upload) is False:
+            return Proof.FOREIGN
+        # The ledger knows every file that a batch of ours can have, if it knows all that was sent.
+        is_anothers = self._ledger.complete if file is None else file.id not in ours
+        return prove(work, batch, our_files=ours, file_is_anothers=is_anothers)
+
+    def proves_record(self, work: BatchWork, batch: Batch) -> bool:
+        """
+        Whether a batch that the ledger names is the work's; anybody may have written into a shared folder.
+
+        :raises SubmissionUnknownError: the service states too little to tell.
+        """
+        proof = self.prove(work, batch)
+        if proof is Proof.UNPROVEN and batch.input_file_id in self.our_files(work):
+            # The record and the input file agree, and the service keeps no metadata.
+            return True
+        if proof is Proof.UNPROVEN:
+            raise SubmissionUnknownError(
+                f"Batch {batch.id} is recorded for {work.label}, but the service states neither its metadata nor its "
+                "input file, so it may be anybody's. Nothing was sent. A retry reads it again.",
+                retryable=True,
+            )
+        if proof is Proof.FOREIGN:
+            log.error(
+                "The record names batch %s for %s, and it is another's: its mark is %s, its input file %s. It is left "
+                "alone, and the account is searched",
+                batch.id,
+                work.label,
+                batch.metadata.get(WORK_KEY),
+                batch.input_file_id,
+            )
+        return proof is Proof.OURS
+
+    def check_conclusive(self, work: BatchWork, found: Found) -> None:
+        """
+        Refuse to take a search that found nothing for proof that there is nothing.
+
+        :raises SubmissionUnknownError: the work may have a batch all the same.
+        """
+        manual = (
+            f"On the console, its batch has the metadata {WORK_KEY}={work.key}. If there is none, a manual clear with "
+            "on_clear='resubmit' submits anew."
+        )
+        if found.doubtful:
+            raise SubmissionUnknownError(
+                f"An earlier try may have paid for {work.label}: {', '.join(found.doubtful[:5])} may be its batch, and "
+                "the service states too little to tell (metadata, input file). Nothing was sent. A retry reads again. "
+                f"{manual}",
+                retryable=True,
+            )
+        older = self._ledger.older_batches(work.key)
+        if self.batches.cut and not self.batches.reaches(self._anchor(work), older):
+            raise SubmissionUnknownError(
+                f"The account lists its newest {len(self.batches)} batches only, and none is {work.label}: it may be an "
+                f"older one, paid for by an earlier try. Nothing was sent. A retry searches again. {manual}",
+                retryable=True,
+            )
+
+
+def is_replaceable(batch: Batch) -> bool:
+    """Whether a batch failed or was cancelled, and has rows without an answer: its work may be submitted anew."""
+    counts = batch.request_counts
+    all_done = batch.status == BatchStatus.CANCELLED and 0 < counts.total <= counts.completed
+    return batch.is_dead and not all_done

@@ -1,0 +1,241 @@
+"""Submitting the batches of a job: what an earlier try left, what may be open at once, what the service refuses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from airflow_provider_siliconflow.api.client import SiliconFlowClient
+from airflow_provider_siliconflow.api.exceptions import (
+    APIError,
+    InsufficientBalanceError,
+    InvalidRequestError,
+    NotFoundError,
+    PermissionDeniedError,
+    RateLimitedError,
+    SiliconFlowError,
+)
+from airflow_provider_siliconflow.api.models import Batch
+from airflow_provider_siliconflow.batch_files.shards import Shard, select_rows
+from airflow_provider_siliconflow.jobs.clock import Clock
+from airflow_provider_siliconflow.jobs.collecting import Collector
+from airflow_provider_siliconflow.jobs.identity import BatchWork
+from airflow_provider_siliconflow.jobs.job import OpenJob
+from airflow_provider_siliconflow.jobs.plan import Piece, Rest
+from airflow_provider_siliconflow.jobs.posting import REFUSAL_PATIENCE
+from airflow_provider_siliconflow.jobs.states import Planned, Refused, Sending, Sent
+
+log = logging.getLogger(__name__)
+
+#: Refused batches of a model, none being taken, before the others of the model are not sent either.
+_REFUSALS_OF_A_MODEL = 3
+#: Seconds for which a full account (429) is sat out while batches of the job are open.
+FULL_ACCOUNT_PATIENCE = 20.0
+
+
+class _AccountIsFull(Exception):  # noqa: N818
+    """The service takes no more batches until one of this job ends."""
+
+
+class Sender:
+    """
+    Submits the batches of a job in one process.
+
+    :param job: the job.
+    :param client: the calls.
+    :param collector: reads what a dead batch answered.
+    :param clock: time.
+    :param began: when this try began, in epoch seconds: a batch that died before may be replaced in it.
+    """
+
+    def __init__(
+        self, job: OpenJob, client: SiliconFlowClient, collector: Collector, *, clock: Clock, began: float
+    ) -> None:
+        self._job = job
+        self._client = client
+        self._collector = collector
+        self._clock = clock
+        self._began = began
+        self._left_alone: set[str] = set()
+        self._refusals_are_logged = False
+        self._cancels_late = False
+
+    def stop(self, *, cancels: bool) -> None:
+        """
+        Send nothing from now on.
+
+        :param cancels: whether to cancel a batch that is being created right now, once its answer comes.
+        """
+        self._cancels_late = cancels
+        self._job.submission.stop()
+
+    def take_up(self) -> None:
+        """Look at the batches of earlier tries; what the service refused them may be submitted again."""
+        job = self._job
+        found = []
+        unread = []
+        for piece in job.current:
+            if job.refused(piece):
+                job.ledger.record(piece.work_key, Planned())
+            if not isinstance(job.state(piece), Sent):
+                continue
+            batch = job.submission.recorded(self._work(piece))
+            if batch is None:
+                unread.append(piece)
+                continue
+            log.info(
+                "Taking up batch %s (%s) of an earlier try: nothing is paid again", batch.id, batch.status
+            )
+            found.append(batch)
+        job.record_ended(found, at=self._began)
+        for piece in unread:
+            self._submit(piece)
+
+    def submit_due(self) -> bool:
+        """
+        Submit as many batches as may be open at once.
+
+        A batch that the service refuses stops no other: those that were taken are paid, and their results wanted. The
+        job fails at its end then.
+
+        :returns: whether the account has no room for more batches until one of this job ends.
+        :raises SiliconFlowError: the service refuses, and has taken no batch of this job.
+        """
+        try:
+            # What is adopted may have ended already, and makes room for more.
+            while self._replace_dead() or self._submit_some():
+                pass
+        except _AccountIsFull as exc:
+            log.warning("%s The next batch is submitted when one of the open ones has ended.", exc)
+            return True
+        finally:
+            self._job.ledger.flush()
+        return False
+
+    # Dead batches -----------------------------------------------------------------------------------------
+
+    def _replace_dead(self) -> bool:
+        """
+        Plan batches of the rows that dead batches of earlier tries did not answer; return whether there are any.
+
+        Within a try a batch that died is not replaced: whoever cancelled it may have had a reason.
+        """
+        job = self._job
+        replaced = False
+        for piece in list(job.current):
+            ended = job.dead(piece)
+            if ended is None or ended.at > self._began or ended.batch_id in self._left_alone:
+                continue
+            try:
+                unanswered = self._collector.unanswered(piece, ended)
+            except SiliconFlowError as exc:
+                log.error("Batch %s (%s) is not replaced yet: %s", ended.batch_id, ended.status, exc)
+                self._left_alone.add(ended.batch_id)
+                continue
+            rows = sum(unanswered)
+            log.info(
+                "Batch %s of an earlier try is %s: %d of its %d rows have no answer and are submitted again",
+                ended.batch_id,
+                ended.status,
+                rows,
+                len(unanswered),
+            )
+            if rows == len(unanswered):
+                job.ledger.retire(piece.work_key)
+            else:
+                job.add_rest(piece, self._rest(piece, unanswered) if rows else None)
+            replaced = True
+        return replaced
+
+    def _rest(self, piece: Piece, unanswered: bytearray) -> Shard:
+        folder = self._job.plans.path / Rest(piece.work_key, None).folder
+        (shard,) = select_rows([self._job.source(piece)], [unanswered], folder)
+        return shard
+
+    # Submitting -------------------------------------------------------------------------------------------
+
+    def _submit_some(self) -> bool:
+        job = self._job
+        current = job.current
+        limit = job.options.max_in_flight or len(current)
+        waiting = [piece for piece in current if job.is_waiting(piece)]
+        now = waiting[: max(limit - job.running, 0)]
+        for piece in now:
+            try:
+                batch = self._submit(piece)
+            except RateLimitedError as exc:
+                if job.running:
+                    raise _AccountIsFull(str(exc)) from exc
+                raise
+            except InsufficientBalanceError as exc:
+                self._refuse([piece, *self._surely_unsent(waiting, piece)], exc)
+                return True
+            except NotFoundError as exc:
+                if not job.batch_ids:
+                    raise
+                self._refuse([piece], exc)
+                return True
+            except (InvalidRequestError, PermissionDeniedError) as exc:
+                self._refuse(self._refused_alike(piece), exc)
+                return True
+            if self._cancels_late:
+                # Ended while the request was on its way, when there was no batch to be found yet.
+                self._client.cancel_batch(batch.id)
+            log.info("Batch %s: %s", batch.id, job.name(piece))
+        return bool(now)
+
+    def _submit(self, piece: Piece) -> Batch:
+        # Sitting a full account out makes no sense while batches of this job are what fills it.
+        patience = FULL_ACCOUNT_PATIENCE if self._job.running else REFUSAL_PATIENCE
+        batch = self._job.submission.submit(self._work(piece), rate_limit_patience=patience, adopt_dead=True)
+        self._job.record_ended([batch], at=self._clock.time())
+        return batch
+
+    def _work(self, piece: Piece) -> BatchWork:
+        source, size = self._job.source(piece), piece.shard.bytes
+        return self._job.work(piece, lambda name: self._client.upload_file(source, size=size, filename=name))
+
+    def find_unrecorded(self, patience: float) -> list[str]:
+        """
+        Search the account for batches that were being created.
+
+        :param patience: how long to search again for one that is not listed, in seconds.
+        :raises SiliconFlowError: the account cannot be searched.
+        """
+        job = self._job
+        works = [self._work(piece) for piece in job.current if isinstance(job.state(piece), Sending)]
+        return [batch.id for batch in job.submission.find(works, patience)] if works else []
+
+    def _refused_alike(self, piece: Piece) -> list[Piece]:
+        """Return a refused batch, and all others of its model once enough of them were refused and none was taken."""
+        job = self._job
+        same = [other for other in job.current if other.model == piece.model and other.round == piece.round]
+        tried = sum(job.refused(other) is not None for other in same) + 1
+        if tried < _REFUSALS_OF_A_MODEL or any(map(job.batch_id, same)):
+            return [piece]
+        return [piece, *self._surely_unsent(same, piece)]
+
+    def _surely_unsent(self, pieces: Iterable[Piece], but: Piece) -> list[Piece]:
+        """Return those of which no try can have left a batch: one with an intent is looked for, and may be paid."""
+        return [piece for piece in pieces if piece != but and isinstance(self._job.state(piece), Planned)]
+
+    def _refuse(self, pieces: Sequence[Piece], error: APIError) -> None:
+        """
+        Record batches that the service does not take, and go on to collect the others.
+
+        :raises SiliconFlowError: there are no others; nothing was paid, so there is nothing to lose.
+        """
+        job = self._job
+        refused = Refused(error.status_code, error.message)
+        job.ledger.record_all({piece.work_key: refused for piece in pieces})
+        if not job.has_paid and not any(map(job.is_waiting, job.current)):
+            raise error
+        log.error("Refused: %s: %s", job.name(pieces[0]), error)
+        if len(pieces) > 1:
+            log.error("%d more like it are not sent in this try", len(pieces) - 1)
+        if not self._refusals_are_logged:
+            self._refusals_are_logged = True
+            log.error(
+                "The batches that were taken go on. Their results are collected, and the task fails then; a retry "
+                "sends what was refused, and nothing else."
+            )

@@ -1,0 +1,199 @@
+"""Result lines in the order of the input."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError
+from airflow_provider_siliconflow.api.models import BatchResult, Outcome
+from airflow_provider_siliconflow.batch_files import merge
+from airflow_provider_siliconflow.batch_files.merge import BatchFiles, merge_batch
+from airflow_provider_siliconflow.batch_files.result_lines import read_results
+from airflow_provider_siliconflow.batch_files.tally import Usage
+from tests.unit.batch_files.samples import Folder, answer, failure, ids
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path, ["a", "b", "c", "d"])
+
+
+def test_lines_come_in_input_order_with_their_bytes_untouched(folder: Folder) -> None:
+    odd = b'{"custom_id" :"a","response":{"body":{"choices":[{"message":{"content":"\\u4e2d"}}]}},"new":1.0}'
+    error = failure("c", "batch_expired", "too late")
+    merged, results, errors = folder.merge(folder.batch([answer("d"), odd], [error]))
+    assert ids(results) == ["a", "b", "c", "d"]
+    assert results[0] == odd
+    assert json.loads(results[1]) == {
+        "id": None,
+        "custom_id": "b",
+        "response": None,
+        "error": {"code": "missing", "message": "the service returned no result for this row"},
+    }
+    assert errors == [results[1], results[2]]
+    tally = merged.tally
+    assert (tally.rows, tally.ok, tally.error, tally.expired, tally.missing) == (4, 2, 0, 1, 1)
+    assert list(merged.retry) == [0, 1, 1, 0]
+    assert [result.outcome for result in map(BatchResult.model_validate_json, results)] == [
+        Outcome.OK,
+        Outcome.MISSING,
+        Outcome.EXPIRED,
+        Outcome.OK,
+    ]
+
+
+def test_a_later_answer_wins_but_a_later_error_does_not(folder: Folder) -> None:
+    first = folder.batch([answer("a", "old"), answer("b", "old")], [failure("c"), failure("d", "400", "bad")])
+    second = folder.batch([answer("a", "new"), answer("c", "new")], [failure("b"), failure("d")], round=1)
+    merged, results, _ = folder.merge(first, second)
+    texts = [BatchResult.model_validate_json(line).text for line in results]
+    assert texts == ["new", "old", "new", None]
+    assert BatchResult.model_validate_json(results[3]).error_code == "500", "the later of two errors"
+    assert merged.tally.ok_in_round == {0: 1, 1: 2}
+    assert merged.tally.usage == Usage(30, 6, 0, 36)
+    assert merged.tally.billed == Usage(40, 8, 0, 48)
+
+
+def test_within_a_batch_the_first_line_of_a_row_counts_and_output_comes_before_errors(
+    folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = folder.batch([answer("a", "1"), answer("a", "2")], [failure("a"), failure("b")])
+    merged, results, _ = folder.merge(batch)
+    assert BatchResult.model_validate_json(results[0]).text == "1"
+    assert (merged.tally.duplicates, merged.tally.ok, merged.tally.billed.prompt) == (2, 1, 10)
+    assert "1 lines of result-1.jsonl were left out" in caplog.text
+
+
+def test_rows_of_other_shards_are_foreign_only_in_a_batch_of_this_shard(folder: Folder) -> None:
+    lines = [answer(each) for each in "abcdefg"]
+    assert folder.merge(folder.batch(lines))[0].tally.foreign == 3
+    merged = folder.merge(folder.batch(lines, shared=True))[0]
+    assert (merged.tally.foreign, merged.tally.billed.prompt) == (0, 40)
+
+
+@pytest.mark.parametrize("bad", [b'{"custom_id":"b","resp', b"<html>", b'{"custom_id":"b","error":"\xf0'])
+@pytest.mark.parametrize("terminated", [True, False])
+def test_a_line_that_is_not_json_is_never_dropped(folder: Folder, bad: Any, terminated: Any) -> None:
+    batch = folder.batch([answer("a"), bad], batch_id="batch_1")
+    if not terminated:
+        batch.output.write_bytes(batch.output.read_bytes()[:-1])
+    with pytest.raises(IncompleteResultsError, match=r"line 2 of result-1\.jsonl of batch batch_1") as caught:
+        folder.merge(batch)
+    assert caught.value.batch_id == "batch_1"
+
+
+@pytest.mark.parametrize("odd", [b'{"message":"expired"}', b'"text"', b'{"custom_id":null}', b"[" * 100_000])
+def test_json_that_is_no_result_does_not_stop_the_rows_around_it(
+    folder: Folder, odd: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    merged, results, _ = folder.merge(folder.batch([answer("a"), odd, answer("b")]))
+    assert (merged.tally.ok, merged.tally.foreign, ids(results)) == (2, 1, ["a", "b", "c", "d"])
+    assert "result-1.jsonl: 1 lines are not the result" in caplog.text
+    assert "line 2" in caplog.text
+
+
+def test_a_custom_id_that_became_a_number_is_the_row_s(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, ["7"])
+    batch = folder.batch([answer(7)])
+    merged, _, _ = folder.merge(batch)
+    assert merged.tally.ok == 1
+    assert [row.custom_id for row in read_results(batch.output)] == ["7"]
+
+
+@pytest.mark.parametrize("files", [([failure("a"), answer("a")], None), ([failure("a")], [answer("a")])])
+@pytest.mark.parametrize("with_rows", [True, False])
+def test_within_a_batch_an_answer_wins_over_an_error(folder: Folder, files: Any, with_rows: Any) -> None:
+    batch = folder.batch(*files)
+    if with_rows:
+        merged, results, _ = folder.merge(batch)
+        tally = merged.tally
+    else:
+        written, errors = io.BytesIO(), io.BytesIO()
+        tally = merge_batch(batch, written, errors, rows=1)
+        results = written.getvalue().splitlines()
+        assert errors.getvalue() == b""
+    assert json.loads(results[0]) == answer("a")
+    assert (tally.ok, tally.error, tally.duplicates, tally.billed.prompt) == (1, 0, 1, 10)
+
+
+def test_blank_lines_and_a_missing_final_newline_are_no_fault(folder: Folder) -> None:
+    path = folder.file([answer("a"), b"", b"\r", answer("b")])
+    path.write_bytes(path.read_bytes()[:-1])
+    _, results, errors = folder.merge(BatchFiles(path, None))
+    assert ids(results) == ["a", "b", "c", "d"]
+    assert ids(errors) == ["c", "d"]
+
+
+def test_figures_of_the_answers(folder: Folder) -> None:
+    thinking = answer("d", None)
+    thinking["response"]["body"]["usage"]["completion_tokens_details"] = {"reasoning_tokens": 2}
+    thinking["response"]["body"]["choices"][0]["message"]["reasoning_content"] = "long thoughts"
+    thinking["response"]["body"]["usage"]["total_tokens"] = 13
+    batch = folder.batch([answer("a", finish="length"), answer("b", " \n"), answer("c", model="M"), thinking])
+    tally = folder.merge(batch)[0].tally
+    assert tally.finish_reasons == {"length": 1, "stop": 3}
+    assert (tally.truncated, tally.empty, tally.mismatches) == (1, 2, 0)
+    assert tally.usage == Usage(40, 8, 2, 49)
+    assert folder.merge(batch, model="other")[0].tally.mismatches == 4
+
+
+def test_an_answer_without_a_choice_is_an_error(folder: Folder) -> None:
+    hollow = answer("a")
+    hollow["response"]["body"]["choices"] = []
+    refused = {
+        "custom_id": "b",
+        "response": {"status_code": 503, "body": {"code": 50505, "message": "overloaded"}},
+    }
+    merged = folder.merge(folder.batch([hollow, refused]))[0]
+    assert (merged.tally.error, merged.tally.ok) == (2, 0)
+    assert list(merged.retry) == [0, 1, 1, 1]
+    assert merged.tally.messages["overloaded (50505)"] == 1
+
+
+def test_a_balance_error_is_told_apart(folder: Folder) -> None:
+    message = "Sorry, your account balance is insufficient"
+    merged = folder.merge(folder.batch(None, [failure("a", "30001", message), failure("b", "429", "slow")]))[
+        0
+    ]
+    assert merged.tally.balance_errors == 1
+    assert list(merged.retry) == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("held", [0, 700, 1 << 20])
+def test_lines_that_memory_does_not_hold_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: Any
+) -> None:
+    monkeypatch.setattr(merge, "_HELD_BYTES", held)
+    names = [f"id-{n}" for n in range(50)]
+    folder = Folder(tmp_path, names)
+    lines = [json.dumps(answer(each, "x" * n), ensure_ascii=False).encode() for n, each in enumerate(names)]
+    shuffled = random.Random(1).sample(lines, k=50)
+    _, results, _ = folder.merge(folder.batch([*shuffled[:20], b"", *shuffled[20:30]], shuffled[30:]))
+    assert results == lines
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdxy"), st.integers(0, 2), st.sampled_from("oe")), max_size=12))
+def test_every_row_ends_as_exactly_one_line(tmp_path_factory: pytest.TempPathFactory, arrivals: Any) -> None:
+    folder = Folder(tmp_path_factory.mktemp("merge"), list("abcd"))
+    batches = []
+    for number in range(3):
+        lines = {"o": [], "e": []}
+        for name, at, kind in arrivals:
+            if at == number:
+                lines[kind].append(answer(name) if kind == "o" else failure(name))
+        batches.append(folder.batch(lines["o"], lines["e"], round=number))
+    merged, results, errors = folder.merge(*batches)
+    tally = merged.tally
+    assert ids(results) == list("abcd")
+    answered = {name for name, _, kind in arrivals if kind == "o"}
+    assert {line for line in ids(results) if line not in ids(errors)} == answered & set("abcd")
+    assert tally.ok + tally.error + tally.expired + tally.missing == 4
+    assert tally.ok == len(answered & set("abcd"))
