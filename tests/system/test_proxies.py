@@ -1,4 +1,4 @@
-"""A live Airflow behind a proxy with TLS that loses answers, to workers and to the triggerer alike."""
+"""A live Airflow behind a TLS proxy that loses responses to workers and to the triggerer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def way(live_airflow: LiveAirflow, account: Emulator, tmp_path: Path) -> Iterato
         yield way
 
 
-def test_behind_a_proxy_that_loses_answers_each_piece_of_work_is_paid_once(
+def test_each_piece_of_work_is_paid_once_behind_a_proxy_that_loses_responses(
     live_airflow: LiveAirflow, account: Emulator, way: ProxiedService, rows: Path, tmp_path: Path
 ) -> None:
     creating = way.lose("POST /v1/batches", times=8)
@@ -39,7 +39,7 @@ def test_behind_a_proxy_that_loses_answers_each_piece_of_work_is_paid_once(
     assert live_airflow.wait_for_run("behind_proxy", run_id, timeout=420) == "success"
     assert len(creating.lost) == 8
     assert polling.lost
-    # One for each of six tasks, and one for each row of the job.
+    # One batch per create task, and one per row of the job.
     assert len(batches(account)) == way.seen["POST /v1/batches"] == 6 + ROWS
     ids = {live_airflow.xcom("behind_proxy", run_id, f"create-{number}") for number in range(6)}
     assert len(ids) == 6

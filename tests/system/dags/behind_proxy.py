@@ -1,4 +1,4 @@
-"""Tasks whose connection leads through a proxy. `conf` names the file of rows and a folder."""
+"""Tasks whose connection uses a proxy. `conf` has the file of rows and a folder."""
 
 from __future__ import annotations
 
