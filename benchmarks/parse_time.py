@@ -25,7 +25,6 @@ OURS = "airflow_provider_siliconflow"
 PACKAGES = {
     "ours": [
         f"{OURS}.operators.batch",
-        f"{OURS}.operators.run",
         f"{OURS}.sensors.batch",
         f"{OURS}.decorators.batch",
     ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +22,10 @@ MIN_WINDOW_HOURS, MAX_WINDOW_HOURS = 24, 336
 MAX_METADATA_PAIRS, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
 MAX_FILE_BYTES = 10**9
 MAX_FILE_LINES = 5000
+
+#: Metadata keys of this provider: the identity of a piece of work, and, if there is room, a readable name, the task
+#: instance and the deployment.
+IDENTITY_KEYS = ("airflow_work", "airflow_task", "airflow_submitter", "airflow_deployment")
 
 
 def check_completion_window(value: Any) -> str:
@@ -46,27 +50,29 @@ def check_completion_window(value: Any) -> str:
     return f"{int(hours)}h"
 
 
-def check_metadata(value: Any, *, reserved: int = 0) -> dict[str, str]:
+def check_metadata(value: Any, *, identified: bool = False) -> dict[str, str]:
     """
     Return metadata that the service will take.
 
     :param value: a mapping of strings, or ``None``.
-    :param reserved: pairs that are needed besides.
-    :raises InvalidInputError: too many pairs, or a key or value that is too long or no string.
+    :param identified: whether the batch carries its identity besides, which takes one pair and four names.
+    :raises InvalidInputError: too many pairs, a name of this provider's, or a key or value that is too long or no
+        string.
     """
     if value is None:
         return {}
     if not isinstance(value, Mapping):
         raise InvalidInputError(f"metadata must be a mapping of strings; got {type(value).__name__}")
-    room = MAX_METADATA_PAIRS - reserved
+    room = MAX_METADATA_PAIRS - identified
     if len(value) > room:
         extra = (
-            f" ({reserved} of the service's {MAX_METADATA_PAIRS} is taken by the identity that keeps a retry "
-            "from paying twice; durable=False gives it up)"
-            if reserved
+            f" (one of the service's {MAX_METADATA_PAIRS} holds the identity that keeps a retry from paying twice)"
+            if identified
             else ""
         )
         raise InvalidInputError(f"metadata may hold at most {room} pairs{extra}; got {len(value)}")
+    if identified and (taken := set(IDENTITY_KEYS) & set(value)):
+        raise InvalidInputError(f"metadata key {min(taken)!r} is used by this provider; choose another")
     for key, item in value.items():
         if not isinstance(key, str) or not 1 <= len(key) <= MAX_METADATA_KEY or not _can_be_sent(key):
             raise InvalidInputError(
@@ -103,14 +109,51 @@ def check_replace(value: Any) -> dict[str, Any] | None:
         raise InvalidInputError(
             f"replace must be an object such as {{'model': 'Qwen/Qwen3-32B'}}; got {type(value).__name__}"
         )
-    if "model" in value and not (isinstance(value["model"], str) and value["model"].strip()):
-        raise InvalidInputError(f"replace['model'] must be the name of a model; got {value['model']!r}")
+    if "model" in value:
+        _model_name("replace['model']", value["model"])
+    _check_json("replace", value)
+    return dict(value) or None
+
+
+def check_models(model: Any, models: Any) -> tuple[str, ...]:
+    """
+    Return the models that a job runs over; empty if the rows name theirs.
+
+    :param model: one model, or ``None``.
+    :param models: several, or ``None``.
+    :raises InvalidInputError: both are given, a list is empty or names a model twice, or a name is none.
+    """
+    if model is not None and models is not None:
+        raise InvalidInputError("give either model or models, not both")
+    if model is not None:
+        return (_model_name("model", model),)
+    if models is None:
+        return ()
+    if isinstance(models, str | bytes) or not isinstance(models, Sequence):
+        raise InvalidInputError(f"models must be a list of model names; got {models!r}")
+    if not models:
+        raise InvalidInputError("models is empty; leave it out if the rows name their models")
+    names = tuple(_model_name(f"models[{number}]", name) for number, name in enumerate(models))
+    # Folders are named after them, and some file systems do not tell case.
+    if len({name.casefold() for name in names}) != len(names):
+        raise InvalidInputError(f"models names one twice: {list(names)!r}")
+    return names
+
+
+def _model_name(argument: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InvalidInputError(
+            f"{argument} must be the name of a model such as 'Qwen/Qwen3-32B'; got {value!r}"
+        )
+    return value.strip()
+
+
+def _check_json(argument: str, value: Mapping[str, Any]) -> None:
     try:
         # UTF-8 has no lone surrogates.
         json.dumps(dict(value), allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as exc:
-        raise InvalidInputError(f"replace must be JSON: {exc}") from exc
-    return dict(value) or None
+        raise InvalidInputError(f"{argument} must be JSON: {exc}") from exc
 
 
 def check_endpoint(value: Any) -> str:

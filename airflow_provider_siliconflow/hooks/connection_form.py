@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+CONN_TYPE = "siliconflow"
+
 #: Fields kept in the connection's extra, in the shape Airflow 3.2+ reads from the provider's metadata.
 CONN_FIELDS: dict[str, dict[str, Any]] = {
     "timeout": {
@@ -31,7 +33,8 @@ CONN_FIELDS: dict[str, dict[str, Any]] = {
         "description": "true, false or the path of a CA bundle, or of a folder of certificates. Default true.",
         "schema": {"type": ["string", "null"]},
     },
-    "headers": {
+    # Airflow hides a field of the extra by its name: "proxies" is one of those, "headers" is not, "secret" is.
+    "secret_headers": {
         "label": "Further headers",
         "description": 'JSON object of headers for calls of the API: {"X-Team": "nlp"}.',
         "schema": {"type": ["string", "null"], "format": "password"},

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from airflow.providers.common.compat.sdk import BaseHook
 
-from airflow_provider_siliconflow.hooks.connection_form import CONN_FIELDS
-from airflow_provider_siliconflow.paths import open_folder as open_folder
-from airflow_provider_siliconflow.paths import open_source as open_source
+from airflow_provider_siliconflow.hooks.connection_form import CONN_TYPE
+from airflow_provider_siliconflow.paths import open_folder, open_source
 
 if TYPE_CHECKING:
-    from airflow.providers.common.compat.sdk import Connection, ObjectStoragePath
+    from airflow.providers.common.compat.sdk import ObjectStoragePath
 
     from airflow_provider_siliconflow.api.client import SiliconFlowClient
     from airflow_provider_siliconflow.api.models import Batch, BatchResult, UploadedFile
@@ -27,9 +23,6 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
 log = logging.getLogger(__name__)
-
-#: Fields of a connection's extra.
-EXTRA_FIELDS = tuple(CONN_FIELDS)
 
 
 class SiliconFlowHook(BaseHook):
@@ -39,7 +32,7 @@ class SiliconFlowHook(BaseHook):
     The connection's password is the API key and its host the base URL (default
     ``https://api.siliconflow.cn/v1``). Its extra may hold ``timeout`` and ``connect_timeout`` (seconds),
     ``max_retries``, ``proxies`` (a URL, or an object of URLs by scheme), ``verify`` (true, false or the path of
-    a CA bundle) and ``headers`` (an object).
+    a CA bundle) and ``headers`` and ``secret_headers`` (objects; Airflow hides the second in its UI).
 
     .. seealso:: `The API <https://docs.siliconflow.cn/cn/api-reference/batch/create-batch>`__
 
@@ -48,7 +41,7 @@ class SiliconFlowHook(BaseHook):
 
     conn_name_attr = "conn_id"
     default_conn_name = "siliconflow_default"
-    conn_type = "siliconflow"
+    conn_type = CONN_TYPE
     hook_name = "SiliconFlow"
 
     def __init__(self, conn_id: str = default_conn_name, **kwargs: Any) -> None:
@@ -72,24 +65,13 @@ class SiliconFlowHook(BaseHook):
     @cached_property
     def settings(self) -> ClientSettings:
         """
-        What the connection says, checked; the key is registered with Airflow's secret masker.
+        What the connection says, checked; its secrets are registered with Airflow's secret masker.
 
-        :raises InvalidInputError: there is no such connection, or a field is missing or wrong.
+        :raises InvalidInputError: it is not defined, is of another type, or has a field that is missing or wrong.
         """
-        from airflow.providers.common.compat.sdk import AirflowNotFoundException, mask_secret
+        from airflow_provider_siliconflow.hooks.connection import read_connection
 
-        from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-
-        try:
-            connection = self.get_connection(self.conn_id)
-        except AirflowNotFoundException as exc:
-            raise InvalidInputError(f"connection {self.conn_id!r} is not defined: {exc}") from exc
-        settings = settings_from_connection(connection)
-        passwords = [urlsplit(proxy).password for proxy in (settings.proxies or {}).values()]
-        for secret in (settings.api_key, *settings.headers.values(), *passwords):
-            if secret:
-                mask_secret(secret)
-        return settings
+        return read_connection(self.conn_id)
 
     @cached_property
     def _client(self) -> SiliconFlowClient:
@@ -219,10 +201,10 @@ class SiliconFlowHook(BaseHook):
         self, batch_id: str, *, poll_interval: float = 60, timeout: float | None = None
     ) -> Batch:
         """
-        Wait until a batch has ended, whichever way. Passing faults of the service do not end the wait.
+        Wait until a batch has ended, whichever way. Transient faults of the service do not end the wait.
 
         :param batch_id: the batch.
-        :param poll_interval: seconds between two looks.
+        :param poll_interval: seconds between two polls.
         :param timeout: seconds; by default until an hour after the batch expires.
         :raises BatchTimeoutError: time ran out; the batch is untouched.
         :raises BatchWaitError: the wait cannot go on (401, 403, 404).
@@ -272,7 +254,7 @@ class SiliconFlowHook(BaseHook):
         for batch_id in wait.due(time.time()):
             try:
                 # The wait itself is the retry: repeating the call here would only hide what happens.
-                batch = self._client.get_batch(batch_id, repeat=False)
+                batch = self._client.get_batch(batch_id, repeat=False, within=wait.poll_limit(time.time()))
             except SiliconFlowError as exc:
                 wait.fault(batch_id, exc, time.time())
             else:
@@ -305,89 +287,6 @@ class SiliconFlowHook(BaseHook):
 
         batch_id = check_identifier("batch_id", batch_id)
         return download_results(self._client, batch_id, open_folder("output_dir", output_dir))
-
-
-def settings_from_connection(
-    connection: Connection, extra: Mapping[str, Any] | None = None
-) -> ClientSettings:
-    """
-    Read a connection.
-
-    :param connection: of type ``siliconflow``.
-    :param extra: its extra, where reading that needs a call of its own (in the triggerer).
-    :raises InvalidInputError: a field is missing or wrong; the message names it.
-    """
-    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-    from airflow_provider_siliconflow.api.settings import DEFAULT_BASE_URL, ClientSettings
-
-    fields = dict(connection.extra_dejson if extra is None else extra)
-    values: dict[str, Any] = {
-        name: fields[name] for name in EXTRA_FIELDS if fields.get(name) not in (None, "")
-    }
-    where = f"connection {connection.conn_id!r}, extra"
-    for name, convert in (("timeout", float), ("connect_timeout", float), ("max_retries", int)):
-        if name in values:
-            try:
-                values[name] = convert(values[name])
-            except (TypeError, ValueError, OverflowError) as exc:
-                raise InvalidInputError(f"{where}: {name} must be a number; got {values[name]!r}") from exc
-    if "proxies" in values:
-        proxies = _json_if_text(values["proxies"], f"{where}: proxies")
-        if isinstance(proxies, str):
-            proxies = {"http": proxies, "https": proxies}
-        values["proxies"] = {
-            scheme: proxy if "://" in proxy else f"http://{proxy}"
-            for scheme, proxy in _string_map(proxies, f"{where}: proxies").items()
-        }
-    if "headers" in values:
-        values["headers"] = _string_map(
-            _json_if_text(values["headers"], f"{where}: headers"), f"{where}: headers"
-        )
-    if "verify" in values and not isinstance(values["verify"], bool):
-        known = {"true": True, "false": False}
-        values["verify"] = known.get(str(values["verify"]).lower(), str(values["verify"]))
-    return ClientSettings(
-        api_key=connection.password or "", base_url=_base_url(connection) or DEFAULT_BASE_URL, **values
-    )
-
-
-def _base_url(connection: Connection) -> str:
-    host = (connection.host or "").strip()
-    if not host:
-        return ""
-    if "://" not in host:
-        host = f"https://{host}"
-    # The URI forms of a connection (siliconflow://:key@host:port/v1, siliconflow://http://...) take a URL apart.
-    scheme, _, rest = host.partition("://")
-    origin, _, path = rest.partition("/")
-    port = f":{connection.port}" if connection.port and not re.search(r":\d+$", origin) else ""
-    # A lone slash is how browsers write a host, not a wish for its root; that is the schema "/".
-    path = path.strip("/") or (connection.schema or "v1").strip("/")
-    return f"{scheme}://{origin}{port}/{path}"
-
-
-def _json_if_text(value: Any, where: str) -> Any:
-    """Fields of the form are text; an object in one is JSON."""
-    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-
-    if not isinstance(value, str) or not value.lstrip().startswith("{"):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as exc:
-        # Neither the text nor its cause is shown: there may be a password in it.
-        at = f" ({exc.msg} at character {exc.pos + 1})" if isinstance(exc, json.JSONDecodeError) else ""
-        raise InvalidInputError(f"{where} starts with '{{' but is not JSON{at}") from None
-
-
-def _string_map(value: Any, where: str) -> dict[str, str]:
-    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-
-    if not isinstance(value, Mapping) or not all(
-        isinstance(k, str) and isinstance(v, str) for k, v in value.items()
-    ):
-        raise InvalidInputError(f"{where} must be an object of strings; got {type(value).__name__}")
-    return dict(value)
 
 
 def describe_source(source: Any) -> str:

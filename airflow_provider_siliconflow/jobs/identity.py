@@ -18,15 +18,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from airflow_provider_siliconflow.api import arguments
-from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 from airflow_provider_siliconflow.api.models import Batch, UploadedFile
 
-#: Metadata key of the identity, and of the readable name beside it.
-WORK_KEY = "airflow_work"
-WORK_LABEL = "airflow_task"
-#: Metadata keys of the task instance in its generation, and of the deployment, where there is room.
-WORK_SUBMITTER = "airflow_submitter"
-WORK_DEPLOYMENT = "airflow_deployment"
+#: Metadata keys of the identity, of the readable name, of the task instance in its generation, and of the deployment.
+WORK_KEY, WORK_LABEL, WORK_SUBMITTER, WORK_DEPLOYMENT = arguments.IDENTITY_KEYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,19 +178,6 @@ def _hours(window: Any) -> int | None:
     """Return a completion window in hours, whichever way it is written; ``None`` if it cannot be read."""
     match = re.fullmatch(r"\s*(\d{1,6})\s*h?\s*", str(window))
     return int(match[1]) if match else None
-
-
-def check_user_metadata(value: Any) -> dict[str, str]:
-    """
-    Return the author's metadata when it leaves room for the identity.
-
-    :raises InvalidInputError: it does not, uses a key of ours, or the service would not take it.
-    """
-    metadata = arguments.check_metadata(value, reserved=1)
-    for key in (WORK_KEY, WORK_LABEL, WORK_SUBMITTER, WORK_DEPLOYMENT):
-        if key in metadata:
-            raise InvalidInputError(f"metadata key {key!r} is used by this provider; choose another")
-    return metadata
 
 
 def upload_name(path: str, key: str) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from airflow_provider_siliconflow.api import arguments
-from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 from airflow_provider_siliconflow.batch_files.parameters import check_parameters
 from airflow_provider_siliconflow.batch_files.prices import check_prices
-from airflow_provider_siliconflow.jobs.identity import check_user_metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +64,6 @@ def check_options(
 
     :raises InvalidInputError: one is wrong; the message names it.
     """
-    if model is not None and models is not None:
-        raise InvalidInputError("give either model or models, not both")
-    names = [model] if model is not None else (models if models is not None else [])
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise InvalidInputError(f"models must be a list of model names; got {names!r}")
-    for name in names:
-        if not isinstance(name, str) or not name.strip():
-            raise InvalidInputError(f"a model must be a name such as 'Qwen/Qwen3-32B'; got {name!r}")
-    # Folders are named after them, and some file systems do not tell case.
-    if len({name.strip().casefold() for name in names}) != len(names):
-        raise InvalidInputError(f"models names one twice: {names!r}")
-    if models is not None and not names:
-        raise InvalidInputError("models is empty; leave it out where the rows name their models")
     arguments.check_limits(
         max_rows_per_batch=max_rows_per_batch,
         max_bytes_per_batch=max_bytes_per_batch,
@@ -89,9 +74,9 @@ def check_options(
     check_parameters("request_params", request_params)
     check_prices(prices)
     return RunOptions(
-        models=tuple(name.strip() for name in names),
+        models=arguments.check_models(model, models),
         completion_window=arguments.check_completion_window(completion_window),
-        metadata=check_user_metadata(metadata),
+        metadata=arguments.check_metadata(metadata, identified=True),
         max_rows=max_rows_per_batch,
         max_bytes=max_bytes_per_batch,
         max_in_flight=max_in_flight,

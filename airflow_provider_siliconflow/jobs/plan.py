@@ -142,7 +142,7 @@ class Plan:
         return cls(
             split=_checked_split(Split.from_dict(data["split"])),
             completion_window=check_completion_window(data["completion_window"]),
-            metadata=check_metadata(data["metadata"], reserved=1),
+            metadata=check_metadata(data["metadata"], identified=True),
             submitter=_checked_submitter(Submitter(**data["task"])),
             models=tuple(str(model) for model in data["models"]),
             max_rows=int(data["max_rows"]),

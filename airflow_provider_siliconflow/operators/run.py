@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.providers.common.compat.sdk import AirflowSkipException, conf
 
-from airflow_provider_siliconflow.api import arguments
-from airflow_provider_siliconflow.operators.base import (
-    DEFERRAL_BACKSTOP,
-    SubmittingOperator,
-)
-from airflow_provider_siliconflow.task.errors import task_errors
+from airflow_provider_siliconflow.operators.base import SubmittingOperator
+from airflow_provider_siliconflow.task import arguments as read
+from airflow_provider_siliconflow.task.deferral import defer, end_wait, record_wait
 from airflow_provider_siliconflow.task.ledger import open_submission
-from airflow_provider_siliconflow.task.state import submitter_of
-from airflow_provider_siliconflow.task.templating import (
-    is_templated,
-    refuse_both,
-    rendered_list,
-    rendered_mapping,
-    rendered_number,
-    rendered_text,
-)
+from airflow_provider_siliconflow.task.state import TaskTry
 from airflow_provider_siliconflow.triggers.batch import BatchTrigger
 
 if TYPE_CHECKING:
@@ -35,6 +24,40 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.jobs.options import RunOptions
     from airflow_provider_siliconflow.jobs.run import BatchRun, Wait
 
+#: What :func:`~..jobs.options.check_options` takes.
+_OPTIONS = {
+    "model": read.optional(read.model),
+    "models": read.optional(read.models),
+    "request_params": read.optional(read.parameters),
+    "completion_window": read.window,
+    "metadata": read.optional(read.metadata),
+    "prices": read.optional(read.prices),
+    "max_rows_per_batch": read.limit,
+    "max_bytes_per_batch": read.limit,
+    "max_in_flight": read.limit,
+    "max_row_attempts": read.limit,
+    "max_error_rate": read.limit,
+}
+_READERS = {
+    "output_dir": read.place,
+    "conn_id": read.text,
+    "poll_interval": read.seconds,
+    "timeout": read.optional(read.seconds),
+    **_OPTIONS,
+}
+#: The rows are read only when they are needed: a try that takes up an earlier one's plan asks for none.
+_AT_START = tuple(_READERS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A job as one try drives it."""
+
+    task_try: TaskTry
+    run: BatchRun
+    options: RunOptions
+    poll_interval: float
+
 
 class RunBatchOperator(SubmittingOperator):
     """
@@ -42,7 +65,7 @@ class RunBatchOperator(SubmittingOperator):
 
     The rows are checked and cut into shards of at most 5,000 rows; each shard is uploaded once and run over
     every model. One trigger waits for all batches. Every row ends as ok, error, expired or missing. A try that
-    dies anywhere is taken up by the next one, which pays for nothing again; a person's clear starts afresh.
+    dies anywhere is taken up by the next one, which pays for nothing again; a manual clear starts afresh.
 
     What a retry needs lies in ``output_dir/.siliconflow`` while the job runs: ``output_dir`` must render to the
     same value on every try.
@@ -62,50 +85,32 @@ class RunBatchOperator(SubmittingOperator):
     :param max_bytes_per_batch: at most 10**9. (templated)
     :param max_in_flight: batches that are open at once; by default all. (templated)
     :param max_row_attempts: how often a row is sent at most. Only rows that expired, vanished or failed for a
-        passing reason (429, 5xx) are sent again, and none once the account is empty. (templated)
+        transient reason (429, 5xx) are sent again, and none once the account is empty. (templated)
     :param max_error_rate: share of rows (0 to 1) that may not succeed before the task fails. (templated)
     :param fail_on_partial_error: fail when any row did not succeed; ``max_error_rate`` takes its place.
     :param allow_all_failed: let a job pass of which not one row succeeded.
     :param prices: CNY per million tokens by model: ``{model: {"prompt": ..., "completion": ...}}``. (templated)
-    :param ordered: write results in the order of the rows. It is the only order there is.
     :param dry_run: check and plan, log and return what it would take, and send nothing.
     :param skip_if_empty: skip the task when there are no rows; by default that is an error.
     :param deferrable: wait in the triggerer, without a worker slot. Default: ``[operators]
         default_deferrable``.
-    :param poll_interval: seconds between two looks at a batch, or a ``timedelta``. (templated)
+    :param poll_interval: seconds between two polls of a batch, or a ``timedelta``. (templated)
     :param timeout: seconds to wait in all, from the start of the try, or a ``timedelta``; by default until an hour
         after the batches expire. (templated)
     :param cancel_on_kill: cancel the open batches when a person ends the task. While the task is deferred this
         needs Airflow 3.3.
     :param cancel_on_timeout: cancel the open batches when the wait times out.
-    :param durable: must be left on: a job of many batches has no other way to go on after a crash.
-    :param fail_fast: fail at once, without the task's retries, where a retry cannot help.
+    :param fail_fast: fail at once, without the task's retries, if a retry cannot help.
     :returns: the manifest: batches, rows, finish reasons, tokens, cost, errors and paths, by model and in all.
     """
 
-    template_fields: Sequence[str] = (
-        "requests",
-        "output_dir",
-        "model",
-        "models",
-        "request_params",
-        "conn_id",
-        "completion_window",
-        "metadata",
-        "prices",
-        "max_rows_per_batch",
-        "max_bytes_per_batch",
-        "max_in_flight",
-        "max_row_attempts",
-        "max_error_rate",
-        "poll_interval",
-        "timeout",
-    )
+    template_fields: Sequence[str] = ("requests", *_READERS)
     template_fields_renderers: ClassVar[dict[str, str]] = {
         "request_params": "json",
         "metadata": "json",
         "prices": "json",
     }
+    ARGUMENTS: ClassVar = read.Arguments({"requests": read.rows, **_READERS}, not_both=("model", "models"))
 
     def __init__(
         self,
@@ -115,6 +120,7 @@ class RunBatchOperator(SubmittingOperator):
         model: str | None = None,
         models: Sequence[str] | None = None,
         request_params: dict[str, Any] | str | None = None,
+        conn_id: str = "siliconflow_default",
         completion_window: str | int | timedelta = "24h",
         metadata: dict[str, str] | str | None = None,
         max_rows_per_batch: int | str = 5000,
@@ -125,7 +131,6 @@ class RunBatchOperator(SubmittingOperator):
         fail_on_partial_error: bool = False,
         allow_all_failed: bool = False,
         prices: dict[str, dict[str, float]] | str | None = None,
-        ordered: bool = True,
         dry_run: bool = False,
         skip_if_empty: bool = False,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
@@ -133,10 +138,12 @@ class RunBatchOperator(SubmittingOperator):
         timeout: float | timedelta | str | None = None,
         cancel_on_kill: bool = True,
         cancel_on_timeout: bool = False,
-        durable: bool = True,
+        fail_fast: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(
+            conn_id=conn_id,
+            fail_fast=fail_fast,
             deferrable=deferrable,
             poll_interval=poll_interval,
             timeout=timeout,
@@ -144,21 +151,8 @@ class RunBatchOperator(SubmittingOperator):
             cancel_on_timeout=cancel_on_timeout,
             completion_window=completion_window,
             metadata=metadata,
-            durable=durable,
             **kwargs,
         )
-        refuse_both(model=model, models=models)
-        limits = {
-            "max_rows_per_batch": max_rows_per_batch,
-            "max_bytes_per_batch": max_bytes_per_batch,
-            "max_in_flight": max_in_flight,
-            "max_row_attempts": max_row_attempts,
-            "max_error_rate": max_error_rate,
-        }
-        known = {name: rendered_number(value) for name, value in limits.items() if not is_templated(value)}
-        arguments.check_limits(**known)
-        if not durable or not ordered:
-            raise ValueError("RunBatchOperator is always durable and its results are always ordered")
         self.requests = requests
         self.output_dir = output_dir
         self.model = model
@@ -175,30 +169,34 @@ class RunBatchOperator(SubmittingOperator):
         self.skip_if_empty = skip_if_empty
         # `dry_run` is a method of every operator, which Airflow 2.11 calls for `airflow tasks test --dry-run`.
         self.plans_only = dry_run
-        self._run: BatchRun | None = None
+        self._job: _Job | None = None
+        self.ARGUMENTS.check(self)
 
     def lineage_input(self) -> Any:
-        """Return the rows' file, where they come from one."""
+        """Return the rows' file, if they come from one."""
         return self.requests
+
+    def known_batches(self) -> Sequence[str]:
+        """Return the ids of all batches so far."""
+        return self._job.run.batch_ids if self._job is not None else ()
+
+    def open_batches(self) -> Sequence[str]:
+        """Return the ids of those that have not ended as far as the job knows."""
+        return self._job.run.open_batches if self._job is not None else ()
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Plan, submit and wait; or take up what an earlier try left."""
         from airflow_provider_siliconflow.api.exceptions import NoRowsError
-        from airflow_provider_siliconflow.jobs.plan import estimate
 
-        self._ti = context["ti"]
-        earlier_tries = context["ti"].try_number > 1
-        with task_errors(fail_fast=self.fail_fast), self._paid_batches(possible=earlier_tries):
-            options = self._options()
-            _, timeout = self.wait_arguments()
+        task_try = self._try = TaskTry.of(context)
+        with self.errors(earlier_tries=task_try.number > 1):
+            given = self.ARGUMENTS.read(self, *_AT_START)
             try:
                 if self.plans_only:
-                    found = estimate(self._rows(), name=self._requests_name(), options=options)
-                    self.log.info("Dry run, nothing is sent: %s", json.dumps(found, ensure_ascii=False))
-                    return found
-                run = self._open_run(context, options)
+                    return self._estimate(given)
+                job = self._open(task_try, given)
                 return self._carry_out(
-                    context, run, run.start(self._rows, self._requests_name(), timeout=timeout)
+                    job, job.run.start(self._rows, self._requests_name(), timeout=given["timeout"])
                 )
             except NoRowsError as exc:
                 if self.skip_if_empty:
@@ -206,184 +204,117 @@ class RunBatchOperator(SubmittingOperator):
                 raise
 
     def execute_complete(self, context: Context, event: Any = None) -> dict[str, Any]:
-        """Resume after the trigger: note what ended, submit what is due, or finish."""
+        """Resume after the trigger: submit what is due and wait on, or finish."""
         from airflow_provider_siliconflow.jobs.events import batches_of
 
-        self._ti = context["ti"]
-        with task_errors(fail_fast=self.fail_fast), self._paid_batches(possible=True):
-            run = self._open_run(context, self._options())
-            with self._failed_waits(run):
-                ended = batches_of(event)
-            return self._carry_out(context, run, run.resume(ended))
+        task_try = self._try = TaskTry.of(context)
+        with self.errors(earlier_tries=True):
+            end_wait(task_try)
+            job = self._open(task_try, self.ARGUMENTS.read(self, *_AT_START))
+            # Without an event `airflow tasks test` resumes a task that waits; the job waits for its batches again.
+            ended = [] if event is None else batches_of(event)
+            return self._carry_out(job, job.run.resume(ended))
 
-    def _carry_out(self, context: Context, run: BatchRun, wait: Wait | None) -> dict[str, Any]:
-        poll_interval, _ = self.wait_arguments()
+    def _carry_out(self, job: _Job, wait: Wait | None) -> dict[str, Any]:
         while wait is not None:
-            context["ti"].xcom_push(key="batch_ids", value=list(run.batch_ids))
+            job.task_try.push("batch_ids", list(job.run.batch_ids))
             if self.deferrable:
-                self._defer(wait, poll_interval)
-            with self._failed_waits(run):
-                ended = self.hook.wait_for_batches(
-                    wait.batch_ids,
-                    poll_interval=poll_interval,
-                    deadline=wait.deadline,
-                    min_ended=wait.min_ended,
-                )
-            wait = run.resume(ended)
-        return self._judged(context, run.finish())
+                self._defer(job, wait)
+            ended = self.hook.wait_for_batches(
+                wait.batch_ids,
+                poll_interval=job.poll_interval,
+                deadline=wait.deadline,
+                min_ended=wait.min_ended,
+            )
+            wait = job.run.resume(ended)
+        return self._judged(job, job.run.finish())
 
-    def _judged(self, context: Context, manifest: dict[str, Any]) -> dict[str, Any]:
-        from airflow_provider_siliconflow.api.exceptions import BatchPartialFailureError
+    def _judged(self, job: _Job, manifest: dict[str, Any]) -> dict[str, Any]:
         from airflow_provider_siliconflow.jobs.outcome import judge_run
 
         self._manifest = manifest
-        try:
-            warning = judge_run(manifest, self._options())
-        except BatchPartialFailureError:
-            # A task that fails returns nothing, and its results are there and paid all the same.
-            if self.do_xcom_push:
-                context["ti"].xcom_push(key="return_value", value=manifest)
-            raise
-        if warning:
+        if self.do_xcom_push:
+            # A task that fails by its verdict returns nothing, and its results are there and paid all the same.
+            job.task_try.push("return_value", manifest)
+        if warning := judge_run(manifest, job.options):
             self.log.warning("%s", warning)
         return manifest
 
-    def _defer(self, wait: Wait, poll_interval: float) -> None:
-        from airflow_provider_siliconflow.api.arguments import MAX_WINDOW_HOURS
-        from airflow_provider_siliconflow.jobs.waiting import EXPIRY_MARGIN
-
-        now = time.time()
-        longest = MAX_WINDOW_HOURS * 3600.0 if wait.deadline is None else max(wait.deadline - now, 0.0)
-        self.defer(
-            trigger=BatchTrigger(
-                batch_ids=wait.batch_ids,
-                conn_id=self.conn_id,
-                poll_interval=poll_interval,
-                deadline=wait.deadline,
-                cancel_on_kill=self.cancel_on_kill,
-                wake_after=wait.min_ended,
-                began=now,
-                brief=True,
-            ),
-            method_name="execute_complete",
-            # Without a deadline of its own the trigger stops a while after the batches expire.
-            timeout=timedelta(seconds=longest + EXPIRY_MARGIN + DEFERRAL_BACKSTOP),
+    def _defer(self, job: _Job, wait: Wait) -> None:
+        trigger = BatchTrigger(
+            batch_ids=wait.batch_ids,
+            conn_id=self.conn_id,
+            poll_interval=job.poll_interval,
+            deadline=wait.deadline,
+            cancel_on_kill=self.cancel_on_kill,
+            wait_token=record_wait(job.task_try) if self.cancel_on_kill else None,
+            min_ended=wait.min_ended,
+            began=time.time(),
+            counts_only=True,
         )
+        defer(self, trigger, deadline=wait.deadline)
 
-    def _options(self) -> RunOptions:
+    def _options(self, given: dict[str, Any]) -> RunOptions:
         from airflow_provider_siliconflow.jobs.options import check_options
 
         return check_options(
-            model=rendered_text(self.model),
-            models=rendered_list(self.models),
-            completion_window=rendered_number(self.completion_window),
-            metadata=rendered_mapping(self.metadata),
-            max_rows_per_batch=rendered_number(self.max_rows_per_batch),
-            max_bytes_per_batch=rendered_number(self.max_bytes_per_batch),
-            max_in_flight=rendered_number(self.max_in_flight),
-            max_row_attempts=rendered_number(self.max_row_attempts),
-            max_error_rate=rendered_number(self.max_error_rate),
-            prices=rendered_mapping(self.prices),
-            request_params=rendered_mapping(self.request_params),
+            **{name: given[name] for name in _OPTIONS},
             fail_on_partial_error=self.fail_on_partial_error,
             allow_all_failed=self.allow_all_failed,
         )
 
-    def _open_run(self, context: Context, options: RunOptions) -> BatchRun:
+    def _estimate(self, given: dict[str, Any]) -> dict[str, Any]:
+        from airflow_provider_siliconflow.jobs.plan import estimate
+
+        found = estimate(self._rows(), name=self._requests_name(), options=self._options(given))
+        self.log.info("Dry run, nothing is sent: %s", json.dumps(found, ensure_ascii=False))
+        return found
+
+    def _open(self, task_try: TaskTry, given: dict[str, Any]) -> _Job:
         """
         Return the job.
 
         :raises SiliconFlowError: the task was ended before it came as far as this.
         """
-        from airflow_provider_siliconflow.jobs.ledger import Owner
         from airflow_provider_siliconflow.jobs.run import BatchRun
         from airflow_provider_siliconflow.paths import open_folder
 
+        options = self._options(given)
         client = self.hook.get_conn()
-        submitter, ti = submitter_of(context), context["ti"]
         run = BatchRun(
             options,
-            submitter=submitter,
+            submitter=task_try.submitter,
             client=client,
             conn_id=self.conn_id,
-            output_dir=open_folder("output_dir", self.output_dir),
-            open_submission=lambda ledger: open_submission(context, client, ledger),
-            earlier_tries=ti.try_number > 1,
-            owner=Owner.new(submitter, try_number=ti.try_number, try_id=str(getattr(ti, "id", None) or "")),
+            output_dir=open_folder("output_dir", given["output_dir"]),
+            open_submission=lambda ledger: open_submission(task_try, client, ledger),
+            earlier_tries=task_try.number > 1,
+            owner=task_try.new_owner(),
             cancel_on_kill=self.cancel_on_kill,
         )
-        self._run = run
+        self._job = _Job(task_try, run, options, given["poll_interval"])
         if self._killed:
             # The signal came while there was no job yet to be stopped by it.
             self._stop(run)
             run.check_not_stopped()
-        return run
+        return self._job
 
     def _rows(self) -> Any:
         """Return the rows: a file that opens, or Python objects."""
-        from airflow_provider_siliconflow.api.exceptions import InvalidInputError
         from airflow_provider_siliconflow.paths import open_source
 
-        requests = rendered_list(self.requests)
-        if requests is None:
-            raise InvalidInputError(
-                f"requests must be rows or the path of a file; got {self.requests!r}. If it is templated, check that "
-                "the upstream task pushed it."
-            )
+        requests = self.ARGUMENTS.read(self, "requests")["requests"]
         return open_source(requests, "requests") if isinstance(requests, str) else requests
 
     def _requests_name(self) -> str:
         requests = self.requests
         return requests if isinstance(requests, str) and not requests.startswith("[") else "requests"
 
-    @contextlib.contextmanager
-    def _paid_batches(self, *, possible: bool) -> Iterator[None]:
-        """
-        Leave every error to the task's retries once a batch is submitted, but for a verdict on the results.
-
-        Failing for good would leave a person nothing but a clear, which pays for every batch again.
-
-        :param possible: whether batches may be submitted that this try does not know of yet.
-        """
-        from airflow_provider_siliconflow.api.exceptions import BatchPartialFailureError, SiliconFlowError
-
-        try:
-            yield
-        except BatchPartialFailureError:
-            raise
-        except SiliconFlowError as exc:
-            ids = self._run.batch_ids if self._run is not None else ()
-            if not exc.retryable and (ids or possible):
-                self.log.error(
-                    "%s; they stay as they are. Mend what is wrong and let the task retry: it takes them up. A clear "
-                    "would pay for all again.",
-                    f"{len(ids)} batches are submitted ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})"
-                    if ids
-                    else "Batches may be submitted by now",
-                )
-                exc.retryable = True
-            raise
-
-    @contextlib.contextmanager
-    def _failed_waits(self, run: BatchRun) -> Iterator[None]:
-        from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError, BatchWaitError
-
-        try:
-            yield
-        except BatchTimeoutError as exc:
-            if self.cancel_on_timeout:
-                raise self.cancelled_at_timeout(run.open_batches) from exc
-            raise
-        except BatchWaitError as exc:
-            # Failing for good would leave a person nothing but a clear, which pays for every batch again.
-            exc.retryable = True
-            raise
-
     def on_kill(self) -> None:
-        """Cancel the open batches when the running task is ended from outside; in any case create none any more."""
+        """Cancel the open batches when a person ends the running task; in any case create none any more."""
         self._killed = True
-        if self._run is not None:
-            self._stop(self._run)
+        if self._job is not None:
+            self._stop(self._job.run)
 
     def _stop(self, run: BatchRun) -> None:
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
@@ -392,7 +323,7 @@ class RunBatchOperator(SubmittingOperator):
         known = run.stop(cancels=cancels)
         if not cancels:
             if known:
-                self.log.warning("Batches %s are left alone; they go on and are billed", known)
+                self.log.warning("Batches %s are left alone; they go on and are billed", ", ".join(known))
             return
         # What is known goes first: there are five seconds, and a search may take more.
         self.cancel(known)

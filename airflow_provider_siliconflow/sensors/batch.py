@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.providers.common.compat.sdk import (
     AirflowSensorTimeout,
@@ -19,7 +19,8 @@ from airflow.triggers.base import StartTriggerArgs
 
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.links.batch import BatchConsoleLink
-from airflow_provider_siliconflow.operators.base import DEFERRAL_BACKSTOP
+from airflow_provider_siliconflow.task import arguments as read
+from airflow_provider_siliconflow.task.deferral import defer
 from airflow_provider_siliconflow.task.errors import task_errors
 from airflow_provider_siliconflow.task.state import airflow_version
 from airflow_provider_siliconflow.task.templating import rendered_list
@@ -34,15 +35,15 @@ if TYPE_CHECKING:
 #: Longest life of a batch and a day more, in seconds: how long the sensor waits when nothing else is said.
 _LONGEST_WAIT = 15 * 86400.0
 
-#: Seconds before a sensor in reschedule mode looks again at a batch that the account did not know.
-_SECOND_LOOKS = (2.0, 5.0)
+#: Seconds before a sensor in reschedule mode polls a batch again that the account did not know.
+_SECOND_POLLS = (2.0, 5.0)
 
 
 class BatchSensor(BaseSensorOperator):
     """
     Wait until one batch or several have ended, and fail if one did not succeed.
 
-    Passing faults of the service never end the wait. An expired or partly failed batch is a success with a
+    Transient faults of the service never end the wait. An expired or partly failed batch is a success with a
     warning, so that its results get downloaded, unless ``fail_on_partial_error`` is set or not one row
     succeeded. The sensor never cancels a batch.
 
@@ -52,25 +53,26 @@ class BatchSensor(BaseSensorOperator):
         default_deferrable``. Otherwise ``mode`` is ``"poke"`` or ``"reschedule"``, as of any sensor.
     :param fail_on_partial_error: fail when any row failed or expired; by default that is a warning.
     :param allow_all_failed: let a batch pass of which not one row succeeded.
-    :param start_from_trigger: begin in the triggerer without a worker, on Airflow 3.3+ and where the triggerer
-        can render ``batch_id`` and ``conn_id``: given as they are, as another task's ``.output``, or as
-        templates, in which ``xcom_pull`` must name ``map_indexes``. Elsewhere a worker starts the wait, which is
-        deferred all the same.
+    :param start_from_trigger: begin in the triggerer without a worker, on Airflow 3.3+ and if the triggerer can
+        render ``batch_id`` and ``conn_id``: given as they are, as another task's ``.output``, or as templates, in
+        which ``xcom_pull`` must name ``map_indexes``. Otherwise a worker starts the wait, which is deferred all
+        the same.
     :param timeout: seconds until ``AirflowSensorTimeout``; by default an hour after the batches expire.
-    :param poke_interval: seconds between two looks at a batch.
-    :param fail_fast: fail at once, without the task's retries, where a retry cannot help.
+    :param poke_interval: seconds between two polls of a batch.
+    :param fail_fast: fail at once, without the task's retries, if a retry cannot help.
     :returns: the final batch as a JSON object, or a list of them for a list of ids.
     """
 
     template_fields: Sequence[str] = ("batch_id", "conn_id")
     operator_extra_links = (BatchConsoleLink(),)
     ui_color = "#e8e4fb"
+    ARGUMENTS: ClassVar = read.Arguments({"batch_id": read.identifiers, "conn_id": read.text})
 
     def __init__(
         self,
         *,
         batch_id: str | Sequence[str],
-        conn_id: str = SiliconFlowHook.default_conn_name,
+        conn_id: str = "siliconflow_default",
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         fail_on_partial_error: bool = False,
         allow_all_failed: bool = False,
@@ -89,6 +91,7 @@ class BatchSensor(BaseSensorOperator):
         self.fail_fast = fail_fast
         self._has_timeout = timeout is not None
         self._wait: BatchWait | None = None
+        self.ARGUMENTS.check(self)
         # Airflow 2.11 and 3.0 would start the trigger with templates not rendered, 3.1 and 3.2 not at all.
         self.start_from_trigger = False
         if not start_from_trigger or airflow_version() < (3, 3):
@@ -112,71 +115,66 @@ class BatchSensor(BaseSensorOperator):
         """Defer, or poke."""
         if not self.deferrable:
             return super().execute(context)
-        # One look first: what has ended needs no trigger, and a setting that is wrong fails here.
-        looked = self.poke(context)
-        if isinstance(looked, PokeReturnValue):
-            return looked.xcom_value
-        self.defer(
-            trigger=BatchTrigger(
-                batch_ids=self._batch_ids(),
-                conn_id=self.conn_id,
-                poll_interval=self.poke_interval,
-                deadline=time.time() + self.timeout if self._has_timeout else None,
-            ),
-            method_name="execute_complete",
-            timeout=timedelta(seconds=self.timeout + DEFERRAL_BACKSTOP),
+        # One poll first: what has ended needs no trigger, and a setting that is wrong fails here.
+        polled = self.poke(context)
+        if isinstance(polled, PokeReturnValue):
+            return polled.xcom_value
+        deadline = time.time() + self.timeout if self._has_timeout else None
+        trigger = BatchTrigger(
+            batch_ids=self._batch_ids(),
+            conn_id=self.conn_id,
+            poll_interval=self.poke_interval,
+            deadline=deadline,
         )
-        raise AssertionError("unreachable")
+        return defer(self, trigger, deadline=deadline)
 
     def execute_complete(self, context: Context, event: Any = None) -> Any:
         """Resume after the trigger."""
         from airflow_provider_siliconflow.jobs.events import batches_of
 
-        with task_errors(fail_fast=self.fail_fast, soft_fail=self.soft_fail), self._timeouts():
-            return self._finish(batches_of(event))
+        with self._errors():
+            return self._judged(batches_of(event))
+
+    def _errors(self) -> AbstractContextManager[None]:
+        """Return what ends the sensor by an error of ours; a wait that timed out ends as every sensor's does."""
+        return task_errors(
+            fail_fast=self.fail_fast, soft_fail=self.soft_fail, timeout_error=AirflowSensorTimeout
+        )
 
     def poke(self, context: Context) -> bool | PokeReturnValue:
-        """Look once at every batch that has not ended."""
+        """Poll every batch once that has not ended."""
         from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
-        with task_errors(fail_fast=self.fail_fast, soft_fail=self.soft_fail), self._timeouts():
+        with self._errors():
             if self._wait is None:
                 self._wait = BatchWait(
                     self._batch_ids(), time.time(), self.poke_interval, began=self._first_poke(context)
                 )
-            self._look(self._wait)
+            self._poll(self._wait)
             if self.reschedule:
-                # A look by a process of its own must not take a moment's 404 for the last word.
-                for pause in _SECOND_LOOKS:
+                # A poke by a process of its own must not take a single 404 for the last word.
+                for pause in _SECOND_POLLS:
                     if not self._wait.misses_some:
                         break
                     time.sleep(pause)
-                    self._look(self._wait)
+                    self._poll(self._wait)
+                # Nor may a batch whose counts come late begin anew to be waited for at each poke.
+                while self._wait.settling:
+                    time.sleep(self._wait.pause(time.time()))
+                    self.hook.poll_once(self._wait)
             if not self._wait.finished:
                 self._wait.check_deadline(time.time())
                 return False
-            return PokeReturnValue(is_done=True, xcom_value=self._finish(self._wait.batches))
+            return PokeReturnValue(is_done=True, xcom_value=self._judged(self._wait.batches))
 
-    def _look(self, wait: BatchWait) -> None:
+    def _poll(self, wait: BatchWait) -> None:
         now = time.time()
         wait.make_all_due(now)
         while wait.due(now):
             self.hook.poll_once(wait)
 
-    @contextlib.contextmanager
-    def _timeouts(self) -> Iterator[None]:
-        """Let a wait that timed out end as every sensor's does."""
-        from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError
-
-        try:
-            yield
-        except BatchTimeoutError as exc:
-            if self.soft_fail:
-                raise
-            raise AirflowSensorTimeout(str(exc)) from exc
-
     def _first_poke(self, context: Context) -> float | None:
-        """Return when the wait began, where each poke is a process of its own; ``None`` elsewhere, and at first."""
+        """Return when the wait began, if each poke is a process of its own; ``None`` otherwise, and at first."""
         if not self.reschedule:
             return None
         ti = context["ti"]
@@ -189,11 +187,10 @@ class BatchSensor(BaseSensorOperator):
         return None if began is None else began.timestamp()
 
     def _batch_ids(self) -> list[str]:
-        from airflow_provider_siliconflow.api.arguments import check_identifiers
+        found: list[str] = self.ARGUMENTS.read(self, "batch_id")["batch_id"]
+        return found
 
-        return check_identifiers("batch_id", rendered_list(self.batch_id))
-
-    def _finish(self, batches: list[Batch]) -> Any:
+    def _judged(self, batches: list[Batch]) -> Any:
         """Judge every batch, so that the log names each, then fail for the first that is a failure."""
         from airflow_provider_siliconflow.api.exceptions import BatchError
         from airflow_provider_siliconflow.jobs.outcome import finish_batch
@@ -221,7 +218,7 @@ class BatchSensor(BaseSensorOperator):
 
 def _for_triggerer(value: Any) -> Any:
     """
-    Return an argument as a triggerer can render it, or ``None`` where it cannot.
+    Return an argument as a triggerer can render it, or ``None`` if it cannot.
 
     The triggerer of Airflow 3.3 answers ``xcom_pull`` for one map index only. Asked without, as a task's
     ``.output`` does it in a template, it never answers, and the wait would hang for good.

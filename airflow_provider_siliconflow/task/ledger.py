@@ -6,22 +6,17 @@ from collections.abc import Set
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from airflow.providers.common.compat.sdk import conf
-
-from airflow_provider_siliconflow.task.state import earliest_start, how_to_search
-
 if TYPE_CHECKING:
-    from airflow.providers.common.compat.sdk import Context
-
     from airflow_provider_siliconflow.api.client import SiliconFlowClient
-    from airflow_provider_siliconflow.jobs.ledger import Ledger
+    from airflow_provider_siliconflow.jobs.ledger import Ledger, Owner
     from airflow_provider_siliconflow.jobs.states import Ended, State, UploadState
     from airflow_provider_siliconflow.jobs.submission import Submission
+    from airflow_provider_siliconflow.task.state import TaskTry
 
 
-#: Names in the task state store beside the keys of work: the generation it was there from the start of, and the batch
-#: recorded last.
-_GENERATION, _LAST = "generation", "last"
+#: Names in the task state store beside the keys of work: the last try that wrote there, the one that may send, and the
+#: work recorded last.
+_TRY, _FENCE, _LAST = "try", "fence", "last"
 #: Batches that died which are kept for each piece of work.
 _MOST_RETIRED = 20
 #: Entries outlive the longest batch and the files of the service, whatever the store's own default is.
@@ -32,21 +27,49 @@ class TaskStateLedger:
     """
     The ledger over Airflow's task state store (3.3+), which survives retries, crashes and deferral.
 
-    It is complete where it was there from the first try of the generation on: an earlier try may have run before
-    Airflow was upgraded, or with the store switched off.
+    It is complete if it was there in every try so far. An earlier try may have run before Airflow was upgraded, with
+    the store switched off, or before a clear, at which some versions of Airflow discard the store. Each try leaves its
+    number, so a chain of numbers without a gap is the proof.
+
+    Two tries may be alive at once, when Airflow has lost the heartbeat of one. Each leaves its token here when it
+    begins, and reads it again before and after it records an intent: a try that finds another's stops.
 
     :param store: ``context["task_state_store"]``.
     :param generation: of the tries, see :class:`~.jobs.identity.Submitter`.
-    :param first: whether no earlier try of this generation can have submitted anything.
+    :param owner: this try, with a fresh token.
     """
 
-    def __init__(self, store: Any, *, generation: int, first: bool) -> None:
+    def __init__(self, store: Any, *, generation: int, owner: Owner) -> None:
         self._store = store
         self._generation = generation
+        self._token = owner.token
         self._known: dict[str, State] = {}
-        if first:
-            self._set(_GENERATION, {"number": generation})
-        self.complete = first or self._get(_GENERATION) == {"number": generation}
+        # First of all: what is read from here on is all that an older try will have recorded.
+        self._set(_FENCE, {"token": owner.token, "who": str(owner)})
+        last = self._get(_TRY)
+        self.complete = owner.try_number <= 1 or (
+            isinstance(last, dict)
+            and last.get("complete") is True
+            and last.get("number") in (owner.try_number - 1, owner.try_number)
+        )
+        self._set(_TRY, {"number": owner.try_number, "complete": self.complete})
+
+    def check_owner(self) -> None:
+        """
+        Stop if another try does the work now.
+
+        :raises JobTakenOverError: it does; nothing may be sent any more.
+        """
+        from airflow_provider_siliconflow.api.exceptions import JobTakenOverError
+
+        fence = self._get(_FENCE)
+        if isinstance(fence, dict) and fence.get("token") == self._token:
+            return
+        who = fence.get("who") if isinstance(fence, dict) else None
+        raise JobTakenOverError(
+            f"Another try of this task does the work now: {str(who or 'its record is gone')[:300]}. This one stops and "
+            "sends nothing more. What it submitted is not lost: the other one takes it up."
+        )
 
     @staticmethod
     def _name(key: str) -> str:
@@ -55,14 +78,6 @@ class TaskStateLedger:
     def older_batches(self, key: str) -> Set[str]:
         """Return none: a task that submits a single batch has no older one."""
         return frozenset()
-
-    @property
-    def submitted(self) -> str | None:
-        """The batch that a try of this generation recorded last, whatever its request was."""
-        from airflow_provider_siliconflow.jobs.states import Ended, Sent
-
-        _, state = self.earlier_work("") or ("", None)
-        return state.batch_id if isinstance(state, Sent | Ended) else None
 
     def state(self, key: str) -> State:
         """Return what a piece of work is."""
@@ -77,13 +92,18 @@ class TaskStateLedger:
         from airflow_provider_siliconflow.jobs.states import Sending, check_transition, encode
 
         before = self.state(key)
+        if isinstance(state, Sending):
+            self.check_owner()
         if state == before:
             return
         check_transition(key, before, state)
         self._set(key, encode(state))
         self._known[key] = state
-        if isinstance(state, Sending) and not isinstance(before, Sending):
-            self._set(_LAST, {"key": key, "generation": self._generation})
+        if isinstance(state, Sending):
+            if not isinstance(before, Sending):
+                self._set(_LAST, {"key": key, "generation": self._generation})
+            # A newer try that began in between has not seen this intent, and may be sending.
+            self.check_owner()
 
     def retire(self, key: str) -> None:
         """Plan a piece of work anew whose batch died, and keep that batch among the retired."""
@@ -145,28 +165,22 @@ class TaskStateLedger:
             self._store.set(self._name(name), value, retention=_RETENTION)
 
 
-def ledger_of(context: Context) -> Ledger:
-    """Return the task's ledger; ``[siliconflow] task_state_store = False`` does without Airflow's store."""
+def open_submission(task_try: TaskTry, client: SiliconFlowClient, ledger: Ledger | None = None) -> Submission:
+    """
+    Return what submits for a try.
+
+    :param ledger: what outlives the try; by default Airflow's task state store if there is one.
+    """
     from airflow_provider_siliconflow.jobs.ledger import NoLedger
-
-    store = context.get("task_state_store")
-    if store is None or not conf.getboolean("siliconflow", "task_state_store", fallback=True):
-        return NoLedger()
-    first = how_to_search(context) in ("none", "once")
-    return TaskStateLedger(store, generation=context["ti"].max_tries or 0, first=first)
-
-
-def open_submission(context: Context, client: SiliconFlowClient, ledger: Ledger | None = None) -> Submission:
-    """
-    Return what submits for this try.
-
-    :param ledger: what outlives a try; by default Airflow's task state store where there is one.
-    """
     from airflow_provider_siliconflow.jobs.submission import Submission
 
-    return Submission(
-        client,
-        ledger=ledger_of(context) if ledger is None else ledger,
-        earlier_tries=how_to_search(context),
-        since=earliest_start(context),
+    if ledger is None:
+        ledger = NoLedger() if task_try.store is None else ledger_of(task_try)
+    return Submission(client, ledger=ledger, earlier_tries=task_try.search, since=task_try.since)
+
+
+def ledger_of(task_try: TaskTry) -> TaskStateLedger:
+    """Return the ledger over the store of a try, which takes the work over from any other try."""
+    return TaskStateLedger(
+        task_try.store, generation=task_try.submitter.generation, owner=task_try.new_owner()
     )

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import conf
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import BaseOperator, Context
 
     from airflow_provider_siliconflow.jobs.identity import Submitter
+    from airflow_provider_siliconflow.jobs.ledger import Owner
     from airflow_provider_siliconflow.jobs.submission import Search
 
 
 log = logging.getLogger(__name__)
-#: States of a task that no person has ended.
-_UNTOUCHED_STATES = frozenset({"running", "up_for_retry", "scheduled", "queued"})
+#: States that a task is given by a person who ends it, or by Airflow for one: a run that is marked failed, or that ran
+#: into its timeout. Not ``removed``: a DAG file that is broken for a moment does that, and it is undone.
+ENDED_STATES = frozenset({"failed", "success", "skipped"})
+#: The state of a task that is cleared while it runs.
+_CLEARED_STATE = "restarting"
 #: Seconds to wait for the state of a task that is being ended; Airflow leaves it five.
-_STATE_PATIENCE = 1.5
+_STATE_PATIENCE = 2.0
 
 
 @cache
@@ -30,41 +37,71 @@ def airflow_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def submitter_of(context: Context) -> Submitter:
-    """Return who submits: this task instance in this generation of tries."""
-    from airflow_provider_siliconflow.jobs.identity import Submitter
-
-    ti = context["ti"]
-    map_index = getattr(ti, "map_index", None)
-    return Submitter(
-        dag_id=ti.dag_id,
-        run_id=ti.run_id,
-        task_id=ti.task_id,
-        map_index=-1 if map_index is None else map_index,
-        generation=ti.max_tries or 0,
-    )
-
-
-def how_to_search(context: Context) -> Search:
+@dataclass(frozen=True, slots=True)
+class TaskTry:
     """
-    Say how hard an earlier try of this generation has to be looked for.
+    One try of a task: all that this provider takes from Airflow's context.
 
-    A clear by a person starts a new generation at a higher try number; the arithmetic that shows it is off
-    when ``retries`` was edited between two tries, so only the very first try searches nothing at all.
+    :param ti: the task instance.
+    :param submitter: this task instance in this generation of tries.
+    :param search: how hard a batch of an earlier try has to be searched for if no complete record is kept.
+    :param since: a time before which no try of this run can have submitted, in epoch seconds.
+    :param store: Airflow's task state store, or ``None``.
     """
-    ti = context["ti"]
-    if ti.try_number <= 1:
-        return "none"
-    first_of_generation = (ti.max_tries or 0) - (context["task"].retries or 0) + 1
-    return "once" if ti.try_number <= first_of_generation else "patiently"
+
+    ti: Any
+    submitter: Submitter
+    search: Search
+    since: float
+    store: Any
+
+    @classmethod
+    def of(cls, context: Context) -> TaskTry:
+        """Return the try that a context is of."""
+        from airflow_provider_siliconflow.jobs.identity import Submitter
+
+        ti = context["ti"]
+        map_index = getattr(ti, "map_index", None)
+        submitter = Submitter(
+            dag_id=ti.dag_id,
+            run_id=ti.run_id,
+            task_id=ti.task_id,
+            map_index=-1 if map_index is None else map_index,
+            generation=ti.max_tries or 0,
+            deployment_id=conf.get("siliconflow", "deployment_id", fallback=None) or None,
+        )
+        # A first try looks once, since it may not be the first: `airflow tasks test` runs a live task again under the
+        # same number, and a run may be deleted and made again under its id. The number alone counts: `retries` may
+        # have been edited between two tries.
+        search: Search = "once" if ti.try_number <= 1 else "patiently"
+        store = context.get("task_state_store")
+        return cls(ti, submitter, search, _earliest_start(context), store if _records_in_store() else None)
+
+    @property
+    def number(self) -> int:
+        """The number of the try, from 1."""
+        return int(self.ti.try_number)
+
+    def new_owner(self) -> Owner:
+        """Return this try as the owner of its work, with a fresh token."""
+        from airflow_provider_siliconflow.jobs.ledger import Owner
+
+        return Owner.new(
+            self.submitter, try_number=self.number, try_id=str(getattr(self.ti, "id", None) or "")
+        )
+
+    def push(self, key: str, value: Any) -> None:
+        """Push to XCom."""
+        self.ti.xcom_push(key=key, value=value)
 
 
-def earliest_start(context: Context) -> float:
-    """
-    Return a time before which no try of this run can have submitted (epoch seconds).
+def _records_in_store() -> bool:
+    """``[siliconflow] task_state_store = False`` does without Airflow's store."""
+    return bool(conf.getboolean("siliconflow", "task_state_store", fallback=True))
 
-    The run's own start moves when somebody clears another task of it, so the earliest of all is taken.
-    """
+
+def _earliest_start(context: Context) -> float:
+    # The run's own start moves when somebody clears another task of it, so the earliest of all is taken.
     run = context["dag_run"]
     times = [
         getattr(run, "start_date", None),
@@ -97,29 +134,45 @@ def task_state(ti: Any) -> str | None:
     return None if state is None else str(getattr(state, "value", state))
 
 
-def only_the_worker_ends(ti: Any) -> bool:
+def is_ended_by_a_person(ti: Any) -> bool:
     """
-    Whether a task is being ended though nobody has touched it: by a deployment, an eviction, or by Airflow, which took
-    it for dead and is about to try again.
+    Whether it is certain that a person ended or cleared a running task.
 
-    A signal tells all endings alike; the task's state does not: a person's makes it failed, success, skipped or
-    restarting, before the signal. Where that cannot be read in time, a person is assumed.
+    A deployment, an eviction and Airflow itself, which took the task for dead or lost its database, send the same
+    signal. The task's state tells them apart: a person's makes it failed, success, skipped or restarting, before the
+    signal. A state that cannot be read in time is no proof.
 
     :param ti: the task instance of the context.
     """
     found: list[str | None] = []
+    errors: list[Exception] = []
 
     def ask() -> None:
         try:
             found.append(task_state(ti))
         except Exception as exc:  # noqa: BLE001
-            log.warning("The task's state cannot be read (%s): it is taken to be ended by a person", exc)
+            errors.append(exc)
 
     # In a thread, since the signal may have come in the middle of the main one's own talk with Airflow.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_STATE_PATIENCE)
-    return bool(found) and found[0] in _UNTOUCHED_STATES
+    if not found:
+        why = errors[0] if errors else f"no answer within {_STATE_PATIENCE:.0f} s"
+        log.warning(
+            "The task is being ended, and its state cannot be read (%s), so nobody knows by whom. Nothing is "
+            "cancelled; a retry takes the batches up.",
+            why,
+        )
+        return False
+    if found[0] in ENDED_STATES or found[0] == _CLEARED_STATE:
+        return True
+    log.warning(
+        "The task is being ended in state %s, which no person gave it: the worker ends, or Airflow ends this try. "
+        "Nothing is cancelled; a retry takes the batches up.",
+        found[0],
+    )
+    return False
 
 
 def may_end_in_trigger(operator: BaseOperator) -> bool:

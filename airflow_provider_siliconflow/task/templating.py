@@ -27,16 +27,6 @@ def is_templated_inside(value: Any) -> bool:
     return False
 
 
-def refuse_both(**given: Any) -> None:
-    """
-    Refuse two arguments of which only one makes sense, where that is known when the DAG is parsed.
-
-    :raises ValueError: both are given.
-    """
-    if all(value is not None and not is_templated(value) for value in given.values()):
-        raise ValueError(f"give either {' or '.join(given)}, not both")
-
-
 def rendered_list(value: Any) -> Any:
     """
     Return a list that a template rendered to text as a list again; anything else as it is.

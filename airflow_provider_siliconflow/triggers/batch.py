@@ -12,6 +12,7 @@ from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
+    from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
     from airflow_provider_siliconflow.api.settings import ClientSettings
     from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
@@ -32,25 +33,31 @@ _CONNECTION_PAUSE, _LONGEST_CONNECTION_PAUSE = 5.0, 300.0
 #: Seconds for which a connection that is not defined may be one that Airflow cannot read.
 _MISSING_CONNECTION_PATIENCE = 600.0
 
+#: Seconds between attempts to learn how a task ended: two minutes in all, since a database may be away for a while.
+_STATE_PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 30.0, 30.0)
+
 
 class BatchTrigger(BaseTrigger):
     """
     Wait until batches have ended, polling them over one connection pool shared by all triggers of a triggerer.
 
-    Emits one event: ``{"status": "ended", "batches": [...]}``, or ``"timeout"`` or ``"error"`` with a
-    ``message``. It never submits anything, since a trigger may run twice at once.
+    Emits one event, whatever happens: ``{"status": "ended", "batches": [...]}``, or ``"timeout"`` or ``"error"``
+    with a ``message``. It never submits anything, since a trigger may run twice at once.
 
     :param batch_ids: ids of the batches.
     :param batch_id: the same as one id or a list, under the name that a sensor's template has.
     :param conn_id: the connection.
     :param poll_interval: seconds between two polls of one batch.
     :param deadline: epoch seconds at which the wait ends; by default an hour after the batches expire.
-    :param cancel_on_kill: whether to cancel the batches when a person ends the deferred task (Airflow 3.3+).
-    :param wake_after: how many ended batches end the wait; by default all. Those still open are not in the event.
+    :param cancel_on_kill: whether to cancel the batches when a person ends the deferred task (Airflow 3.3+). Needs
+        ``wait_token``.
     :param end_in_trigger: whether to end the task right here, without a worker, when every row of every batch
         succeeded.
+    :param min_ended: how many ended batches end the wait; by default all. Those still open are not in the event.
     :param began: epoch seconds at which the task began to wait; a triggerer that restarts does not start it anew.
-    :param brief: whether the event holds of each batch only its id, status, counts and errors.
+    :param counts_only: whether the event holds of each batch only its id, status, counts and errors.
+    :param wait_token: what the task recorded of this very wait before it deferred, see
+        :func:`~airflow_provider_siliconflow.task.deferral.record_wait`.
     """
 
     def __init__(
@@ -63,9 +70,10 @@ class BatchTrigger(BaseTrigger):
         deadline: float | None = None,
         cancel_on_kill: bool = False,
         end_in_trigger: bool = False,
-        wake_after: int | None = None,
+        min_ended: int | None = None,
         began: float | None = None,
-        brief: bool = False,
+        counts_only: bool = False,
+        wait_token: str | None = None,
     ) -> None:
         super().__init__()
         self.batch_id = batch_id if batch_ids is None else list(batch_ids)
@@ -74,9 +82,10 @@ class BatchTrigger(BaseTrigger):
         self.deadline = deadline
         self.cancel_on_kill = cancel_on_kill
         self.end_in_trigger = end_in_trigger
-        self.wake_after = wake_after
+        self.min_ended = min_ended
         self.began = began
-        self.brief = brief
+        self.counts_only = counts_only
+        self.wait_token = wait_token
         self._settings: ClientSettings | None = None
         self._wait: BatchWait | None = None
 
@@ -91,56 +100,84 @@ class BatchTrigger(BaseTrigger):
                 "deadline": self.deadline,
                 "cancel_on_kill": self.cancel_on_kill,
                 "end_in_trigger": self.end_in_trigger,
-                "wake_after": self.wake_after,
+                "min_ended": self.min_ended,
                 "began": self.began,
-                "brief": self.brief,
+                "counts_only": self.counts_only,
+                "wait_token": self.wait_token,
             },
         )
 
-    async def run(self) -> AsyncIterator[TriggerEvent]:
-        """Wait, and yield one event."""
+    def _batch_ids(self) -> list[str]:
         from airflow_provider_siliconflow.api.arguments import check_identifiers
-        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
-        from airflow_provider_siliconflow.jobs.events import encode, ended, failed
-        from airflow_provider_siliconflow.jobs.outcome import is_flawless
-        from airflow_provider_siliconflow.jobs.waiting import BatchWait
         from airflow_provider_siliconflow.task.templating import rendered_list
 
-        batch_ids: list[str] = []
+        return check_identifiers("batch_id", rendered_list(self.batch_id))
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """Wait, and yield one event."""
+        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+
         await _FIRST_PAUSES.pause()
         try:
-            batch_ids = check_identifiers("batch_id", rendered_list(self.batch_id))
-            self._settings = await self._read_connection()
-            self._wait = BatchWait(
-                batch_ids, time.time(), self.poll_interval, self.deadline, self.wake_after, self.began
-            )
-            async with shared_client(self._settings) as client:
-                # Thousands of waits need one copy of it.
-                self._settings = client.settings
-                await self._until_ended(self._wait, client)
+            event = await self._event()
         except SiliconFlowError as exc:
-            yield TriggerEvent(encode(failed(exc, batch_ids)))
-            return
+            event = self._failure(exc)
+        except Exception as exc:
+            # Without an event Airflow fails the task, and says nothing of the batches that go on.
+            self.log.exception("The wait met an error that it does not know")
+            event = self._failure(_unforeseen(exc))
+        yield event
+
+    async def _event(self) -> TriggerEvent:
+        """Wait, and return the event of a wait that reached its goal."""
+        from airflow_provider_siliconflow.jobs.events import encode, ended
+        from airflow_provider_siliconflow.jobs.outcome import is_flawless
+        from airflow_provider_siliconflow.jobs.waiting import BatchWait
+
+        batch_ids = self._batch_ids()
+        self._settings = await self._read_connection()
+        self._wait = BatchWait(
+            batch_ids,
+            time.time(),
+            self.poll_interval,
+            deadline=self.deadline,
+            min_ended=self.min_ended,
+            began=self.began,
+        )
+        async with shared_client(self._settings) as client:
+            # Thousands of waits need one copy of it.
+            self._settings = client.settings
+            await self._until_ended(self._wait, client)
         batches = self._wait.batches
-        if self.end_in_trigger and all(is_flawless(batch) for batch in batches):
+        if self.end_in_trigger and all(map(is_flawless, batches)):
             self.log.info("Every row succeeded; the task ends here, without a worker")
-            yield TaskSuccessEvent()
-            return
-        yield TriggerEvent(encode(ended(batches), counts_only=self.brief))
+            return TaskSuccessEvent()
+        return TriggerEvent(encode(ended(batches), counts_only=self.counts_only))
+
+    def _failure(self, error: SiliconFlowError) -> TriggerEvent:
+        """Return the event of a wait that did not reach its goal."""
+        from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+        from airflow_provider_siliconflow.jobs.events import encode, failed
+
+        try:
+            batch_ids = self._batch_ids()
+        except InvalidInputError:
+            batch_ids = []
+        return TriggerEvent(encode(failed(error, batch_ids)))
 
     async def _read_connection(self) -> ClientSettings:
         """Read the connection once; Airflow's own API may be away for a moment."""
-        from airflow.providers.common.compat.connection import get_async_connection, get_async_extra_dejson
         from airflow.providers.common.compat.sdk import AirflowNotFoundException
 
         from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError, InvalidInputError
-        from airflow_provider_siliconflow.hooks.siliconflow import settings_from_connection
+        from airflow_provider_siliconflow.hooks.connection import aread_connection
 
         pause, began = _CONNECTION_PAUSE, time.time()
         while True:
             try:
-                connection = await get_async_connection(self.conn_id)
-                extra = await get_async_extra_dejson(connection)
+                return await aread_connection(self.conn_id)
+            except InvalidInputError:
+                raise
             except Exception as exc:
                 # Whatever kept Airflow from answering, a wait of days must not end by it. Airflow takes some of it,
                 # such as its own API being away, for a connection that is not there.
@@ -160,8 +197,6 @@ class BatchTrigger(BaseTrigger):
                 )
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LONGEST_CONNECTION_PAUSE)
-            else:
-                return settings_from_connection(connection, extra)
 
     async def _until_ended(self, wait: BatchWait, client: AsyncSiliconFlowClient) -> None:
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
@@ -176,10 +211,13 @@ class BatchTrigger(BaseTrigger):
 
         while True:
             due = wait.due(time.time())
-            if len(due) == 1:
-                await poll(due[0])
-            elif due:
-                await asyncio.gather(*(poll(batch_id) for batch_id in due))
+            # The deadline ends polls under way: check_deadline() then says what is known of their batches.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait.poll_limit(time.time())):
+                    if len(due) == 1:
+                        await poll(due[0])
+                    elif due:
+                        await asyncio.gather(*(poll(batch_id) for batch_id in due))
             wait.say_summary(time.time())
             if wait.finished:
                 return
@@ -190,70 +228,97 @@ class BatchTrigger(BaseTrigger):
         """
         Cancel the batches after a person ended the task that submitted them. Called by Airflow 3.3+ only.
 
-        Airflow cancels this call itself a second after it starts, and calls it also when a trigger merely
-        moves to another triggerer. So the work is done by a task of its own, which looks first whether the
-        task instance is really not waiting for these batches any more.
+        Airflow cancels this call itself a second after it starts, and calls it also when a trigger merely moves to
+        another triggerer, or when its task was woken by another one. So the work is done by a task of its own, which
+        asks for proof first.
         """
         if not self.cancel_on_kill:
             return
-        task = asyncio.get_running_loop().create_task(self._cancel_if_killed())
+        task = asyncio.get_running_loop().create_task(self._cancel_if_ended_by_a_person())
         _CANCELLATIONS.add(task)
         task.add_done_callback(_CANCELLATIONS.discard)
         await asyncio.shield(task)
 
-    async def _cancel_if_killed(self) -> None:
-        from asgiref.sync import sync_to_async
-
-        from airflow_provider_siliconflow.api.arguments import check_identifiers
-        from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
-        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
-        from airflow_provider_siliconflow.task.state import task_state
-        from airflow_provider_siliconflow.task.templating import rendered_list
-
-        batch_ids = check_identifiers("batch_id", rendered_list(self.batch_id))
+    async def _cancel_if_ended_by_a_person(self) -> None:
+        batch_ids = self._batch_ids()
         open_ids = [one for one in batch_ids if self._wait is None or one not in self._wait.ended]
+        named = ", ".join(open_ids[:10]) + (f" and {len(open_ids) - 10} more" if len(open_ids) > 10 else "")
+        if doubt := await self._doubt():
+            self.log.warning("Nothing is cancelled, batches %s go on: %s", named, doubt)
+            return
+        self.log.info("A person ended the task while it waited for batches %s; cancelling them", named)
         try:
-            state = await sync_to_async(task_state)(self.task_instance)
-            # After a clear the next try may be deferred already, over other batches than these.
-            current = await self._batches_of_task() if state == "deferred" else set()
             # Ended in its first seconds, the wait may not have got as far as reading its connection.
             settings = self._settings or await self._read_connection()
+            await self._cancel(open_ids, settings)
         except Exception as exc:  # noqa: BLE001
-            # Without the state nobody knows if this was a kill, and a cancelled batch cannot be brought back.
-            self.log.warning("The task's state cannot be read (%s); leaving batches %s alone", exc, open_ids)
-            return
-        if kept := [one for one in open_ids if current is None or one in current]:
-            self.log.info("The task still waits for batches %s: its trigger moves, and they go on", kept)
-        open_ids = [one for one in open_ids if one not in kept]
+            self.log.warning("Batches %s may go on and be billed: cancelling them failed: %s", named, exc)
+
+    async def _doubt(self) -> str | None:
+        """
+        Return why it is not certain that a person ended the task while it waited on this very trigger.
+
+        The task recorded a token of this wait before it deferred, and overwrites it when it resumes. So a task that
+        has ended, and whose record still is this wait's, has ended while it waited.
+        """
+        from asgiref.sync import sync_to_async
+
+        from airflow_provider_siliconflow.task.deferral import recorded_wait
+        from airflow_provider_siliconflow.task.state import ENDED_STATES, task_state
+
+        if self.wait_token is None:
+            return "the trigger was given no token of its wait"
+        pauses = iter(_STATE_PAUSES)
+        while True:
+            try:
+                state = await sync_to_async(task_state)(self.task_instance)
+                token = await sync_to_async(recorded_wait)(self.task_instance)
+                break
+            except Exception as exc:  # noqa: BLE001
+                # A cancelled batch cannot be brought back.
+                if (pause := next(pauses, None)) is None:
+                    return f"the task's state cannot be read ({exc}), so nobody knows who ended the wait"
+                await asyncio.sleep(pause)
+        if state not in ENDED_STATES:
+            return (
+                f"the task is {state or 'cleared, or without a state'}. Its wait goes on elsewhere, or it was woken; "
+                "if it was cleared, the new try decides about these batches"
+            )
+        if token != self.wait_token:
+            return f"the task is {state}, but it ended after this wait, not in it"
+        return None
+
+    async def _cancel(self, batch_ids: Sequence[str], settings: ClientSettings) -> None:
         from dataclasses import replace
 
+        from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
+        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+
         async with AsyncSiliconFlowClient(replace(settings, max_retries=3)) as client:
-            for batch_id in open_ids:
+
+            async def cancel(batch_id: str) -> None:
                 try:
                     batch = await client.cancel_batch(batch_id)
                 except SiliconFlowError as exc:
                     self.log.warning("Batch %s could not be cancelled and may go on: %s", batch_id, exc)
                 else:
                     self.log.info(
-                        "The task was ended (state %s): asked for batch %s to be cancelled; its status is %s",
-                        state,
-                        batch_id,
-                        batch.status,
+                        "Asked for batch %s to be cancelled; its status is %s", batch_id, batch.status
                     )
 
-    async def _batches_of_task(self) -> set[str] | None:
-        """Return the batches that the task has submitted in its current try; ``None`` when it does not say."""
-        from airflow.sdk.bases.xcom import BaseXCom
-        from asgiref.sync import sync_to_async
+            await asyncio.gather(*map(cancel, batch_ids))
 
-        ti = self.task_instance
-        pushed: set[str] = set()
-        for key in ("batch_id", "batch_ids"):
-            value = await sync_to_async(BaseXCom.get_one)(
-                key=key, dag_id=ti.dag_id, task_id=ti.task_id, run_id=ti.run_id, map_index=ti.map_index
-            )
-            pushed.update([value] if isinstance(value, str) else value or ())
-        return pushed or None
+
+def _unforeseen(error: Exception) -> SiliconFlowError:
+    """Return the error for one that no code of ours foresaw."""
+    from airflow_provider_siliconflow.api.exceptions import BatchWaitError
+    from airflow_provider_siliconflow.api.redaction import redact
+
+    return BatchWaitError(
+        f"The wait ended by an error that it does not know: {type(error).__name__}: {redact(str(error))} The batches "
+        "are untouched: they go on and are billed. A retry waits on and pays nothing again.",
+        retryable=True,
+    )
 
 
 class _FirstPauses:

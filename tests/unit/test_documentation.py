@@ -14,7 +14,8 @@ import pytest
 from airflow_provider_siliconflow.api import exceptions
 from airflow_provider_siliconflow.batch_files.reader import check_request_file
 from airflow_provider_siliconflow.emulator import running_emulator
-from airflow_provider_siliconflow.hooks.siliconflow import EXTRA_FIELDS, SiliconFlowHook
+from airflow_provider_siliconflow.hooks.connection import EXTRA_FIELDS
+from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.operators.batch import (
     CancelBatchOperator,
     CreateBatchOperator,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ before = set(sys.modules)
 
 
 def test_parsing_a_dag_loads_nothing_but_the_thin_rooms() -> None:
-    rooms = ["operators.batch", "operators.run", "sensors.batch", "triggers.batch", "decorators.batch"]
+    rooms = ["operators.batch", "sensors.batch", "triggers.batch", "decorators.batch"]
     imports = "".join(f"import airflow_provider_siliconflow.{room}\n" for room in rooms)
     run = run_python(f"{BASELINE}{imports}print(json.dumps(sorted(set(sys.modules) - before)))")
     assert run.returncode == 0, run.stderr
@@ -50,9 +51,12 @@ def test_parsing_a_dag_loads_nothing_but_the_thin_rooms() -> None:
     prefix = "airflow_provider_siliconflow."
     ours = {name.removeprefix(prefix) for name in loaded if name.startswith(prefix)}
     rooms = {"api", "operators", "sensors", "triggers", "decorators", "hooks", "links"}
-    assert {name.partition(".")[0] for name in ours} <= rooms | {"paths", "task"}
+    assert {name.partition(".")[0] for name in ours} <= rooms | {"batch_files", "paths", "task"}
     # Of the API only what its limits are: no models, no clients.
     assert {name for name in ours if name.startswith("api.")} == {"api.arguments", "api.exceptions"}
+    # And of the request files what is checked of arguments then.
+    files = {name for name in ours if name.startswith("batch_files.")}
+    assert files <= {"batch_files.parameters", "batch_files.prices"}
     others = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names)
     assert others <= {"airflow", "airflow_provider_siliconflow"}
 
@@ -96,14 +100,21 @@ def test_what_the_metadata_names_is_there(path: str) -> None:
     assert getattr(importlib.import_module(module), name)
 
 
-def test_every_module_with_operators_sensors_or_triggers_is_named() -> None:
+def test_every_operator_sensor_and_trigger_is_in_a_module_that_is_named() -> None:
+    """``operators.batch`` is the one public place for the operators, each of which has a file of its own."""
+    from airflow_provider_siliconflow.operators import batch
+
     info = get_provider_info()
     for kind in ("operators", "sensors", "triggers"):
-        there = {path.stem for path in (ROOT / "airflow_provider_siliconflow" / kind).glob("[!_]*.py")} - {
-            "base"
-        }
-        named = {module.rpartition(".")[2] for entry in info[kind] for module in entry["python-modules"]}
-        assert named == there
+        (entry,) = info[kind]
+        assert entry["python-modules"] == [f"airflow_provider_siliconflow.{kind}.batch"]
+    files = (ROOT / "airflow_provider_siliconflow" / "operators").glob("[!_]*.py")
+    there = {
+        name
+        for path in files
+        for name in re.findall(r"^class (\w+Operator)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert set(batch.__all__) == there - {"SiliconFlowOperator", "FileOperator", "SubmittingOperator"}
 
 
 def test_airflow_finds_the_provider() -> None:
@@ -135,12 +146,12 @@ def test_the_old_forms_fields_are_the_new_ones() -> None:
     from wtforms import Form
 
     from airflow_provider_siliconflow.hooks.connection_form import CONN_FIELDS
-    from airflow_provider_siliconflow.hooks.siliconflow import EXTRA_FIELDS, SiliconFlowHook
+    from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 
     widgets = SiliconFlowHook.get_connection_form_widgets()
-    assert tuple(widgets) == tuple(CONN_FIELDS) == EXTRA_FIELDS
+    assert tuple(widgets) == tuple(CONN_FIELDS)
     form = type("ConnectionForm", (Form,), widgets)()
-    assert form["headers"].type == "PasswordField"
+    assert form["secret_headers"].type == "PasswordField"
     assert "Default 60" in form["timeout"].description
 
 

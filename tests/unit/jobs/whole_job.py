@@ -71,13 +71,15 @@ class Job:
         self.tries = 0
         self.map_index = -1
         self.generation = 5
+        self.run_id = "run"
+        self.cancel_on_kill = True
         self.host = emulator.base_url
         self.after: Callable[[str], None] = lambda _: None
         self.clock = Clock(emulator)
         self.timeout: float | None = None
         self.waits: list[Wait] = []
 
-    def _client(self) -> SiliconFlowClient:
+    def client(self) -> SiliconFlowClient:
         job = self
 
         class Client(SiliconFlowClient):
@@ -89,16 +91,30 @@ class Job:
         return Client(ClientSettings("sk-test", self.host, backoff=0.01))
 
     def attempt(self) -> dict[str, Any]:
+        """Make another try, from its start to its end."""
+        run = self.next_try()
+        return self.carry_out(run, run.start(lambda: self.requests, "requests", timeout=self.timeout))
+
+    def next_try(self) -> BatchRun:
+        """Return the job of another try, in a process of its own."""
         self.tries += 1
-        client = self._client()
+        return self.process()
+
+    def process(self, try_id: str | None = None) -> BatchRun:
+        """
+        Return the job in another process of the present try.
+
+        :param try_id: of another try with the same number, as ``airflow tasks test`` makes it.
+        """
+        client = self.client()
 
         def open_submission(ledger: FolderLedger) -> Submission:
             tries = "none" if self.tries == 1 else "patiently"
             return Submission(client, ledger=ledger, earlier_tries=tries, since=0.0, clock=self.clock)
 
-        submitter = Submitter("dag", "run", "task", self.map_index, self.generation)
-        owner = Owner.new(submitter, try_number=self.tries, try_id=str(self.tries))
-        run = BatchRun(
+        submitter = Submitter("dag", self.run_id, "task", self.map_index, self.generation)
+        owner = Owner.new(submitter, try_number=self.tries, try_id=try_id or str(self.tries))
+        return BatchRun(
             self.options,
             submitter=submitter,
             client=client,
@@ -107,16 +123,20 @@ class Job:
             open_submission=open_submission,
             earlier_tries=self.tries > 1,
             owner=replace(owner, at=self.clock.time()),
-            cancel_on_kill=True,
+            cancel_on_kill=self.cancel_on_kill,
             clock=self.clock,
         )
-        wait = run.start(lambda: self.requests, "requests", timeout=self.timeout)
+
+    def carry_out(self, run: BatchRun, wait: Wait | None) -> dict[str, Any]:
+        """Wait as long as the job wants it, and return its manifest."""
         while wait is not None:
             self.waits.append(wait)
-            wait = run.resume(self._wait(client, wait))
+            wait = run.resume(self.wait(wait))
         return run.finish()
 
-    def _wait(self, client: SiliconFlowClient, wait: Wait) -> list[Batch]:
+    def wait(self, wait: Wait) -> list[Batch]:
+        """Poll until as many batches have ended as a job waits for."""
+        client = self.client()
         state = BatchWait(wait.batch_ids, self.clock.time(), 60.0, min_ended=wait.min_ended)
         while not state.finished:
             for batch_id in state.due(self.clock.time()):

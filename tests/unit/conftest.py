@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from pytest_mock import MockerFixture
 
 
 @pytest.fixture
@@ -53,3 +57,54 @@ def make_input(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return make
+
+
+class TaskStore:
+    """Airflow's task state store, as far as it is used."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Any] = {}
+        self.retentions: set[Any] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.entries.get(key, default)
+
+    def set(self, key: str, value: Any, *, retention: Any = None) -> None:
+        # What is stored passes through JSON.
+        self.entries[key] = json.loads(json.dumps(value))
+        self.retentions.add(retention)
+
+    def delete(self, key: str) -> None:
+        self.entries.pop(key, None)
+
+
+@pytest.fixture
+def store() -> TaskStore:
+    """An empty task state store."""
+    return TaskStore()
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches of the account are patient: a minute, which need not pass here."""
+    from airflow_provider_siliconflow.jobs.clock import SystemClock
+
+    slept = 0.0
+
+    def sleep(_: SystemClock, seconds: float) -> None:
+        nonlocal slept
+        slept += seconds
+
+    monkeypatch.setattr(SystemClock, "sleep", sleep)
+    monkeypatch.setattr(SystemClock, "time", lambda _: time.time() + slept)
+    monkeypatch.setattr(SystemClock, "monotonic", lambda _: time.monotonic() + slept)
+
+
+@pytest.fixture
+def set_state(mocker: MockerFixture) -> Callable[[str | None], Any]:
+    """Lets Airflow say which state every task is in; the double, to say something else."""
+
+    def set_state(state: str | None) -> Any:
+        return mocker.patch("airflow_provider_siliconflow.task.state.task_state", return_value=state)
+
+    return set_state

@@ -1,4 +1,4 @@
-"""The sensor and the trigger: one rule for both, whatever the way of waiting."""
+"""The sensor, whatever its way of waiting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from airflow.providers.common.compat.sdk import (
     AirflowSkipException,
     TaskDeferred,
 )
-from airflow.triggers.base import TaskSuccessEvent, TriggerEvent
+from airflow.triggers.base import TriggerEvent
 
 from airflow_provider_siliconflow.api.exceptions import BatchWaitError
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
@@ -26,14 +26,16 @@ from airflow_provider_siliconflow.triggers import batch as trigger_module
 from airflow_provider_siliconflow.triggers.batch import BatchTrigger
 
 if TYPE_CHECKING:
+    from pytest_mock import MockerFixture
+
     from airflow_provider_siliconflow.emulator import Emulator
 
 MakeContext = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(autouse=True)
-def _no_first_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trigger_module, "_FIRST_PAUSE", 0)
+def _no_first_pause(mocker: MockerFixture) -> None:
+    mocker.patch.object(trigger_module, "_FIRST_PAUSE", 0)
 
 
 @pytest.fixture
@@ -155,16 +157,16 @@ def test_outcome(
             wait(sensor, make_context(sensor))
 
 
-def test_every_failed_batch_of_several_is_told(
-    make_batch: Callable[..., str], make_context: MakeContext, caplog: pytest.LogCaptureFixture
+def test_every_failed_batch_of_several_is_logged(
+    make_batch: Callable[..., str], make_context: MakeContext, mocker: MockerFixture
 ) -> None:
     ids = [make_batch("[[emulator:error=400]]"), make_batch("Hi"), make_batch("[[emulator:error=400]]")]
     sensor = BatchSensor(task_id="t", batch_id=ids, poke_interval=0.05, fail_fast=False)
-    told: list[str] = []
-    sensor.log.error = lambda text, *rest: told.append(text % rest)  # type: ignore[method-assign]
+    error = mocker.patch.object(sensor.log, "error")
     with pytest.raises(Exception, match=ids[0]):
         sensor.execute(make_context(sensor))
-    assert [any(one in line for line in told) for one in ids] == [True, False, True]
+    logged = [call.args[0] % call.args[1:] for call in error.call_args_list]
+    assert [any(one in line for line in logged) for one in ids] == [True, False, True]
 
 
 @pytest.mark.emulator(speed=0.001)
@@ -191,13 +193,14 @@ def test_the_deferred_wait_ends_at_the_sensors_timeout_and_before_airflows(
     assert "POST /batches/*/cancel" not in emulator.request_counts
 
 
-@pytest.mark.parametrize("batch_id", ["None", "", [], ["batch_1", None]])
+@pytest.mark.parametrize("rendered", [None, "", [], ["batch_1", None]])
 @pytest.mark.parametrize("deferrable", [False, True])
 @pytest.mark.usefixtures("siliconflow_connection")
 def test_no_id_is_a_failure_for_good(
-    make_context: MakeContext, emulator: Emulator, batch_id: Any, deferrable: bool
+    make_context: MakeContext, emulator: Emulator, rendered: Any, deferrable: bool
 ) -> None:
-    sensor = BatchSensor(task_id="t", batch_id=batch_id, deferrable=deferrable)
+    sensor = BatchSensor(task_id="t", batch_id="{{ ids }}", deferrable=deferrable)
+    sensor.render_template_fields({"ids": rendered})
     with pytest.raises(AirflowFailException, match="batch_id"):
         sensor.execute(make_context(sensor))
     assert emulator.request_counts == {}
@@ -218,127 +221,22 @@ def test_a_batch_that_has_ended_is_not_deferred_for(
     assert sensor.execute(make_context(sensor))["id"] == batch_id
 
 
-# The trigger ------------------------------------------------------------------------------------------------
-
-
-def test_a_key_that_is_refused_ends_the_trigger_with_a_reason(
-    make_batch: Callable[..., str], emulator: Emulator
-) -> None:
-    batch_id = make_batch("Hi")
-    emulator.faults.add("GET /batches/*:status=401,times=-1")
-    event = payload(BatchTrigger(batch_ids=[batch_id], poll_interval=0.05))
-    assert (event["status"], event["retryable"], event["batch_ids"]) == ("error", False, [batch_id])
-    assert "untouched" in event["message"]
-
-
-@pytest.mark.parametrize(
-    ("connection", "words"),
-    [(None, "nowhere"), ("{}", "no API key"), ('{"password": "sk-1", "extra": {"timeout": "x"}}', "timeout")],
-)
-def test_a_connection_that_is_wrong_ends_the_trigger_with_a_reason(
-    monkeypatch: pytest.MonkeyPatch, connection: str | None, words: str
-) -> None:
-    monkeypatch.setattr(trigger_module, "_MISSING_CONNECTION_PATIENCE", 0.0)
-    if connection is not None:
-        monkeypatch.setenv("AIRFLOW_CONN_NOWHERE", connection)
-    event = payload(BatchTrigger(batch_ids=["batch_1"], conn_id="nowhere"))
-    # One that is not there may be one that Airflow cannot read just now.
-    assert (event["status"], event["retryable"]) == ("error", connection is None)
-    assert words in event["message"]
-
-
-def test_a_connection_that_airflow_cannot_read_for_a_moment_does_not_end_the_wait(
-    make_batch: Callable[..., str], monkeypatch: pytest.MonkeyPatch, emulator: Emulator
-) -> None:
-    batch_id = make_batch("Hi")
-    monkeypatch.setattr(trigger_module, "_CONNECTION_PAUSE", 0.3)
-
-    async def run() -> Any:
-        event = asyncio.ensure_future(anext(BatchTrigger(batch_ids=[batch_id], conn_id="late").run()))
-        await asyncio.sleep(0.1)
-        monkeypatch.setenv("AIRFLOW_CONN_LATE", emulator.airflow_connection)
-        async with asyncio.timeout(30):
-            return (await event).payload
-
-    assert asyncio.run(run())["status"] == "ended"
-
-
-def test_a_deadline_in_the_past_looks_once_and_ends(
-    make_batch: Callable[..., str], emulator: Emulator
-) -> None:
-    emulator.service.configure({"speed": 0.001})
-    batch_id = make_batch("Hi")
-    event = payload(BatchTrigger(batch_ids=[batch_id], deadline=time.time() - 60))
-    assert event["status"] == "timeout"
-    assert f"{batch_id} (in_queue)" in event["message"]
-    assert emulator.request_counts["GET /batches/*"] == 1
-
-
-@pytest.mark.parametrize("text", ["Hi", "[[emulator:error=400]]"])
-def test_only_a_flawless_wait_ends_without_a_worker(make_batch: Callable[..., str], text: str) -> None:
-    event = fire(BatchTrigger(batch_ids=[make_batch(text)], poll_interval=0.05, end_in_trigger=True))
-    assert isinstance(event, TaskSuccessEvent) == (text == "Hi")
-
-
-def test_a_rendered_list_of_ids_is_a_list(make_batch: Callable[..., str]) -> None:
-    ids = [make_batch("Hi"), make_batch("Hi")]
-    event = payload(BatchTrigger(batch_id=str(ids), poll_interval=0.05))
-    assert [one["id"] for one in event["batches"]] == ids
-
-
-def test_the_first_that_end_can_be_enough(make_batch: Callable[..., str], emulator: Emulator) -> None:
-    first = make_batch("Hi")
-    emulator.service.advance(1000)
-    emulator.service.configure({"speed": 0.001})
-    second = make_batch("Hi")
-    event = payload(BatchTrigger(batch_ids=[second, first], poll_interval=0.05, wake_after=1))
-    assert [one["id"] for one in event["batches"]] == [first]
-
-
-@pytest.mark.emulator(speed=0.001)
-def test_many_waits_share_one_client_and_give_it_back_when_they_are_cancelled(
-    make_batch: Callable[..., str], emulator: Emulator
-) -> None:
-    ids = [make_batch("Hi") for _ in range(5)]
-    shared: list[tuple[Any, int]] = []
-
-    async def run() -> None:
-        waits = [
-            asyncio.ensure_future(anext(BatchTrigger(batch_ids=[one], poll_interval=60).run())) for one in ids
-        ]
-        async with asyncio.timeout(20):
-            while emulator.request_counts.get("GET /batches/*", 0) < 5:  # noqa: ASYNC110 - another thread counts
-                await asyncio.sleep(0.01)
-        shared.extend(trigger_module._CLIENTS.values())
-        for wait in waits:
-            wait.cancel()
-        await asyncio.gather(*waits, return_exceptions=True)
-
-    asyncio.run(run())
-    ((client, users),) = shared
-    assert users == 5
-    assert trigger_module._CLIENTS == {}
-    assert client._session is None, "closed by the last one"
-    # A triggerer that stops is no kill.
-    assert "POST /batches/*/cancel" not in emulator.request_counts
-
-
 @pytest.mark.usefixtures("siliconflow_connection")
 @pytest.mark.parametrize("known", [True, False])
 def test_a_rescheduled_sensor_gives_an_unknown_batch_up_as_any_other_does(
     make_batch: Callable[..., str],
     make_context: MakeContext,
     emulator: Emulator,
-    monkeypatch: pytest.MonkeyPatch,
+    mocker: MockerFixture,
     known: bool,
 ) -> None:
-    """Each look is by a process of its own, and knows of the ones before only when the first was."""
+    """Each poke is a process of its own, and knows of the ones before only when the first was."""
     emulator.service.configure({"speed": 0.001})
-    monkeypatch.setattr("airflow_provider_siliconflow.sensors.batch._SECOND_LOOKS", (0.01, 0.01))
+    mocker.patch("airflow_provider_siliconflow.sensors.batch._SECOND_POLLS", (0.01, 0.01))
     batch_id = make_batch("Hi")
     sensor = BatchSensor(task_id="t", batch_id=batch_id if known else "batch_unknown", mode="reschedule")
     began = datetime.now(UTC)
-    monkeypatch.setattr(BatchSensor, "_first_poke", lambda *_: began.timestamp())
+    mocker.patch.object(BatchSensor, "_first_poke", side_effect=lambda *_: began.timestamp())
     context = make_context(sensor)
     assert not sensor.poke(context)
     began -= timedelta(minutes=11)

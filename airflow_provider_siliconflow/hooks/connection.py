@@ -1,0 +1,223 @@
+"""
+From an Airflow connection to the client's settings: the one place that reads a connection and masks its secrets.
+
+Whoever holds settings, in a worker or in the triggerer, got them here: the key, the values of headers and the
+passwords of proxies are registered with Airflow's secret masker before anything else happens to them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from airflow_provider_siliconflow.hooks.connection_form import CONN_FIELDS, CONN_TYPE
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Connection
+
+    from airflow_provider_siliconflow.api.settings import ClientSettings
+
+#: What a connection's extra may hold: the fields of the form, and ``headers``, which Airflow does not mask in its UI.
+EXTRA_FIELDS = (*CONN_FIELDS, "headers")
+
+
+def read_connection(conn_id: str) -> ClientSettings:
+    """
+    Return the settings of a connection, on a worker.
+
+    :param conn_id: the connection.
+    :raises InvalidInputError: it is not defined, is of another type, or has a field that is missing or wrong.
+    """
+    from airflow.providers.common.compat.sdk import AirflowNotFoundException, BaseHook, mask_secret
+
+    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+
+    try:
+        connection = BaseHook.get_connection(conn_id)
+    except AirflowNotFoundException as exc:
+        raise InvalidInputError(f"connection {conn_id!r} is not defined: {exc}") from exc
+    _refuse_other_type(connection)
+    fields = dict(connection.extra_dejson)
+    for secret in _secrets(connection, fields):
+        mask_secret(secret)
+    return _settings(connection, fields)
+
+
+async def aread_connection(conn_id: str) -> ClientSettings:
+    """
+    Return the settings of a connection, in the triggerer.
+
+    :param conn_id: the connection.
+    :raises AirflowNotFoundException: it is not defined, or Airflow cannot read it just now.
+    :raises InvalidInputError: it is of another type, or has a field that is missing or wrong.
+    """
+    from airflow.providers.common.compat.connection import get_async_connection, get_async_extra_dejson
+
+    connection = await get_async_connection(conn_id)
+    _refuse_other_type(connection)
+    fields = dict(await get_async_extra_dejson(connection))
+    for secret in _secrets(connection, fields):
+        await _amask_once(secret)
+    return _settings(connection, fields)
+
+
+#: Hashes of what this triggerer has masked: its thousands of waits share a few connections, and each secret is a round
+#: trip between two processes.
+_MASKED: set[int] = set()
+
+
+async def _amask_once(secret: str) -> None:
+    if hash(secret) in _MASKED:
+        return
+    await _amask(secret)
+    _MASKED.add(hash(secret))
+
+
+async def _amask(secret: str) -> None:
+    """Mask a secret without blocking the event loop, in this process and in the one that writes its logs."""
+    try:
+        from airflow.sdk.log import amask_secret
+    except ImportError:
+        # Airflow before 3.3.2. Its own function blocks, which breaks a triggerer.
+        try:
+            from airflow.sdk.execution_time import task_runner
+            from airflow.sdk.execution_time.comms import MaskSecret
+        except ImportError:
+            from airflow.providers.common.compat.sdk import mask_secret
+
+            mask_secret(secret)
+            return
+        supervisor = getattr(task_runner, "SUPERVISOR_COMMS", None)
+        if supervisor is not None and hasattr(supervisor, "asend"):
+            await supervisor.asend(MaskSecret(value=secret))
+    else:
+        await amask_secret(secret)
+
+
+def _refuse_other_type(connection: Connection) -> None:
+    """
+    Refuse a connection that was made for something else: its password would go to this connection's host.
+
+    :raises InvalidInputError: it is of another type.
+    """
+    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+
+    kind = connection.conn_type
+    if kind and kind != CONN_TYPE:
+        raise InvalidInputError(
+            f"connection {connection.conn_id!r} is of type {kind!r}; conn_id must name one of type {CONN_TYPE!r}. "
+            "Nothing was sent."
+        )
+
+
+def _secrets(connection: Connection, fields: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what must not be shown, as far as it can be found in fields that are not checked yet."""
+    found: list[Any] = [connection.password, (connection.password or "").strip()]
+    for name in ("headers", "secret_headers"):
+        headers = _json_or_none(fields.get(name))
+        found += headers.values() if isinstance(headers, Mapping) else []
+    proxies = _json_or_none(fields.get("proxies"))
+    for proxy in proxies.values() if isinstance(proxies, Mapping) else [proxies]:
+        try:
+            password = urlsplit(proxy if "://" in proxy else f"http://{proxy}").password
+        except (TypeError, ValueError, AttributeError):
+            continue
+        # As it is written, and as the proxy gets it.
+        found += [password, unquote(password or "")]
+    for secret in dict.fromkeys(each for each in found if isinstance(each, str)):
+        if secret:
+            yield secret
+
+
+def _json_or_none(value: Any) -> Any:
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _settings(connection: Connection, fields: Mapping[str, Any]) -> ClientSettings:
+    """
+    Check the fields of a connection.
+
+    :raises InvalidInputError: one is missing or wrong; the message names it.
+    """
+    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+    from airflow_provider_siliconflow.api.settings import DEFAULT_BASE_URL, ClientSettings
+
+    values: dict[str, Any] = {
+        name: fields[name] for name in EXTRA_FIELDS if fields.get(name) not in (None, "")
+    }
+    where = f"connection {connection.conn_id!r}, extra"
+    for name, convert in (("timeout", float), ("connect_timeout", float), ("max_retries", int)):
+        if name in values:
+            try:
+                values[name] = convert(values[name])
+            except (TypeError, ValueError, OverflowError) as exc:
+                raise InvalidInputError(f"{where}: {name} must be a number; got {values[name]!r}") from exc
+    if "proxies" in values:
+        proxies = _json_if_text(values["proxies"], f"{where}: proxies")
+        if isinstance(proxies, str):
+            proxies = {"http": proxies, "https": proxies}
+        values["proxies"] = {
+            scheme: proxy if "://" in proxy else f"http://{proxy}"
+            for scheme, proxy in _string_map(proxies, f"{where}: proxies").items()
+        }
+    headers: dict[str, str] = {}
+    for name in ("headers", "secret_headers"):
+        if name in values:
+            found = _json_if_text(values.pop(name), f"{where}: {name}")
+            headers |= _string_map(found, f"{where}: {name}")
+    if "verify" in values and not isinstance(values["verify"], bool):
+        known = {"true": True, "false": False}
+        values["verify"] = known.get(str(values["verify"]).lower(), str(values["verify"]))
+    return ClientSettings(
+        api_key=connection.password or "",
+        base_url=_base_url(connection) or DEFAULT_BASE_URL,
+        headers=headers,
+        **values,
+    )
+
+
+def _base_url(connection: Connection) -> str:
+    host = (connection.host or "").strip()
+    if not host:
+        return ""
+    if "://" not in host:
+        host = f"https://{host}"
+    # The URI forms of a connection (siliconflow://:key@host:port/v1, siliconflow://http://...) take a URL apart.
+    scheme, _, rest = host.partition("://")
+    origin, _, path = rest.partition("/")
+    port = f":{connection.port}" if connection.port and not re.search(r":\d+$", origin) else ""
+    # Browsers write a host with a slash; the root itself is the schema "/".
+    path = path.strip("/") or (connection.schema or "v1").strip("/")
+    return f"{scheme}://{origin}{port}/{path}"
+
+
+def _json_if_text(value: Any, where: str) -> Any:
+    """Fields of the form are text; an object in one is JSON."""
+    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as exc:
+        # Neither the text nor its cause is shown: there may be a password in it.
+        at = f" ({exc.msg} at character {exc.pos + 1})" if isinstance(exc, json.JSONDecodeError) else ""
+        raise InvalidInputError(f"{where} starts with '{{' but is not JSON{at}") from None
+
+
+def _string_map(value: Any, where: str) -> dict[str, str]:
+    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+
+    if not isinstance(value, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, str) for k, v in value.items()
+    ):
+        raise InvalidInputError(f"{where} must be an object of strings; got {type(value).__name__}")
+    return dict(value)

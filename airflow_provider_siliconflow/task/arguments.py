@@ -1,0 +1,207 @@
+"""
+The arguments of an operator: one table from name to reader, used when the DAG is parsed and when the task starts.
+
+A reader takes the name and the value as the author gave it, or as a template rendered it, and returns the value that
+the work needs, or raises :class:`~..api.exceptions.InvalidInputError` with that name in its message. When the DAG is
+parsed every value is read that is known then; when the task starts, all are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from airflow_provider_siliconflow.api import arguments as checks
+from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+from airflow_provider_siliconflow.batch_files.parameters import check_parameters
+from airflow_provider_siliconflow.batch_files.prices import check_prices
+from airflow_provider_siliconflow.task.templating import (
+    is_templated,
+    is_templated_inside,
+    rendered_list,
+    rendered_mapping,
+    rendered_number,
+    rendered_seconds,
+    rendered_text,
+)
+
+Reader = Callable[[str, Any], Any]
+
+
+class Arguments:
+    """
+    The table of one operator.
+
+    :param readers: by the name of the argument.
+    :param one_of: names of which exactly one must be given.
+    :param not_both: names of which at most one may be given.
+    """
+
+    def __init__(
+        self,
+        readers: Mapping[str, Reader],
+        *,
+        one_of: tuple[str, ...] = (),
+        not_both: tuple[str, ...] = (),
+    ) -> None:
+        self._readers = dict(readers)
+        self._one_of = one_of
+        self._not_both = not_both or one_of
+
+    def check(self, task: object) -> None:
+        """
+        Read what is known when the DAG is parsed.
+
+        :param task: has the arguments as attributes.
+        :raises InvalidInputError: one cannot work, whatever the templates render to.
+        """
+        for name in self._readers:
+            value = getattr(task, name)
+            if is_templated(value):
+                continue
+            try:
+                self._read(task, name)
+            except InvalidInputError:
+                # A part that is not rendered yet may be what is wrong.
+                if not is_templated_inside(value):
+                    raise
+        if not any(is_templated(getattr(task, name)) for name in self._not_both):
+            self._check_choice(task)
+
+    def read(self, task: object, *names: str) -> dict[str, Any]:
+        """
+        Read arguments when the task starts.
+
+        :param task: has the rendered arguments as attributes.
+        :param names: which ones; all by default.
+        :returns: their values by name.
+        :raises InvalidInputError: one is wrong; nothing was sent.
+        """
+        if not names:
+            self._check_choice(task)
+        return {name: self._read(task, name) for name in names or self._readers}
+
+    def _read(self, task: object, name: str) -> Any:
+        return self._readers[name](name, getattr(task, name))
+
+    def _check_choice(self, task: object) -> None:
+        given = [name for name in self._not_both if rendered_text(getattr(task, name)) is not None]
+        if len(given) > 1:
+            raise InvalidInputError(f"give either {' or '.join(self._not_both)}, not both")
+        if self._one_of and not given:
+            raise InvalidInputError(
+                f"give {' or '.join(self._one_of)}. If it is templated, check that the upstream task pushed it."
+            )
+
+
+# Readers ------------------------------------------------------------------------------------------------------
+
+
+def optional(reader: Reader) -> Reader:
+    """Return a reader that takes nothing, or a template that rendered to nothing, for ``None``."""
+
+    def read(name: str, value: Any) -> Any:
+        return None if rendered_text(value) is None else reader(name, value)
+
+    return read
+
+
+def seconds(name: str, value: Any) -> float:
+    """Read a time in seconds: a number, a ``timedelta``, or the text of a number."""
+    found = rendered_seconds(value)
+    checks.check_seconds(name, found)
+    return float(found)
+
+
+def limit(name: str, value: Any) -> Any:
+    """Read one of the limits of a job: a number, or the text of one."""
+    found = rendered_number(value)
+    checks.check_limits(**{name: found})
+    return found
+
+
+def window(name: str, value: Any) -> str:
+    """Read a completion window: ``"<n>h"``, a number of hours or a ``timedelta``."""
+    return checks.check_completion_window(rendered_number(value))
+
+
+def metadata(name: str, value: Any) -> dict[str, str]:
+    """Read the metadata of batches that carry their identity."""
+    return checks.check_metadata(rendered_mapping(value), identified=True)
+
+
+def plain_metadata(name: str, value: Any) -> dict[str, str]:
+    """Read the metadata of batches that carry no identity."""
+    return checks.check_metadata(rendered_mapping(value))
+
+
+def replace(name: str, value: Any) -> dict[str, Any] | None:
+    """Read what overrides the body of every line."""
+    return checks.check_replace(rendered_mapping(value))
+
+
+def endpoint(name: str, value: Any) -> str:
+    """Read the endpoint."""
+    return checks.check_endpoint(value)
+
+
+def prices(name: str, value: Any) -> Any:
+    """Read prices by model."""
+    found = rendered_mapping(value)
+    check_prices(found)
+    return found
+
+
+def parameters(name: str, value: Any) -> Any:
+    """Read body parameters for rows that lack them."""
+    found = rendered_mapping(value)
+    check_parameters(name, found)
+    return found
+
+
+def model(name: str, value: Any) -> str | None:
+    """Read one model."""
+    found = checks.check_models(rendered_text(value), None)
+    return found[0] if found else None
+
+
+def models(name: str, value: Any) -> tuple[str, ...] | None:
+    """Read several models."""
+    return checks.check_models(None, rendered_list(value)) or None
+
+
+def identifier(name: str, value: Any) -> str:
+    """Read the id of a batch or a file."""
+    return checks.check_identifier(name, value)
+
+
+def identifiers(name: str, value: Any) -> list[str]:
+    """Read one id or several."""
+    return checks.check_identifiers(name, rendered_list(value))
+
+
+def place(name: str, value: Any) -> Any:
+    """Read a path, a URI or a path object; it is opened when it is used."""
+    if value is None or (isinstance(value, str) and rendered_text(value) is None):
+        raise InvalidInputError(
+            f"{name} must be a path or URI; got {value!r}. If it is templated, check what it renders to."
+        )
+    return value
+
+
+def rows(name: str, value: Any) -> Any:
+    """Read rows: a path or URI of a file, a list, or what an upstream task returned."""
+    found = rendered_list(value)
+    if found is None:
+        raise InvalidInputError(
+            f"{name} must be rows or the path of a file; got {value!r}. If it is templated, check that the upstream "
+            "task pushed it."
+        )
+    return found
+
+
+def text(name: str, value: Any) -> str:
+    """Read a text that must not be empty."""
+    if not isinstance(value, str) or rendered_text(value) is None:
+        raise InvalidInputError(f"{name} must be a text that is not empty; got {value!r}")
+    return value

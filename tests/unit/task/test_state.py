@@ -1,0 +1,134 @@
+"""What Airflow knows of a task: who submits, how a running task is being ended, and whether a trigger may end it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from airflow.providers.common.compat.sdk import Asset, BaseOperator
+
+from airflow_provider_siliconflow.operators.batch import CreateBatchOperator
+from airflow_provider_siliconflow.task import state
+from airflow_provider_siliconflow.task.state import (
+    TaskTry,
+    airflow_version,
+    is_ended_by_a_person,
+    may_end_in_trigger,
+)
+
+if TYPE_CHECKING:
+    from pytest_mock import MockerFixture
+
+
+def test_who_submits_and_since_when(
+    make_context: Callable[..., dict[str, Any]], mocker: MockerFixture, store: Any
+) -> None:
+    task = BaseOperator(task_id="t")
+    context = make_context(task, map_index=2, max_tries=5, try_number=3) | {"task_state_store": store}
+    early = datetime.now(UTC) - timedelta(days=2)
+    # The run's own start moves when somebody clears another task of it.
+    context["dag_run"].logical_date = early
+    found = TaskTry.of(context)
+    assert (found.submitter.label, found.submitter.generation) == ("dag/t[2]/run", 5)
+    assert (found.number, found.search, found.since, found.store) == (
+        3,
+        "patiently",
+        early.timestamp(),
+        store,
+    )
+    # `retries` may have been edited: the number of the try alone says that one came before.
+    task.retries = 5
+    assert TaskTry.of(context).search == "patiently"
+    mocker.patch.object(state.conf, "getboolean", return_value=False)
+    assert TaskTry.of(context).store is None
+
+
+def test_a_first_try_looks_once_since_it_may_be_run_again_under_its_number(
+    make_context: Callable[..., dict[str, Any]],
+) -> None:
+    assert TaskTry.of(make_context(BaseOperator(task_id="t"))).search == "once"
+
+
+@pytest.mark.parametrize(
+    ("found", "proof"),
+    [
+        ("failed", True),
+        ("success", True),
+        ("skipped", True),
+        ("restarting", True),
+        ("running", False),
+        ("up_for_retry", False),
+        ("scheduled", False),
+        ("queued", False),
+        ("deferred", False),
+        ("removed", False),
+        ("upstream_failed", False),
+        (None, False),
+    ],
+)
+def test_a_state_that_no_person_gave_is_no_proof(
+    set_state: Callable[[str | None], Any], found: str | None, proof: bool
+) -> None:
+    set_state(found)
+    assert is_ended_by_a_person(object()) == proof
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_state_that_cannot_be_read_in_time_is_no_proof(
+    mocker: MockerFixture, caplog: pytest.LogCaptureFixture, late: bool
+) -> None:
+    """The database may be what hangs, and it is then what ends the task."""
+    mocker.patch.object(state, "_STATE_PATIENCE", 0.1)
+
+    def ask(_: Any) -> str:
+        if not late:
+            raise ConnectionError("no database")
+        time.sleep(1)
+        return "failed"
+
+    mocker.patch.object(state, "task_state", side_effect=ask)
+    began = time.monotonic()
+    assert not is_ended_by_a_person(object())
+    assert time.monotonic() - began < 0.9
+    assert "Nothing is cancelled" in caplog.text
+    assert late or "no database" in caplog.text
+
+
+# Ending in the trigger ----------------------------------------------------------------------------------------
+
+needs_new_airflow = pytest.mark.skipif(airflow_version() < (3, 3), reason="only from 3.3 on without loss")
+
+
+class OwnEnding(CreateBatchOperator):
+    def execute_complete(self, context: Any, event: Any = None) -> str:
+        return super().execute_complete(context, event)
+
+
+@needs_new_airflow
+@pytest.mark.parametrize(
+    ("operator", "arguments", "listener", "may"),
+    [
+        (CreateBatchOperator, {}, False, True),
+        (CreateBatchOperator, {"outlets": [Asset("s3://evals/answers")]}, False, False),
+        (CreateBatchOperator, {"post_execute": print}, False, False),
+        (OwnEnding, {}, False, False),
+        (CreateBatchOperator, {}, True, False),
+    ],
+)
+def test_a_trigger_ends_no_task_that_needs_a_worker_for_it(
+    mocker: MockerFixture, operator: type, arguments: dict[str, Any], listener: bool, may: bool
+) -> None:
+    manager = mocker.Mock(has_listeners=listener)
+    mocker.patch("airflow.sdk.listener.get_listener_manager", return_value=manager)
+    assert may_end_in_trigger(operator(task_id="t", input_path="x", **arguments)) == may
+
+
+@pytest.mark.parametrize("version", [(2, 11), (3, 2)])
+def test_an_older_airflow_ends_no_task_in_the_trigger(
+    mocker: MockerFixture, version: tuple[int, int]
+) -> None:
+    mocker.patch.object(state, "airflow_version", return_value=version)
+    assert not may_end_in_trigger(CreateBatchOperator(task_id="t", input_path="x"))
