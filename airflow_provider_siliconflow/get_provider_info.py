@@ -63,7 +63,18 @@ def get_provider_info() -> dict[str, Any]:
                         "type": "boolean",
                         "example": None,
                         "default": "True",
-                    }
+                    },
+                    "deployment_id": {
+                        "description": (
+                            "A name of this Airflow, part of the identity of everything it submits. Two Airflows on "
+                            "one account that have the same DAGs and runs need different ones; without it each takes "
+                            "the other's batches for its own. Changed while batches run, it hides them from retries."
+                        ),
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": "production",
+                        "default": None,
+                    },
                 },
             }
         },

@@ -24,10 +24,18 @@ def resolve_path(name: str, path: Any) -> Any:
     Return what opens like a path for a path, a URI or a path object.
 
     :param name: the argument, for messages.
-    :raises InvalidInputError: nothing here knows the URI's scheme.
+    :raises InvalidInputError: it is none of these, has characters that no store takes, or is a URI of a scheme that
+        nothing here knows.
     """
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+    from airflow_provider_siliconflow.api.redaction import valid_text
 
+    if not isinstance(path, str) and not callable(getattr(path, "open", None)):
+        raise InvalidInputError(f"{name} must be a path, a URI or a path object; got {type(path).__name__}")
+    text = str(path)
+    # It goes into XCom, which can hold neither.
+    if valid_text(text) != text:
+        raise InvalidInputError(f"{name} holds a NUL or half of a surrogate pair: {text!r}")
     # Airflow 2.11 takes a relative path for one below the root.
     if isinstance(path, str) and "://" not in path:
         return Path(path)

@@ -34,11 +34,13 @@ def read_results(source: ResultSource, *, model: str | None = None) -> Iterator[
 
     :param source: ``results.jsonl`` (or ``errors.jsonl``), or a manifest: what the task returned, or its
         ``manifest.json``. Files are paths, URIs of any scheme that Airflow's ``ObjectStoragePath`` takes, or
-        such paths.
-    :param model: picks one model of a manifest; needed where several models ran.
+        such paths. Of a ``manifest.json`` the results beside it are read, so that the folder may be copied or moved; of
+        what a task returned, those in its ``output_dir``.
+    :param model: picks one model of a manifest; needed if several models ran.
     :return: an iterator of :class:`~airflow_provider_siliconflow.api.models.BatchResult`: ``.custom_id``,
         ``.ok``, ``.text``, ``.reasoning``, ``.usage``, ``.error``, ``.parse(PydanticModel)``.
-    :raises InvalidInputError: at once: no such model in the manifest, or several and none named; not a manifest.
+    :raises InvalidInputError: at once: no such model in the manifest, or several and none named; not a manifest; the
+        folder holds the results of another run by now.
     :raises FileNotFoundError: there is no such file.
     :raises IncompleteResultsError: while reading: a line is not JSON.
     """
@@ -68,14 +70,10 @@ def _results_file(source: ResultSource, model: str | None) -> Any:
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 
     if isinstance(source, Mapping):
-        return _of_manifest(source, "the manifest", model)
+        return _file_of_returned(source, model)
     file = resolve_path("source", source)
     if file.name.endswith(".json"):
-        try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as exc:
-            raise InvalidInputError(f"{source} is not a manifest: {exc}") from None
-        return _of_manifest(manifest, str(source), model)
+        return _file_of(_load_manifest(file), str(source), file.parent, model)
     if model is not None:
         raise InvalidInputError(
             f"model={model!r} picks from a manifest; {source} holds the results of one model already"
@@ -86,26 +84,86 @@ def _results_file(source: ResultSource, model: str | None) -> Any:
     return file
 
 
-def _of_manifest(manifest: Any, name: str, model: str | None) -> Any:
+def _load_manifest(file: Any) -> Any:
+    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+    from airflow_provider_siliconflow.batch_files.atomic_files import LARGEST_JSON
+
+    # The author may well reach it by a link.
+    with file.open("rb") as stream:
+        content = stream.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise InvalidInputError(f"{file} is not a manifest: it has more than {LARGEST_JSON} bytes")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidInputError(f"{file} is not a manifest: {exc}") from None
+
+
+def _file_of_returned(manifest: Mapping[str, Any], model: str | None) -> Any:
+    """Return the file for a manifest that a task returned, unless its folder holds another run's by now."""
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 
+    name = "the manifest"
+    paths = manifest.get("paths")
+    output_dir = paths.get("output_dir") if isinstance(paths, Mapping) else None
+    if not isinstance(output_dir, str) or not output_dir.strip():
+        raise InvalidInputError(f"{name} is not a manifest of this provider: it names no output_dir")
+    folder = resolve_path("output_dir of the manifest", output_dir)
+    file = _file_of(manifest, name, folder, model)
     try:
-        paths = {each["model"]: each["paths"]["results"] for each in manifest["models"]}
+        stored = _load_manifest(folder / "manifest.json")
+    except FileNotFoundError:
+        return file
+    if _job(stored) != _job(manifest):
+        raise InvalidInputError(
+            f"{output_dir} holds the results of another run by now, {_described(stored)}; the manifest is of "
+            f"{_described(manifest)}. Give each run a folder of its own, such as one with {{{{ ds }}}} in it"
+        )
+    return file
+
+
+def _job(manifest: Any) -> Any:
+    """Return what identifies the job of a manifest: its key, or else its batches."""
+    if not isinstance(manifest, Mapping):
+        return None
+    key = manifest.get("run") or manifest.get("unfinished")
+    if key is not None:
+        return key, manifest.get("task")
+    try:
+        return [batch["id"] for each in manifest["models"] for batch in each["batches"]]
     except (TypeError, KeyError):
-        raise InvalidInputError(f"{name} is not a manifest of this provider: it names no results") from None
-    known = ", ".join(repr(each) for each in paths if each is not None)
+        return None
+
+
+def _described(manifest: Any) -> str:
+    task = manifest.get("task") if isinstance(manifest, Mapping) else None
+    if not isinstance(task, Mapping):
+        return "a download of one batch"
+    return f"task {task.get('task_id')!r} of DAG {task.get('dag_id')!r}, run {task.get('run_id')!r}"
+
+
+def _file_of(manifest: Any, name: str, folder: Any, model: str | None) -> Any:
+    """Return the file of one model below a folder: its path follows from its name, whatever the manifest says."""
+    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+    from airflow_provider_siliconflow.batch_files.manifest import results_folder
+
+    try:
+        models = [each["model"] for each in manifest["models"]]
+    except (TypeError, KeyError):
+        models = []
+    if not models or not all(each is None or isinstance(each, str) for each in models):
+        raise InvalidInputError(f"{name} is not a manifest of this provider: it names no results")
+    known = ", ".join(repr(each) for each in models if each is not None)
     if model is None:
-        if len(paths) != 1:
+        if len(models) != 1:
             raise InvalidInputError(f"{name} has results of several models; say which: model= one of {known}")
-        (path,) = paths.values()
-    elif model in paths:
-        path = paths[model]
-    else:
+        (model,) = models
+    elif model not in models:
         raise InvalidInputError(
             f"{name} has no results of model {model!r}; "
             + (f"it has {known}" if known else "its rows named their models themselves: leave model= out")
         )
-    file = resolve_path(name, path)
+    file = results_folder(folder, model, several=len(models) > 1) / "results.jsonl"
     if not file.is_file():
-        raise FileNotFoundError(f"no results file {path}, which {name} points to")
+        raise FileNotFoundError(f"no results file {file}, which belongs to {name}")
     return file

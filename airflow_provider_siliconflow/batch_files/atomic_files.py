@@ -1,23 +1,52 @@
-"""Files that appear under their name only when they are whole."""
+"""
+Files that appear under their name only when they are whole, and folders that nobody else can write to.
+
+What lies in a job's own folder decides what is sent and paid, so it is neither read nor written through links. What a
+killed process left behind is known by its lock, which ends with the process, and removed by the next one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import functools
+import glob
+import io
 import json
+import logging
 import os
+import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
-#: What is written comes in larger blocks, and those pass a small buffer by.
+from airflow_provider_siliconflow.api.exceptions import InvalidInputError, SiliconFlowError
+
+log = logging.getLogger(__name__)
+
+#: What is written comes in larger blocks, and those bypass a small buffer.
 _BUFFER = 1 << 16
 
-#: Stores without folders. Where the others make one, these would make a bucket out of a misspelt name.
+#: Stores without folders. Making one there would make a bucket out of a misspelt name.
 _WITHOUT_FOLDERS = frozenset(
     {"s3", "s3a", "s3n", "gs", "gcs", "abfs", "abfss", "adl", "az", "wasb", "oss", "r2"}
 )
+
+#: Bytes of the largest JSON file that is read: a job of 10,000,000 rows over ten models needs about 10 MB.
+LARGEST_JSON = 32 << 20
+
+#: Bytes of a local disk that a file must leave free.
+_SPARE_BYTES = 16 << 20
+
+#: How the names of temporary folders begin.
+_TEMPORARY = "siliconflow-files-"
+
+# Writing ----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -25,36 +54,32 @@ def write_whole(target: Any) -> Iterator[BinaryIO]:
     """
     Open ``target`` for writing; it gets its name when the block ends, and nothing when the block raises.
 
-    A local file is written beside its place and renamed. Anything else is written to a temporary file and
-    uploaded in one go, since closing a remote stream half-way would publish what was written so far.
+    A local file is written beside its place and renamed; it follows the umask, and survives the end of the machine.
+    Anything else is written to a temporary file and uploaded in one go, since closing a remote stream half-way would
+    publish what was written so far.
 
     :param target: a ``pathlib.Path`` or an fsspec-backed path such as Airflow's ``ObjectStoragePath``.
     """
     local = local_path(target)
     if local is not None:
         make_folder(local.parent)
-        part = local.with_name(f".{local.name}.{uuid.uuid4().hex}.part")
+        _remove_leftovers(local)
+        part, stream = _create_part(local)
         try:
-            with part.open("wb", buffering=_BUFFER) as stream:
+            with stream:
                 yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            part.replace(local)
+                sync(stream)
+                part.replace(local)
+            _sync_folder(local.parent)
         finally:
             part.unlink(missing_ok=True)
         return
-    with tempfile.NamedTemporaryFile(prefix="siliconflow-", buffering=_BUFFER) as temporary:
-        yield temporary  # type: ignore[misc]
-        temporary.flush()
+    with temporary_folder() as folder:
+        path = folder / "part"
+        with create_file(path) as stream:
+            yield stream
         make_folder(target.parent)
-        target.fs.put_file(temporary.name, target.path)
-
-
-def settle(stream: Any) -> None:
-    """Make a local file that was written survive the end of the machine; what is not local is none of ours."""
-    stream.flush()
-    with contextlib.suppress(AttributeError, OSError):
-        os.fsync(stream.fileno())
+        target.fs.put_file(str(path), target.path)
 
 
 def write_json(target: Any, value: Any) -> None:
@@ -65,9 +90,157 @@ def write_json(target: Any, value: Any) -> None:
         stream.write(text.encode("utf-8", "backslashreplace") + b"\n")
 
 
+def create_file(target: Any) -> AbstractContextManager[BinaryIO]:
+    """
+    Open a file for writing from its start; what lay under its name, a link as well, is removed first.
+
+    :param target: as for :func:`write_whole`. A local file follows the umask.
+    """
+    local = local_path(target)
+    if local is None:
+        opened: AbstractContextManager[BinaryIO] = target.open("wb")
+        return opened
+    local.unlink(missing_ok=True)
+    return _create(local)
+
+
+def _create(path: Path) -> BinaryIO:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return open(os.open(path, flags, 0o666), "wb", buffering=_BUFFER)
+
+
+def _create_part(local: Path) -> tuple[Path, BinaryIO]:
+    while True:
+        part = local.with_name(f".{local.name}.{uuid.uuid4().hex}.part")
+        stream = _create(part)
+        if _lock(stream.fileno(), part) is not False:
+            return part, stream
+        # Somebody who cleaned up came between its creation and its lock.
+        stream.close()
+
+
+def _remove_leftovers(local: Path) -> None:
+    """Remove the parts of a file that killed processes left; those of living ones are locked."""
+    for part in local.parent.glob(f".{glob.escape(local.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if _lock(descriptor, part):
+                    part.unlink()
+                    log.info("Removed %s, which an earlier process left behind", part)
+            finally:
+                os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> bool | None:
+    """
+    Lock a file or folder for as long as it is open.
+
+    :return: ``False`` if another process has it, or removed it; ``None`` if its file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        return False if exc.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(found, os.fstat(descriptor))
+
+
+def sync(stream: Any) -> None:
+    """Make a local file that was written survive the end of the machine; other streams are only flushed."""
+    stream.flush()
+    try:
+        descriptor = stream.fileno()
+    except (AttributeError, io.UnsupportedOperation):
+        return
+    os.fsync(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without this a new name is lost with the machine, and an intent with it.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# Reading ----------------------------------------------------------------------------------------------------
+
+
+def open_own(target: Any) -> AbstractContextManager[BinaryIO]:
+    """
+    Open a file that this package wrote, for reading.
+
+    :param target: as for :func:`write_whole`.
+    :raises FileNotFoundError: there is none.
+    :raises InvalidInputError: it is a link, or not a file.
+    """
+    local = local_path(target)
+    if local is None:
+        opened: AbstractContextManager[BinaryIO] = target.open("rb")
+        return opened
+    try:
+        # Without O_NONBLOCK a pipe would be waited for.
+        descriptor = os.open(local, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        if exc.errno == errno.ELOOP:
+            raise InvalidInputError(f"{local} is a link, and is not followed; remove it") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InvalidInputError(f"{local} is not a file; remove it")
+    return open(descriptor, "rb", buffering=_BUFFER)
+
+
+class OwnFile:
+    """
+    A file that this package wrote, as a source: see :func:`open_own`.
+
+    :param target: its path.
+    """
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+        self.name: str = target.name
+
+    def __str__(self) -> str:
+        return str(self._target)
+
+    def open(self, mode: Literal["rb"] = "rb", /) -> AbstractContextManager[BinaryIO]:
+        """Open for reading."""
+        return open_own(self._target)
+
+
+def load_json(target: Any, *, limit: int = LARGEST_JSON) -> Any:
+    """
+    Return what a JSON file that this package wrote holds.
+
+    :param target: as for :func:`write_whole`.
+    :param limit: bytes of the largest file that is read.
+    :raises FileNotFoundError: there is none.
+    :raises InvalidInputError: it is cut, not JSON, too large, a link, or not a file.
+    """
+    with open_own(target) as stream:
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise InvalidInputError(f"{target} has more than {limit} bytes; it is not a file of this provider")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidInputError(f"{target} is cut, or not JSON: {exc}") from None
+
+
+# Folders ----------------------------------------------------------------------------------------------------
+
+
 def make_folder(folder: Any) -> None:
     """
-    Create a folder, and those above it, where there are folders.
+    Create a folder, and those above it, in a store that has folders.
 
     :param folder: a ``pathlib.Path`` or an fsspec-backed path. Its own ``mkdir`` is no use: in Airflow 3 that of
         an ``ObjectStoragePath`` goes past the connection, and so without its credentials.
@@ -79,8 +252,120 @@ def make_folder(folder: Any) -> None:
         folder.fs.makedirs(folder.path, exist_ok=True)
 
 
+def make_private_folder(folder: Any) -> None:
+    """
+    Create a folder that nobody else can read or write (0700); one that is there gets these permissions.
+
+    Folders above it are created as by :func:`make_folder`, and so is this one in a store that is not local.
+
+    :param folder: as for :func:`make_folder`.
+    :raises InvalidInputError: what is there is a link, not a folder, or somebody else's.
+    """
+    local = local_path(folder)
+    if local is None:
+        make_folder(folder)
+        return
+    make_folder(local.parent)
+    with contextlib.suppress(FileExistsError):
+        local.mkdir(mode=0o700)
+    try:
+        descriptor = os.open(local, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as exc:
+        if exc.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise InvalidInputError(f"{local} is a link or not a folder; remove it") from None
+        raise
+    try:
+        found = os.fstat(descriptor)
+        if found.st_uid != os.geteuid() and found.st_uid != _owner_of_new_files(descriptor):
+            raise InvalidInputError(
+                f"{local} belongs to user {found.st_uid}, and this task runs as {os.geteuid()}: somebody else could "
+                "change what is sent and paid for. Remove it, or give another folder"
+            )
+        if found.st_mode & 0o077:
+            try:
+                os.fchmod(descriptor, 0o700)
+            except OSError as exc:
+                log.warning("%s can be read or written by others, and that cannot be changed: %s", local, exc)
+    finally:
+        os.close(descriptor)
+
+
+def _owner_of_new_files(folder: int) -> int | None:
+    """Return whom a file belongs to that this process creates in a folder: some file systems map all users to one."""
+    name = f".{uuid.uuid4().hex}.part"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(name, flags, 0o600, dir_fd=folder)
+    except OSError:
+        return None
+    try:
+        return os.fstat(descriptor).st_uid
+    finally:
+        os.close(descriptor)
+        os.unlink(name, dir_fd=folder)
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """
+    Make a local folder (0700) for as long as the block lasts.
+
+    The first one of a process removes those that killed processes left.
+    """
+    _remove_abandoned(tempfile.gettempdir())
+    descriptor = None
+    while descriptor is None:
+        folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
+        # Somebody who cleans up may come between its creation and its lock.
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if _lock(descriptor, folder) is False:
+                os.close(descriptor)
+                descriptor = None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+@functools.cache
+def _remove_abandoned(parent: str) -> None:
+    with contextlib.suppress(OSError):
+        for entry in Path(parent).glob(f"{_TEMPORARY}*"):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    if os.fstat(descriptor).st_uid == os.geteuid() and _lock(descriptor, entry):
+                        shutil.rmtree(entry, ignore_errors=True)
+                        log.info("Removed %s, which an earlier process left behind", entry)
+                finally:
+                    os.close(descriptor)
+
+
+def check_free_space(folder: Any, size: int, what: str) -> None:
+    """
+    Check that a file fits before it is written to a local disk.
+
+    :param folder: where it goes; need not exist yet. A store that is not local is not checked.
+    :param size: its bytes.
+    :param what: what is written, for the message.
+    :raises SiliconFlowError: it does not fit. Nothing is lost: a retry writes it when there is room.
+    """
+    local = local_path(folder)
+    if local is None:
+        return
+    existing = next((each for each in (local, *local.absolute().parents) if each.exists()), Path("/"))
+    free = shutil.disk_usage(existing).free
+    if free < size + _SPARE_BYTES:
+        raise SiliconFlowError(
+            f"{what} needs {size / 1e6:,.0f} MB, and {local} has {free / 1e6:,.0f} MB left. Nothing was written and "
+            "nothing is lost; make room, and a retry goes on here."
+        )
+
+
 def local_path(target: Any) -> Path | None:
-    """Return the local path behind ``target``, or ``None`` where it is not local."""
+    """Return the local path behind ``target``, or ``None`` if it is not local."""
     # The protocol first: on Airflow 2.11 a path into a remote store is a pathlib.Path as well.
     protocol = getattr(target, "protocol", None)
     if protocol is not None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from airflow_provider_siliconflow.api.bounds import MAX_COUNT
+from airflow_provider_siliconflow.api.redaction import brief
 from airflow_provider_siliconflow.batch_files.prices import Price, cost, price_of, rounded
 from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 
@@ -32,6 +34,7 @@ class BatchSummary:
     :param shard: index of the shard sent in it, among those of its round.
     :param round: 0 for the first attempt, 1 for the first retry and so on.
     :param counts: ``total``, ``completed`` and ``failed`` as the service counted them.
+    :param spoilt: why its results could not be read whole; ``None`` if they were.
     """
 
     id: str
@@ -40,17 +43,23 @@ class BatchSummary:
     shard: int = 0
     round: int = 0
     counts: Mapping[str, int] = field(default_factory=dict)
+    spoilt: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the batch as JSON types."""
-        return {
-            "id": self.id,
-            "status": self.status,
-            "counts": dict(self.counts),
+        summary = {
+            "id": brief(self.id),
+            "status": brief(self.status),
+            "counts": {
+                name: _number(self.counts[name])
+                for name in ("total", "completed", "failed")
+                if name in self.counts
+            },
             "rows": self.rows,
             "shard": self.shard,
             "round": self.round,
         }
+        return summary if self.spoilt is None else {**summary, "spoilt": brief(self.spoilt)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +67,7 @@ class ModelRun:
     """
     What one model made of the input.
 
-    :param model: ``None`` where the rows name their models themselves.
+    :param model: ``None`` if the rows name their models themselves.
     :param tally: the figures over all shards.
     :param batches: the batches of all rounds.
     :param paths: the files written, such as ``results`` and ``errors``, by name.
@@ -110,6 +119,13 @@ def build_manifest(
             ),
             ", ".join(prices),
         )
+    for each in models:
+        if each["without_usage"]:
+            log.warning(
+                "%d answers of %s do not say how many tokens they took; tokens and cost in the manifest are too low",
+                each["without_usage"],
+                each["model"] or "the models that the rows name",
+            )
     # A sum that leaves out a model would pass for the whole.
     total_costs = None
     if known and len(known) == len(models):
@@ -129,15 +145,16 @@ def build_manifest(
 def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, Any]:
     return {
         "rows": {
-            "total": tally.rows,
+            "total": _number(tally.rows),
             "ok": tally.ok,
             "error": tally.error,
             "expired": tally.expired,
-            "missing": tally.missing,
+            "missing": _number(tally.missing),
         },
         "finish_reasons": dict(tally.finish_reasons),
         "truncated": tally.truncated,
         "empty": tally.empty,
+        "without_usage": tally.without_usage,
         "model_mismatches": tally.mismatches,
         "duplicates": tally.duplicates,
         "foreign": tally.foreign,
@@ -158,11 +175,16 @@ def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, An
 
 def _tokens(usage: Usage) -> dict[str, int]:
     return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.completion,
-        "reasoning_tokens": usage.reasoning,
-        "total_tokens": usage.total,
+        "prompt_tokens": _number(usage.prompt),
+        "completion_tokens": _number(usage.completion),
+        "reasoning_tokens": _number(usage.reasoning),
+        "total_tokens": _number(usage.total),
     }
+
+
+def _number(value: int) -> int:
+    """Return a figure from outside as XCom can hold it."""
+    return min(max(value, 0), MAX_COUNT)
 
 
 def _costs(billed: Usage, price: Price | None) -> tuple[Fraction, Fraction] | None:
@@ -198,6 +220,17 @@ def model_slug(model: str) -> str:
     return f"{readable or 'model'}-{digest}"
 
 
+def results_folder(output_dir: Any, model: str | None, *, several: bool) -> Any:
+    """
+    Return the folder of a model's ``results.jsonl`` and ``errors.jsonl``.
+
+    :param output_dir: the folder of the whole run.
+    :param model: ``None`` if the rows name their models themselves.
+    :param several: whether the run is over several models, each of which has a folder of its own then.
+    """
+    return output_dir / model_slug(model) if several and model is not None else output_dir
+
+
 _TABLE = (
     "model",
     "rows",
@@ -219,7 +252,7 @@ def render_summary(manifest: Mapping[str, Any]) -> str:
     lines = [_table_row(each["model"] or "(as the rows say)", each) for each in models]
     if len(models) > 1:
         lines.append(_table_row("total", manifest))
-    # A column of zeros tells nothing, but for the rows and what is ok.
+    # A column of zeros is left out, but for those of the rows and of what is ok.
     shown = [
         column
         for column, name in enumerate(_TABLE)
@@ -244,6 +277,7 @@ def render_summary(manifest: Mapping[str, Any]) -> str:
         ("model_mismatches", "answers by another model than the one asked"),
         ("duplicates", "second results of a row, left out"),
         ("foreign", "results of rows never asked"),
+        ("without_usage", "answers do not say what they took, so the tokens and the cost are too low"),
     ):
         if manifest[name]:
             text.append(f"{manifest[name]:,} {label}")

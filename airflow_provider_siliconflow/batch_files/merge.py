@@ -1,8 +1,9 @@
-"""What became of every row: the service's result lines, put into the order of the input.
+"""
+What became of every row: the service's result lines, put into the order of the input.
 
-One shard is merged at a time. Its result files are read once, front to back, noting where the line of each row
-stands; then the lines are copied, byte for byte, in the order of the shard. What is held in memory does not grow
-with the number of shards, nor with the length of the answers.
+One shard is merged at a time. Its result files are read once, front to back, to learn where the line of each row is;
+then the lines are copied, byte for byte, in the order of the shard. Memory grows neither with the number of shards nor
+with the length of the answers.
 """
 
 from __future__ import annotations
@@ -10,33 +11,32 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from sys import intern
-from typing import Any
 
 import msgspec
 
 from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError
 from airflow_provider_siliconflow.api.models import Outcome
+from airflow_provider_siliconflow.api.redaction import brief
 from airflow_provider_siliconflow.api.sources import Source
 from airflow_provider_siliconflow.batch_files.lines import ByteWriter, LineReader
 from airflow_provider_siliconflow.batch_files.result_lines import read_lines
 from airflow_provider_siliconflow.batch_files.rules import MAX_ROWS
-from airflow_provider_siliconflow.batch_files.shards import iter_custom_ids
-from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
+from airflow_provider_siliconflow.batch_files.shards import iter_custom_ids, iter_rows
+from airflow_provider_siliconflow.batch_files.tally import MESSAGE_CHARACTERS, ModelTally, Usage
 from airflow_provider_siliconflow.batch_files.verdicts import (
     Verdict,
-    is_balance_error,
     read_verdict,
     worth_retrying,
 )
 
 log = logging.getLogger(__name__)
 
-#: Bytes of result lines of one shard kept from the reading to the writing; what exceeds them is read again.
+#: Bytes of result lines of one shard that are kept for the writing; the other lines are read again.
 _HELD_BYTES = 1 << 19
 _BLOCK_BYTES = 1 << 16
 
@@ -44,7 +44,13 @@ _BLOCK_BYTES = 1 << 16
 _MOST_ROWS = 20 * MAX_ROWS
 _LONGEST_ID = 256
 
-_MISSING_ERROR = {"code": Outcome.MISSING.value, "message": "the service returned no result for this row"}
+#: What is said of a row without a result.
+_NO_RESULT = "the service returned no result for this row"
+
+
+def _no_result(reason: str) -> str:
+    """Return what is said of a row without a result whose batch cannot be read whole."""
+    return brief(f"no result for this row could be read: {reason}", MESSAGE_CHARACTERS)
 
 
 class _AskedBody(msgspec.Struct, gc=False):
@@ -56,17 +62,13 @@ class _AskedLine(msgspec.Struct, gc=False):
     body: _AskedBody
 
 
-class _AskedId(msgspec.Struct, gc=False):
-    custom_id: str
-
-
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """
     The rows of a shard, in order.
 
     :param ids: their custom ids.
-    :param models: the model that each row names; empty where one is asked of the whole batch.
+    :param models: the model that each row names; empty if one is asked of the whole batch.
     """
 
     ids: list[str]
@@ -75,17 +77,14 @@ class _Asked:
     @classmethod
     def read(cls, shard: Source, *, with_models: bool) -> _Asked:
         asked = cls([], [])
+        if not with_models:
+            asked.ids.extend(iter_custom_ids(shard))
+            return asked
         add_id, add_model = asked.ids.append, asked.models.append
-        kind: type[Any] = _AskedLine if with_models else _AskedId
-        decode: Callable[[bytes], Any] = msgspec.json.Decoder(kind).decode
-        with shard.open("rb") as stream:
-            for line in LineReader(stream):
-                # A shard's lines were checked when it was written.
-                row = decode(line or b"")
-                add_id(row.custom_id)
-                if with_models:
-                    model = row.body.model
-                    add_model(model and intern(model))
+        for row in iter_rows(shard, _AskedLine):
+            add_id(row.custom_id)
+            model = row.body.model
+            add_model(model and intern(model))
         return asked
 
 
@@ -99,7 +98,11 @@ class BatchFiles:
     :param round: 0 for the first attempt of the rows, 1 for the first retry and so on.
     :param shared: whether the batch also holds rows of other shards (a retry does), which are not foreign then.
     :param batch_id: for messages.
-    :param short: whether answers that were paid for are lacking: a row without a result is not sent again then.
+    :param short: whether the files lack results that are paid for: a row that the batch has no result of is not sent
+        again then.
+    :param spoilt: why the files cannot be had or read at all; the same holds for the batch's rows then.
+    :param requests: the request file of a ``shared`` batch, which says what the batch's rows are. Without it they may
+        be any.
     """
 
     output: Path | None
@@ -108,6 +111,23 @@ class BatchFiles:
     shared: bool = False
     batch_id: str | None = None
     short: bool = False
+    spoilt: str | None = None
+    requests: Source | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SpoiltBatch:
+    """
+    A batch of which some or all results cannot be read.
+
+    :param batch_id: as in :class:`BatchFiles`.
+    :param reason: what cannot be read, and why.
+    :param rows: rows that are not ok and may have lost a result to it; 0 if every row of the batch has one.
+    """
+
+    batch_id: str | None
+    reason: str
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +137,25 @@ class MergedShard:
 
     :param tally: the figures.
     :param retry: a byte per row, 1 if another attempt is worth it; fit for ``select_rows``.
+    :param spoilt: the batches that could not be read whole. Everything that could be read is in the results.
     """
 
     tally: ModelTally
     retry: bytearray
+    spoilt: tuple[SpoiltBatch, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MergedBatch:
+    """
+    What became of the rows of one batch.
+
+    :param tally: the figures.
+    :param spoilt: set if the batch could not be read whole. Everything that could be read is in the results.
+    """
+
+    tally: ModelTally
+    spoilt: SpoiltBatch | None = None
 
 
 def merge_shard(
@@ -130,6 +165,7 @@ def merge_shard(
     errors: ByteWriter | None = None,
     *,
     model: str | None = None,
+    strict: bool = True,
 ) -> MergedShard:
     """
     Judge every row of a shard and write its result line, in the order of the shard.
@@ -144,25 +180,33 @@ def merge_shard(
     :param results: takes one line per row; ``None`` to judge only.
     :param errors: takes the lines of the rows that are not ok.
     :param model: the model asked of the whole batch; without it the one that each row names.
-    :raises IncompleteResultsError: a result file holds a line that is not JSON or too long.
+    :param strict: whether a line that cannot be read is an error. Otherwise it costs one row, which nobody can name:
+        it is missing, and no row that its batch has no result of is sent again, since it may be paid for.
+    :raises IncompleteResultsError: the shard is damaged; or, if ``strict``, a result line is not JSON or too long.
     """
     asked = _Asked.read(shard, with_models=model is None)
     tally = ModelTally(rows=len(asked.ids))
     index = _Index(tally, asked.ids, held=_HELD_BYTES if results is not None or errors is not None else 0)
-    for number, batch in enumerate(batches):
-        index.read(batch, number)
+    for batch in batches:
+        index.read(batch, strict=strict)
+    unaccounted = index.unaccounted()
     retry = bytearray(len(asked.ids))
     rounds = [batch.round for batch in batches]
     for position, verdict in enumerate(index.verdicts):
-        wanted = model or asked.models[position]
-        if count_row(verdict, wanted, rounds[verdict.batch] if verdict is not None else 0, tally):
-            retry[position] = not (verdict is None and any(batch.short for batch in batches))
+        if verdict is None:
+            _count_missing(unaccounted.get(position) or _NO_RESULT, 1, tally)
+            worth_it = worth_retrying(Outcome.MISSING)
+        else:
+            worth_it = _count_row(verdict, model or asked.models[position], rounds[verdict.batch], tally)
+        retry[position] = worth_it and position not in unaccounted
     if results is not None or errors is not None:
-        _copy(index, results, errors)
-    return MergedShard(tally, retry)
+        _copy(index, results, errors, unaccounted)
+    return MergedShard(tally, retry, index.spoilt())
 
 
-def merge_batch(batch: BatchFiles, results: ByteWriter, errors: ByteWriter, *, rows: int) -> ModelTally:
+def merge_batch(
+    batch: BatchFiles, results: ByteWriter, errors: ByteWriter, *, rows: int, strict: bool = True
+) -> MergedBatch:
     """
     Judge every row of a batch whose request file is not at hand and write its result line, in the service's order.
 
@@ -173,23 +217,27 @@ def merge_batch(batch: BatchFiles, results: ByteWriter, errors: ByteWriter, *, r
     :param results: takes one line per row.
     :param errors: takes the lines of the rows that are not ok.
     :param rows: rows that the batch itself counts; those without a line are missing.
-    :raises IncompleteResultsError: a result file holds a line that is not JSON or too long, or results of more rows
-        than any batch has.
+    :param strict: whether a line that cannot be read is an error; otherwise its row is missing.
+    :raises IncompleteResultsError: the files hold results of more rows than any batch has; or, if ``strict``, a line
+        is not JSON or too long.
     """
     tally = ModelTally()
     index = _Index(tally, held=_HELD_BYTES)
-    index.read(batch, 0)
+    index.read(batch, strict=strict)
     for verdict in index.verdicts:
-        count_row(verdict, None, batch.round, tally)
+        if verdict is not None:
+            _count_row(verdict, None, batch.round, tally)
     tally.rows = max(rows, len(index.verdicts))
-    count_missing(tally.rows - len(index.verdicts), tally)
-    _copy(index, results, errors)
-    return tally
+    missing = tally.rows - len(index.verdicts)
+    spoilt = next((replace(each, rows=missing) for each in index.spoilt()), None)
+    _count_missing(_no_result(spoilt.reason) if spoilt else _NO_RESULT, missing, tally)
+    _copy(index, results, errors, {})
+    return MergedBatch(tally, spoilt)
 
 
 class _Index:
     """
-    The verdict that holds for each row, and where its line stands.
+    The verdict that counts for each row, and where its line is.
 
     :param tally: takes what is known while reading: what was billed, duplicates and foreign lines.
     :param ids: custom ids of the rows, in order; ``None`` to take the rows as they come.
@@ -204,6 +252,7 @@ class _Index:
         self._position_of = self._positions.get if ids is not None else self._add_row
         self._tally = tally
         self._budget = held
+        self._batches: list[_ReadBatch] = []
 
     def _add_row(self, custom_id: str) -> int:
         # The service names the row, and may say anything.
@@ -219,22 +268,33 @@ class _Index:
                 )
             self.ids.append(custom_id)
             self.verdicts.append(None)
+            self._batches[-1].has_result.append(0)
         return position
 
-    def read(self, batch: BatchFiles, number: int) -> None:
-        """Take in the files of the batch that is the ``number``-th."""
+    def read(self, batch: BatchFiles, *, strict: bool) -> None:
+        """Take in the files of the next batch."""
+        read = _ReadBatch(batch, bytearray(len(self.ids)))
+        self._batches.append(read)
+        if batch.spoilt is not None:
+            read.add_problem(batch.spoilt)
         for path in (batch.output, batch.errors):
             if path is not None:
-                self._read_file(path, batch, number)
+                self._read_file(path, read, strict=strict)
 
-    def _read_file(self, path: Path, batch: BatchFiles, number: int) -> None:
+    def _read_file(self, path: Path, read: _ReadBatch, *, strict: bool) -> None:
         tally, verdicts, position_of, budget = self._tally, self.verdicts, self._position_of, self._budget
-        ids = self.ids
-        file = len(self.files)
+        ids, has_result, batch = self.ids, read.has_result, read.files
+        number, file = len(self._batches) - 1, len(self.files)
         self.files.append(path)
         duplicates = prompt = completion = reasoning = total = 0
         with path.open("rb") as stream:
-            lines = read_lines(LineReader(stream), read_verdict, name=path.name, batch_id=batch.batch_id)
+            lines = read_lines(
+                LineReader(stream),
+                read_verdict,
+                name=path.name,
+                batch_id=batch.batch_id,
+                on_unreadable=None if strict else read.add_problem,
+            )
             for _, offset, line, verdict in lines:
                 if verdict is None:
                     tally.foreign += not batch.shared
@@ -243,6 +303,7 @@ class _Index:
                 if position is None:
                     tally.foreign += not batch.shared
                     continue
+                has_result[position] = 1
                 before = verdicts[position]
                 if before is not None and before.batch == number:
                     duplicates += 1
@@ -279,20 +340,75 @@ class _Index:
                 path.name,
             )
 
+    def spoilt(self) -> tuple[SpoiltBatch, ...]:
+        """Return the batches that could not be read whole."""
+        return tuple(
+            SpoiltBatch(read.files.batch_id, read.reason, sum(map(self._is_lost, self._without_result(read))))
+            for read in self._batches
+            if read.problems
+        )
 
-def count_row(verdict: Verdict | None, model: str | None, round: int, tally: ModelTally) -> bool:
+    def unaccounted(self) -> dict[int, str | None]:
+        """
+        Return the rows that a batch may have answered without a result that can be read: they may be paid for.
+
+        :return: by position, what to say of the row if it has no result at all; ``None`` for the usual.
+        """
+        found: dict[int, str | None] = {}
+        for read in self._batches:
+            if read.problems or read.files.short:
+                said = _no_result(read.reason) if read.problems else None
+                for position in self._without_result(read):
+                    found[position] = found.get(position) or said
+        return found
+
+    def _without_result(self, read: _ReadBatch) -> Iterator[int]:
+        """Return the positions of a batch's rows that it has no result of."""
+        rows: Iterable[int | None] = range(len(self.ids))
+        if read.files.requests is not None:
+            rows = map(self._positions.get, iter_custom_ids(read.files.requests))
+        return (position for position in rows if position is not None and not read.has_result[position])
+
+    def _is_lost(self, position: int) -> bool:
+        verdict = self.verdicts[position]
+        return verdict is None or verdict.outcome is not Outcome.OK
+
+
+@dataclass(slots=True)
+class _ReadBatch:
+    """
+    A batch while it is read.
+
+    :param has_result: a byte per row, 1 if the batch has a result of it.
+    :param problems: lines that cannot be read, and whatever else is wrong.
+    :param first_problem: the first of them.
+    """
+
+    files: BatchFiles
+    has_result: bytearray
+    problems: int = 0
+    first_problem: str = ""
+
+    def add_problem(self, problem: str) -> None:
+        self.problems += 1
+        self.first_problem = self.first_problem or problem
+
+    @property
+    def reason(self) -> str:
+        more = f", and {self.problems - 1} more lines cannot be read" if self.problems > 1 else ""
+        return f"{self.first_problem}{more}"
+
+
+def _count_row(verdict: Verdict, model: str | None, round: int, tally: ModelTally) -> bool:
     """
     Count what became of one row.
 
-    :param verdict: of its result line; ``None`` for a row without any.
-    :param model: the model asked, where it is known.
+    :param verdict: of its result line.
+    :param model: the model asked, if it is known.
     :param round: the round that brought the verdict.
     :param tally: takes the figures, but for ``rows`` and ``billed``.
     :return: whether the row is worth another attempt.
     """
-    if verdict is None:
-        count_missing(1, tally)
-        return worth_retrying(Outcome.MISSING)
     verdict.add_usage_to(tally.usage)
     answered_by = verdict.model
     if model != answered_by and model and answered_by and model.lower() != answered_by.lower():
@@ -302,11 +418,13 @@ def count_row(verdict: Verdict | None, model: str | None, round: int, tally: Mod
         tally.ok_in_round[round] = tally.ok_in_round.get(round, 0) + 1
         reason = verdict.finish_reason
         if reason is not None:
-            tally.finish_reasons[reason] = tally.finish_reasons.get(reason, 0) + 1
+            tally.add_finish_reason(reason)
             if reason == "length":
                 tally.truncated += 1
         if verdict.empty:
             tally.empty += 1
+        if not verdict.metered:
+            tally.without_usage += 1
         return False
     if verdict.outcome is Outcome.EXPIRED:
         tally.expired += 1
@@ -315,26 +433,30 @@ def count_row(verdict: Verdict | None, model: str | None, round: int, tally: Mod
     else:
         tally.error += 1
     tally.add_message(verdict.message or f"({verdict.outcome} without a message)")
-    code, message, status = verdict.code, verdict.message, verdict.status
-    tally.balance_errors += is_balance_error(code=code, message=message, status=status)
-    return worth_retrying(verdict.outcome, code=code, message=message, status=status)
+    tally.balance_errors += verdict.out_of_balance
+    return verdict.transient
 
 
-def count_missing(rows: int, tally: ModelTally) -> None:
+def _count_missing(said: str, rows: int, tally: ModelTally) -> None:
     """Count rows without any result line."""
     if rows:
         tally.missing += rows
-        tally.add_message(_MISSING_ERROR["message"], rows)
+        tally.add_message(said, rows)
 
 
-def _copy(index: _Index, results: ByteWriter | None, errors: ByteWriter | None) -> None:
+def _copy(
+    index: _Index,
+    results: ByteWriter | None,
+    errors: ByteWriter | None,
+    unaccounted: Mapping[int, str | None],
+) -> None:
     with ExitStack() as opened:
         descriptors = [opened.enter_context(path.open("rb")).fileno() for path in index.files]
         to_results = _LineBlock(results)
         to_errors = _LineBlock(errors)
-        for custom_id, verdict in zip(index.ids, index.verdicts, strict=True):
+        for position, verdict in enumerate(index.verdicts):
             if verdict is None:
-                line = _missing_line(custom_id)
+                line = _missing_line(index.ids[position], unaccounted.get(position) or _NO_RESULT)
             elif verdict.line is not None:
                 line = verdict.line
             else:
@@ -378,10 +500,13 @@ class _LineBlock:
         self._bytes = 0
 
 
-def _missing_line(custom_id: str) -> bytes:
-    return msgspec.json.encode(
-        {"id": None, "custom_id": custom_id, "response": None, "error": _MISSING_ERROR}
-    )
+def _error_line(custom_id: str, code: str, message: str) -> bytes:
+    error = {"code": code, "message": message}
+    return msgspec.json.encode({"id": None, "custom_id": custom_id, "response": None, "error": error})
+
+
+def _missing_line(custom_id: str, said: str) -> bytes:
+    return _error_line(custom_id, Outcome.MISSING.value, said)
 
 
 def refused_lines(shard: Source, *, status: int, message: str) -> Iterator[bytes]:
@@ -391,9 +516,6 @@ def refused_lines(shard: Source, *, status: int, message: str) -> Iterator[bytes
     :param status: HTTP status of the refusal, the lines' error code.
     :param message: what the service said.
     """
-    error = {"code": str(status), "message": message}
+    message = brief(message)
     for custom_id in iter_custom_ids(shard):
-        yield (
-            msgspec.json.encode({"id": None, "custom_id": custom_id, "response": None, "error": error})
-            + b"\n"
-        )
+        yield _error_line(custom_id, str(status), message) + b"\n"

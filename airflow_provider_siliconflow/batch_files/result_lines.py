@@ -10,7 +10,7 @@ from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError
 from airflow_provider_siliconflow.api.models import BatchResult
 from airflow_provider_siliconflow.api.sources import Source
 from airflow_provider_siliconflow.batch_files.lines import ChunkReader, LineReader
-from airflow_provider_siliconflow.batch_files.verdicts import NotJSONError, read_result
+from airflow_provider_siliconflow.batch_files.verdicts import UnreadableLineError, read_result
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +59,9 @@ def read_lines(
         offset += len(line) + 1
         try:
             found = read(line)
-        except NotJSONError:
+        except UnreadableLineError as exc:
             if line.strip():
-                refuse(number, "is not JSON")
+                refuse(number, str(exc))
             continue
         if found is None:
             odd += 1

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from airflow_provider_siliconflow.api.exceptions import InvalidInputError, NoRowsError
+from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError, InvalidInputError, NoRowsError
 from airflow_provider_siliconflow.api.sources import Source
-from airflow_provider_siliconflow.batch_files.atomic_files import make_folder, settle
+from airflow_provider_siliconflow.batch_files.atomic_files import create_file, make_folder, open_own, sync
 from airflow_provider_siliconflow.batch_files.custom_ids import CustomIdSet
 from airflow_provider_siliconflow.batch_files.lines import ByteWriter, Directory, LineReader
 from airflow_provider_siliconflow.batch_files.reader import read_rows
@@ -25,6 +26,11 @@ _BLOCK_BYTES = 1 << 16
 
 #: Lines handed to the writer at once, for the same reason.
 _LINES_AT_ONCE = 64
+
+#: Shards of the largest plan that is believed: 5,000,000,000 rows.
+_MOST_SHARDS = 1_000_000
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +60,28 @@ class Shard:
         return {**asdict(self), "sources": list(self.sources)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Shard:
-        """Return the shard that :meth:`to_dict` described."""
-        return cls(**{**data, "sources": tuple(data.get("sources", ()))})
+    def from_dict(cls, data: Any) -> Shard:
+        """
+        Return the shard that :meth:`to_dict` described.
+
+        :raises InvalidInputError: it did not describe this.
+        """
+        shard = _converted(cls, data)
+        for problem, found in (
+            ("index", not 0 <= shard.index < _MOST_SHARDS),
+            ("name", shard.name != shard_name(shard.index)),
+            ("first_row", shard.first_row < 0),
+            ("rows", not 0 < shard.rows <= MAX_ROWS),
+            # A request and its newline take at least two bytes.
+            ("bytes", not 2 * shard.rows <= shard.bytes <= MAX_BYTES),
+            ("sha256", not _SHA256.fullmatch(shard.sha256)),
+            ("sources", any(not 0 <= source < _MOST_SHARDS for source in shard.sources)),
+        ):
+            if found:
+                raise InvalidInputError(
+                    f"the plan has a shard whose {problem} is {getattr(shard, problem)!r:.80}"
+                )
+        return shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +110,42 @@ class Split:
         return {**asdict(self), "shards": shards, "models": list(self.models)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Split:
-        """Return the split that :meth:`to_dict` described."""
-        shards = tuple(map(Shard.from_dict, data["shards"]))
-        return cls(**{**data, "shards": shards, "models": tuple(data["models"])})
+    def from_dict(cls, data: Any) -> Split:
+        """
+        Return the split that :meth:`to_dict` described.
+
+        :raises InvalidInputError: it did not describe this, or its figures do not add up.
+        """
+        shards = data.get("shards") if isinstance(data, Mapping) else None
+        if not isinstance(shards, list) or not 0 < len(shards) <= _MOST_SHARDS:
+            raise InvalidInputError("the plan names no shards, or too many")
+        found = tuple(map(Shard.from_dict, shards))
+        split = replace(_converted(cls, {**data, "shards": []}), shards=found)
+        first_row = 0
+        for index, shard in enumerate(found):
+            if (shard.index, shard.first_row) != (index, first_row):
+                raise InvalidInputError(f"the plan has shard {shard.index} out of order")
+            first_row += shard.rows
+        sums = (first_row, sum(shard.bytes for shard in found))
+        fits = 0 <= split.rows_without_model <= split.rows and 0 <= split.prompt_tokens <= split.bytes
+        if (split.rows, split.bytes) != sums or not fits:
+            raise InvalidInputError("the plan has figures that do not add up to those of its shards")
+        return split
+
+
+T = TypeVar("T")
+
+
+def _converted(kind: type[T], data: Any) -> T:
+    try:
+        return msgspec.convert(data, kind)
+    except (msgspec.ValidationError, RecursionError) as exc:
+        raise InvalidInputError(f"the plan is not one of this provider: {exc}") from None
+
+
+def shard_name(index: int) -> str:
+    """Return the file name of a shard by its position."""
+    return f"shard-{index:05d}.jsonl"
 
 
 def split_requests(
@@ -104,10 +161,10 @@ def split_requests(
     """
     Make request lines of rows and write them as shards, in one pass and bounded memory.
 
-    When this raises, ``work_dir`` may hold some shards: the folder means nothing until the caller has noted
-    the split beside them.
+    When this raises, ``work_dir`` may hold some shards: they mean nothing before the caller has written the split
+    beside them.
 
-    :param requests: a JSONL file or rows as Python objects, see :func:`requests.read_rows`.
+    :param requests: a JSONL file or rows as Python objects, see :func:`~.reader.read_rows`.
     :param work_dir: folder for the shards; created if need be.
     :param name: what to call ``requests`` in messages.
     :param max_rows: rows of the longest shard.
@@ -143,7 +200,7 @@ def split_requests(
         writer.extend(lines)
     shards = writer.shards
     if suspects := custom_ids.suspects():
-        # What was written holds every row but the refused ones, so it names the lines of a list as well.
+        # The shards hold every row but the refused ones, and so the line numbers of a list as well.
         numbers = itertools.filterfalse(problems.lines.__contains__, itertools.count(1))
         written = itertools.chain.from_iterable(iter_custom_ids(work_dir / shard.name) for shard in shards)
         custom_ids.name_duplicates(suspects, zip(numbers, written, strict=False), problems)
@@ -165,12 +222,32 @@ class _CustomIdOnly(msgspec.Struct, gc=False):
 
 
 def iter_custom_ids(shard: Source) -> Iterator[str]:
-    """Return the ``custom_id`` of every line of a shard, in order."""
-    decode = msgspec.json.Decoder(_CustomIdOnly).decode
-    with shard.open("rb") as stream:
-        for line in LineReader(stream):
-            # A shard's lines were checked when it was written.
-            yield decode(line or b"").custom_id
+    """
+    Return the ``custom_id`` of every line of a shard, in order.
+
+    :raises IncompleteResultsError: the shard is damaged.
+    """
+    return (row.custom_id for row in iter_rows(shard, _CustomIdOnly))
+
+
+def iter_rows(shard: Source, kind: type[T]) -> Iterator[T]:
+    """
+    Return what is needed of every line of a shard, in order.
+
+    :param kind: a ``msgspec.Struct``.
+    :raises IncompleteResultsError: the shard is damaged: its lines were checked when it was written.
+    """
+    decode = msgspec.json.Decoder(kind).decode
+    with open_own(shard) as stream:
+        for number, line in enumerate(LineReader(stream), 1):
+            try:
+                row = decode(line or b"")
+            except (msgspec.DecodeError, ValueError, RecursionError):
+                raise IncompleteResultsError(
+                    f"line {number} of the request file {shard} is damaged. Its batches are untouched, and so are "
+                    "their results at the service"
+                ) from None
+            yield row
 
 
 def select_rows(
@@ -188,7 +265,7 @@ def select_rows(
     :param chosen: for each of them, a ``bytearray`` with a byte per row that is not 0 where the row is
         chosen, or the set of chosen positions.
     :param work_dir: folder for the new shards; created if need be.
-    :return: the new shards; each tells in ``sources`` where its rows come from.
+    :return: the new shards; ``sources`` of each names the shards that its rows come from.
     """
     with ShardWriter(work_dir, max_rows=max_rows, max_bytes=max_bytes) as writer:
         for index, (shard, wanted) in enumerate(zip(shards, chosen, strict=True)):
@@ -199,7 +276,7 @@ def select_rows(
             )
             if not positions:
                 continue
-            with shard.open("rb") as stream:
+            with open_own(shard) as stream:
                 for position, line in enumerate(LineReader(stream)):
                     if line is not None and position in positions:
                         writer.add(line, source=index)
@@ -280,7 +357,7 @@ class ShardWriter:
             self._opened.__exit__(kind, exc, traceback)
 
     def _start(self) -> None:
-        self._name = f"shard-{len(self._shards):05d}.jsonl"
+        self._name = shard_name(len(self._shards))
         self._digest = hashlib.sha256()
         self._rows = self._bytes = self._block_bytes = 0
         self._block: list[bytes] = []
@@ -292,7 +369,7 @@ class ShardWriter:
         self._block = []
         self._block_bytes = 0
         if self._opened is None:
-            self._opened = (self._work_dir / self._name).open("wb")
+            self._opened = create_file(self._work_dir / self._name)
             self._stream = self._opened.__enter__()
         self._digest.update(data)
         self._stream.write(data)
@@ -301,7 +378,7 @@ class ShardWriter:
         if self._block:
             self._flush()
         if self._opened is not None:
-            settle(self._stream)
+            sync(self._stream)
             opened, self._opened = self._opened, None
             opened.__exit__(None, None, None)
         digest = self._digest.hexdigest()

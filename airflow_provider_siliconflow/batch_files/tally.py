@@ -10,7 +10,13 @@ from airflow_provider_siliconflow.api.redaction import brief
 #: Distinct error messages that are counted apart; the rest is counted together.
 MAX_MESSAGES = 200
 OTHER_MESSAGES = "(other messages)"
-_MESSAGE_CHARACTERS = 300
+#: Characters of a message that are kept.
+MESSAGE_CHARACTERS = 300
+
+#: Distinct finish reasons that are counted apart; the rest is counted together.
+MAX_REASONS = 20
+OTHER_REASONS = "(other reasons)"
+_REASON_CHARACTERS = 64
 
 
 @dataclass(slots=True)
@@ -36,16 +42,17 @@ class ModelTally:
     What became of the rows sent to one model; of some shards or all of them, see :meth:`add`.
 
     :param rows: rows of the input.
-    :param finish_reasons: of the rows that are ok.
+    :param finish_reasons: of the rows that are ok, see :meth:`add_finish_reason`.
     :param truncated: rows that are ok, but cut at ``max_tokens`` (finish reason ``length``).
     :param empty: rows that are ok, but without any text (a model that only reasoned, for one).
+    :param without_usage: rows that are ok, but do not say how many tokens they took, so that ``billed`` is too low.
     :param mismatches: answers by another model than the one asked.
     :param duplicates: result lines refused because their batch had one for that row already.
     :param foreign: result lines of rows that were never asked.
     :param balance_errors: rows that failed because the account could not pay.
     :param usage: tokens of the answers kept.
     :param billed: tokens of all answers of all rounds, those that a later one replaced included.
-    :param messages: how often the service said what, see :meth:`most_common_errors`.
+    :param messages: how many rows failed with which message, see :meth:`add_message`.
     :param ok_in_round: rows by the round that answered them.
     """
 
@@ -56,6 +63,7 @@ class ModelTally:
     missing: int = 0
     truncated: int = 0
     empty: int = 0
+    without_usage: int = 0
     mismatches: int = 0
     duplicates: int = 0
     foreign: int = 0
@@ -73,26 +81,35 @@ class ModelTally:
         self.usage.add(other.usage)
         self.billed.add(other.billed)
         for reason, count in other.finish_reasons.items():
-            self.finish_reasons[reason] = self.finish_reasons.get(reason, 0) + count
+            self.add_finish_reason(reason, count)
         for number, count in other.ok_in_round.items():
             self.ok_in_round[number] = self.ok_in_round.get(number, 0) + count
         for message, count in other.messages.items():
             self.add_message(message, count)
 
+    def add_finish_reason(self, reason: str, count: int = 1) -> None:
+        """Count rows by their finish reason; at most 20 different ones are counted apart."""
+        _count(self.finish_reasons, reason, count, _REASON_CHARACTERS, MAX_REASONS, OTHER_REASONS)
+
     def add_message(self, message: str, count: int = 1) -> None:
-        """Count an error message; only so many different ones are told apart."""
-        # A row's error may name a signed URL of its prompt; this goes into XCom and logs.
-        message = brief(message, _MESSAGE_CHARACTERS)
-        if message not in self.messages and len(self.messages) >= MAX_MESSAGES:
-            message = OTHER_MESSAGES
-        self.messages[message] = self.messages.get(message, 0) + count
+        """Count rows by their error message; at most 200 different ones are counted apart."""
+        _count(self.messages, message, count, MESSAGE_CHARACTERS, MAX_MESSAGES, OTHER_MESSAGES)
 
     def most_common_errors(self, limit: int = 5) -> dict[str, int]:
         """Return the most common error messages and how many rows have them."""
         return dict(Counter(self.messages).most_common(limit))
 
 
+def _count(counts: dict[str, int], text: str, count: int, characters: int, most: int, others: str) -> None:
+    """Count a text from outside; it goes into XCom and logs, and may name a signed URL."""
+    if text not in counts:
+        text = brief(text, characters)
+        if text not in counts and len(counts) >= most:
+            text = others
+    counts[text] = counts.get(text, 0) + count
+
+
 _COUNTS = (
-    *("rows", "ok", "error", "expired", "missing", "truncated", "empty"),
+    *("rows", "ok", "error", "expired", "missing", "truncated", "empty", "without_usage"),
     *("mismatches", "duplicates", "foreign", "balance_errors"),
 )

@@ -1,21 +1,35 @@
-"""What one result line says of its row, and whether the row is worth another attempt."""
+"""
+What one result line says of its row, and whether the row is worth another attempt.
+
+A line is whatever the service, or a gateway before it, wrote. The usual answer is read by a typed decoder that skips
+what it does not need; everything else by :class:`BatchResult`, which takes anything. Both agree on every line. What
+is kept of a line is short and bounded: a hostile line costs its own row, and no more memory than its size.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from sys import intern
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 import pydantic
 
+from airflow_provider_siliconflow.api.bounds import MAX_COUNT, MAX_STATUS
 from airflow_provider_siliconflow.api.models import BatchResult, Outcome, has_content, judge
-from airflow_provider_siliconflow.api.redaction import READ_CHARACTERS, valid_text
-from airflow_provider_siliconflow.batch_files.tally import Usage
+from airflow_provider_siliconflow.api.redaction import READ_CHARACTERS, brief, valid_text
+from airflow_provider_siliconflow.batch_files.tally import MESSAGE_CHARACTERS, Usage
 
-#: More than this is no count of tokens, and does not fit into a column of a data frame.
-_LARGEST_COUNT = (1 << 63) - 1
+#: Characters of the longest model name that is kept.
+_LONGEST_MODEL = 256
+
+#: Bytes of a line whose values are counted before it is read: as objects they may take thirty times as much.
+_LARGE_LINE = 4 << 20
+#: Values of a large line above which only what is needed of it is read.
+_MOST_VALUES = 500_000
+#: Bytes of the longest line that is repaired, which takes several copies of it.
+_LONGEST_REPAIR = 16 << 20
 
 _BALANCE_CODES = frozenset({"30001", "402", "insufficient_balance", "insufficient_quota"})
 _BALANCE_MESSAGE = re.compile(r"balance[^.]{0,20} insufficient|insufficient[^.]{0,20} balance|余额不足", re.I)
@@ -47,8 +61,8 @@ def worth_retrying(
     """
     Whether the same row, sent again unchanged, may be answered.
 
-    A status or a numeric code decides where there is one, the words of code and message otherwise. What is not
-    known to be passing is not retried: it would be paid again.
+    A status or a numeric code decides if there is one, the words of code and message otherwise. What is not known to
+    be transient is not retried: it would be paid again.
 
     :param code: ``error.code`` as text: an HTTP status, the service's own number or a word.
     :param message: what the service said.
@@ -68,7 +82,7 @@ def worth_retrying(
     return bool(_TRANSIENT_TEXT.search(words)) and not _PERMANENT_TEXT.search(words)
 
 
-_Count = Annotated[int, msgspec.Meta(ge=0, le=_LARGEST_COUNT)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 
 
 class _Details(msgspec.Struct, gc=False):
@@ -88,29 +102,47 @@ class _Message(msgspec.Struct, gc=False):
 
 class _Choice(msgspec.Struct, gc=False):
     message: _Message
-    finish_reason: str | None = None
+    finish_reason: Annotated[str, msgspec.Meta(max_length=MAX_STATUS)] | None = None
 
 
-class _Completion(msgspec.Struct, gc=False):
-    choices: list[_Choice]
-    model: str | None = None
+class _LargeMessage(_Message, gc=False):
+    reasoning_content: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _LargeChoice(_Choice, gc=False):
+    message: _LargeMessage
+
+
+Choices = TypeVar("Choices")
+
+
+class _Completion(msgspec.Struct, Generic[Choices], gc=False):
+    choices: Choices
+    model: Annotated[str, msgspec.Meta(max_length=_LONGEST_MODEL)] | None = None
     usage: _UsageFields | None = None
 
 
-class _Response(msgspec.Struct, gc=False):
-    body: _Completion
+class _Response(msgspec.Struct, Generic[Choices], gc=False):
+    body: _Completion[Choices]
     status_code: int | None = None
 
 
-class _Answered(msgspec.Struct, gc=False):
+class _Answered(msgspec.Struct, Generic[Choices], gc=False):
     """The usual answer. Whatever does not fit this is read by :class:`BatchResult`, which takes anything."""
 
     custom_id: str
-    response: _Response
+    response: _Response[Choices]
     error: None = None
 
 
-_decode_answered = msgspec.json.Decoder(_Answered).decode
+class _Named(msgspec.Struct, gc=False):
+    custom_id: str | int
+
+
+_decode_answered = msgspec.json.Decoder(_Answered[list[_Choice]]).decode
+# A list of millions of choices would fill the memory; one is the rule.
+_decode_large = msgspec.json.Decoder(_Answered[tuple[_LargeChoice]]).decode
+_decode_named = msgspec.json.Decoder(_Named).decode
 
 _REFUSED = (msgspec.DecodeError, ValueError, RecursionError)
 
@@ -119,25 +151,36 @@ _LONGEST_NUMBER = 4000
 _ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})?')
 
 
-class NotJSONError(ValueError):
-    """A line of a result file is not JSON: it was cut, or the file is no result file."""
+class UnreadableLineError(ValueError):
+    """A line of a result file cannot be read, so nobody knows whose result it is; the text says what it is."""
 
 
 class Verdict(msgspec.Struct, gc=False):
-    """What one result line says of its row, and where the line stands."""
+    """
+    What one result line says of its row, and where the line is.
+
+    :param empty: whether an answer that is ok holds no text.
+    :param metered: whether the line counts the tokens of prompt and completion.
+    :param code: ``error.code`` of a row that is not ok, short.
+    :param message: what the service said of a row that is not ok, short and without secrets.
+    :param transient: whether the row, not ok, is worth another attempt.
+    :param out_of_balance: whether the row failed because the account cannot pay.
+    """
 
     custom_id: str
     outcome: Outcome
     finish_reason: str | None = None
     model: str | None = None
     empty: bool = False
+    metered: bool = False
     prompt: int = 0
     completion: int = 0
     reasoning: int = 0
     total: int = 0
     code: str | None = None
     message: str | None = None
-    status: int | None = None
+    transient: bool = False
+    out_of_balance: bool = False
     line: bytes | None = None
     file: int = 0
     offset: int = 0
@@ -145,6 +188,7 @@ class Verdict(msgspec.Struct, gc=False):
     batch: int = 0
 
     def add_usage_to(self, usage: Usage) -> None:
+        """Add the line's tokens to ``usage``."""
         usage.prompt += self.prompt
         usage.completion += self.completion
         usage.reasoning += self.reasoning
@@ -155,10 +199,11 @@ def read_verdict(line: bytes) -> Verdict | None:
     """
     Judge a result line; ``None`` if it is none.
 
-    :raises NotJSONError: it is not JSON.
+    :raises UnreadableLineError: it is not JSON, or nested too deeply.
     """
+    decode = _decode_answered if len(line) <= _LARGE_LINE else _decode_large
     try:
-        answered = _decode_answered(line)
+        answered = decode(line)
         # Only a short text can be blank in earnest.
         content = answered.response.body.choices[0].message.content
         empty = len(content) < 64 and _is_blank(msgspec.json.decode(content))
@@ -174,8 +219,10 @@ def read_verdict(line: bytes) -> Verdict | None:
     verdict = Verdict(answered.custom_id, outcome, reason and intern(reason), model and intern(model), empty)
     usage = body.usage
     if usage is not None:
-        verdict.prompt = usage.prompt_tokens or 0
-        verdict.completion = usage.completion_tokens or 0
+        prompt, completion = usage.prompt_tokens, usage.completion_tokens
+        verdict.metered = prompt is not None and completion is not None
+        verdict.prompt = prompt or 0
+        verdict.completion = completion or 0
         verdict.total = usage.total_tokens or verdict.prompt + verdict.completion
         details = usage.completion_tokens_details
         if details is not None:
@@ -185,13 +232,20 @@ def read_verdict(line: bytes) -> Verdict | None:
 
 def read_result(line: bytes) -> BatchResult | None:
     """
-    Read a result line of any shape; ``None`` if it is none: without a ``custom_id``, or nested beyond reading.
+    Read a result line of any shape; ``None`` if it is none, having no ``custom_id``.
 
-    :raises NotJSONError: it is not JSON.
+    Of a line of more than 4 MiB with more than 500,000 values (log probabilities, mostly), or of one of more than
+    16 MiB that is damaged, only the custom id, the texts, the finish reason and the usage are read.
+
+    :raises UnreadableLineError: it is not JSON, or nested too deeply.
     """
+    if len(line) > _LARGE_LINE and sum(map(line.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        return _read_large(line)
     try:
         data = msgspec.json.decode(line)
     except _REFUSED:
+        if len(line) > _LONGEST_REPAIR:
+            return _read_large(line)
         data = _decode_damaged(line)
     if not isinstance(data, dict):
         return None
@@ -214,6 +268,44 @@ def read_result(line: bytes) -> BatchResult | None:
         )
 
 
+def _read_large(line: bytes) -> BatchResult | None:
+    try:
+        answered = _decode_large(line)
+    except _REFUSED:
+        return _read_name(line)
+    body = answered.response.body
+    message = body.choices[0].message
+    texts = {name: _text_of(getattr(message, name)) for name in ("content", "reasoning_content")}
+    usage = {
+        name: value for name, value in msgspec.to_builtins(body.usage or {}).items() if value is not None
+    }
+    choice = {"index": 0, "message": texts, "finish_reason": body.choices[0].finish_reason}
+    read = {"choices": [choice], "model": body.model, "usage": usage}
+    response = {"status_code": answered.response.status_code, "body": read}
+    return BatchResult.model_construct(custom_id=answered.custom_id, response=response)
+
+
+def _read_name(line: bytes) -> BatchResult | None:
+    try:
+        custom_id = str(_decode_named(line).custom_id)
+    except msgspec.ValidationError:
+        return None
+    except _REFUSED as exc:
+        raise UnreadableLineError("is not JSON") from exc
+    error = {
+        "code": "unreadable",
+        "message": f"the result of {len(line)} bytes holds too many values to be read",
+    }
+    return BatchResult.model_construct(custom_id=custom_id, error=error)
+
+
+def _text_of(raw: msgspec.Raw) -> str | None:
+    try:
+        return msgspec.json.decode(raw, type=str | None)
+    except _REFUSED:
+        return None
+
+
 def _decode_damaged(line: bytes) -> Any:
     """
     Read JSON as well as it can be read: one damaged text must not withhold the rows around it.
@@ -228,9 +320,9 @@ def _decode_damaged(line: bytes) -> Any:
         except ValueError:
             return _loads(_ESCAPE.sub(lambda found: found[0] if len(found[0]) > 1 else "\\\\", text))
     except ValueError as exc:
-        raise NotJSONError(str(exc)) from exc
-    except RecursionError:
-        return None
+        raise UnreadableLineError("is not JSON") from exc
+    except RecursionError as exc:
+        raise UnreadableLineError("is nested too deeply to be read") from exc
 
 
 def _loads(text: str) -> Any:
@@ -247,24 +339,32 @@ def _read_unusual(line: bytes) -> Verdict | None:
     outcome = result.outcome
     usage = result.usage
     details = usage.get("completion_tokens_details")
-    status = (result.response or {}).get("status_code")
-    model = result.body.get("model")
+    reason, model = result.finish_reason, result.body.get("model")
+    prompt, completion = map(whole_number, (usage.get("prompt_tokens"), usage.get("completion_tokens")))
     verdict = Verdict(
         result.custom_id,
         outcome,
-        valid_text(result.finish_reason) if isinstance(result.finish_reason, str) else None,
-        valid_text(model) if isinstance(model, str) else None,
+        valid_text(reason[:MAX_STATUS]) if isinstance(reason, str) else None,
+        valid_text(model[:_LONGEST_MODEL]) if isinstance(model, str) else None,
         outcome is Outcome.OK and _is_blank(result.text),
-        whole_number(usage.get("prompt_tokens")) or 0,
-        whole_number(usage.get("completion_tokens")) or 0,
+        prompt is not None and completion is not None,
+        prompt or 0,
+        completion or 0,
         (whole_number(details.get("reasoning_tokens")) or 0) if isinstance(details, dict) else 0,
-        status=status if isinstance(status, int) else None,
     )
     verdict.total = whole_number(usage.get("total_tokens")) or verdict.prompt + verdict.completion
     if outcome is not Outcome.OK:
         code, message = _reason(result)
-        # Thousands of them may be kept, and each may repeat its prompt.
-        verdict.code, verdict.message = code and code[:READ_CHARACTERS], message[:READ_CHARACTERS]
+        status = (result.response or {}).get("status_code")
+        status = status if isinstance(status, int) else None
+        words = message[:READ_CHARACTERS]
+        verdict.transient = worth_retrying(outcome, code=code, message=words, status=status)
+        verdict.out_of_balance = outcome is Outcome.ERROR and is_balance_error(
+            code=code, message=words, status=status
+        )
+        # Thousands of them may be kept, most of them the same.
+        verdict.code = code and intern(code)
+        verdict.message = intern(brief(message, MESSAGE_CHARACTERS))
     return verdict
 
 
@@ -276,11 +376,15 @@ def _reason(result: BatchResult) -> tuple[str | None, str]:
     if isinstance(said, dict) and said and not said.get("choices"):
         error = said.get("error", said)
         from_body = BatchResult.model_construct(custom_id="", error=error)
-        if isinstance(error, str) or (isinstance(error, dict) and error.get("message")):
-            return from_body.error_code, from_body.error_message or ""
+        is_one = isinstance(error, str) or (isinstance(error, dict) and error.get("message"))
+        # A body that says success, but holds no answer, does not say why.
+        if is_one and (message := from_body.error_message):
+            return from_body.error_code, message
     elif isinstance(said, str) and said.strip():
         return None, said
     status = (result.response or {}).get("status_code")
+    if not isinstance(status, int) or isinstance(status, bool) or not 100 <= status <= 599:
+        status = None
     return None, "the answer holds no choice" if status in (None, 200) else f"HTTP {status}"
 
 
@@ -293,6 +397,6 @@ def whole_number(value: Any) -> int | None:
     digits = isinstance(value, str) and value.isdecimal() and len(value) < 20
     if digits or (isinstance(value, float) and value.is_integer()):
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST_COUNT:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
         return None
     return value

@@ -201,10 +201,10 @@ class SiliconFlowHook(BaseHook):
         self, batch_id: str, *, poll_interval: float = 60, timeout: float | None = None
     ) -> Batch:
         """
-        Wait until a batch has ended, whichever way. Passing faults of the service do not end the wait.
+        Wait until a batch has ended, whichever way. Transient faults of the service do not end the wait.
 
         :param batch_id: the batch.
-        :param poll_interval: seconds between two looks.
+        :param poll_interval: seconds between two polls.
         :param timeout: seconds; by default until an hour after the batch expires.
         :raises BatchTimeoutError: time ran out; the batch is untouched.
         :raises BatchWaitError: the wait cannot go on (401, 403, 404).
@@ -254,7 +254,7 @@ class SiliconFlowHook(BaseHook):
         for batch_id in wait.due(time.time()):
             try:
                 # The wait itself is the retry: repeating the call here would only hide what happens.
-                batch = self._client.get_batch(batch_id, repeat=False)
+                batch = self._client.get_batch(batch_id, repeat=False, within=wait.poll_limit(time.time()))
             except SiliconFlowError as exc:
                 wait.fault(batch_id, exc, time.time())
             else:

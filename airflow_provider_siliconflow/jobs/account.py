@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -235,8 +235,10 @@ class AccountBatches:
         self._read_to: float = float("inf")
         #: When the list was read last, by the monotonic clock.
         self.read_at = float("-inf")
-        #: Whether the account may have batches that were not read.
+        #: Whether the account may have batches that the service did not hand out.
         self.cut = False
+        #: Entries of the list that were no batches.
+        self.unreadable = 0
 
     def __len__(self) -> int:
         """Return how many batches were seen."""
@@ -266,8 +268,8 @@ class AccountBatches:
                 break
         else:
             self._read_to = float("-inf")
-            self.cut = listing.cut or listing.unreadable > 0
-        self._order, self.read_at = order, began
+            self.cut = listing.cut
+        self._order, self.read_at, self.unreadable = order, began, listing.unreadable
 
     def _take(self, batch: Batch, work: BatchWork) -> None:
         self._seen.add(batch.id)
@@ -337,13 +339,16 @@ class AccountBatches:
         """Whether the service is known to hand metadata back."""
         return bool(self._marked)
 
-    def reaches(self, anchor: float | None, older: Iterable[str]) -> bool:
+    def shows_all_of(self, anchor: float | None, older: Set[str]) -> bool:
         """
-        Whether a list that is cut shows all batches of a piece of work all the same.
+        Whether the list, as far as it was read, surely shows all batches of a piece of work.
 
         :param anchor: as in :meth:`read`.
         :param older: batches that are certainly older than any of the work.
         """
+        # A list that calls itself complete and lacks what is known to exist is not.
+        if not self.cut and (not older or not self._seen.isdisjoint(older)):
+            return True
         if not self._order.newest_first:
             return False
         by_time = anchor is not None and self._clocks_agree and self._oldest < anchor - ANCHOR_MARGIN

@@ -158,8 +158,13 @@ class Collector:
         :raises SiliconFlowError: nothing can be read; a retry reads it again.
         """
         collected = Collected()
-        for model in self._job.models:
-            self._merge_model(model, collected)
+        try:
+            for model in self._job.models:
+                self._merge_model(model, collected)
+        except FileNotFoundError:
+            # A newer try that has finished the job has removed its folder.
+            self._job.ledger.check_owner()
+            raise
         return collected
 
     def next_round(self, collected: Collected) -> dict[int, tuple[Shard, ...]] | None:

@@ -321,7 +321,8 @@ def download_results(
             write_whole(output_dir / "results.jsonl") as results,
             write_whole(output_dir / "errors.jsonl") as errors,
         ):
-            tally = merge_batch(files, results, errors, rows=min(batch.request_counts.total, MAX_FILE_LINES))
+            merged = merge_batch(files, results, errors, rows=min(batch.request_counts.total, MAX_FILE_LINES))
+            tally = merged.tally
         summary = BatchSummary(
             batch.id, batch.status, tally.rows, counts=batch.request_counts.model_dump(mode="json")
         )

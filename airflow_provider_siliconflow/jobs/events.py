@@ -144,7 +144,7 @@ def _payload(event: Event, *, counts_only: bool) -> dict[str, Any]:
 def _as_many_as_fit(described: list[dict[str, Any]]) -> dict[str, Any]:
     room = MAX_BYTES - 1000
     for number, batch in enumerate(described):
-        room -= _size(batch) + 1
+        room -= _size(batch) + 2
         if room < 0:
             log.info(
                 "The event has room for %d of %d batches; the task waits for the others again",

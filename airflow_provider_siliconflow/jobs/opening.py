@@ -214,6 +214,9 @@ class Opening:
             )
         try:
             rows = requests()
+            if hasattr(rows, "open"):
+                with rows.open("rb"):
+                    pass
         # An input that is gone, or a function that fails, must not keep a retry from what is paid for.
         except Exception as exc:  # noqa: BLE001
             log.warning("%s cannot be read again (%s); the job goes on with the rows as planned", name, exc)

@@ -173,6 +173,7 @@ class BatchRun:
                 raise
             log.info("Another try of this task has finished the job; its manifest is taken")
             return None
+        opened.job.ledger.check_owner()
         batches = list(ended)
         opened.job.record_ended(batches, at=self._clock.time())
         opened.collector.settle(batches)
@@ -188,6 +189,7 @@ class BatchRun:
         if self._earlier_manifest is not None:
             return self._earlier_manifest
         opened = self._open()
+        opened.job.ledger.check_owner()
         collected = self._collected or opened.collector.collect()
         manifest = opened.collector.manifest(collected)
         manifest["task"] = asdict(self._submitter)

@@ -1,8 +1,8 @@
 """
 Searching the account for the batch of a piece of work, and proving that what is found is that batch.
 
-What carries our mark is not ours for that: whoever has the account can copy it. What carries no mark may be ours all the
-same: the list may leave metadata out. And what is not listed may exist: the list may lag, be cut, or be short.
+What carries our mark is not ours for that: whoever has the account can copy it. What carries no mark may be ours all
+the same: the list may leave metadata out. And what is not listed may exist: the list may lag, be cut, or be short.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class AccountSearch:
         return [*doubtful, *unread]
 
     def _unmarked(self, work: BatchWork) -> tuple[list[Listed], list[str]]:
-        """Return the batches that may be the work's as far as the list shows it, and the ids of those beyond the limits."""
+        """Return the batches that may be the work's by what the list shows, and the ids of those beyond the limits."""
         over_file: list[Listed] = []
         without_file: list[Listed] = []
         ours = self.our_files(work)
@@ -282,11 +282,16 @@ class AccountSearch:
                 f"{manual}",
                 retryable=True,
             )
-        older = self._ledger.older_batches(work.key)
-        if self.batches.cut and not self.batches.reaches(self._anchor(work), older):
+        if self.batches.unreadable:
             raise SubmissionUnknownError(
-                f"The account lists its newest {len(self.batches)} batches only, and none is {work.label}: it may be an "
-                f"older one, paid for by an earlier try. Nothing was sent. A retry searches again. {manual}",
+                f"The account lists {self.batches.unreadable} batches that cannot be read, and one of them may be "
+                f"{work.label}, paid for by an earlier try. Nothing was sent. A retry searches again. {manual}",
+                retryable=True,
+            )
+        if not self.batches.shows_all_of(self._anchor(work), self._ledger.older_batches(work.key)):
+            raise SubmissionUnknownError(
+                f"The account lists its newest {len(self.batches)} batches only, and none is {work.label}: it may be "
+                f"an older one, paid for by an earlier try. Nothing was sent. A retry searches again. {manual}",
                 retryable=True,
             )
 

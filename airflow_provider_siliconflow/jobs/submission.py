@@ -214,8 +214,11 @@ class Submission:
         return self._started if work.upload is None or self._account.our_files(work) else None
 
     def _search_earlier(self, work: BatchWork, listed_by: float, adopt_dead: bool) -> Batch | None:
+        # Searched once only, there is hardly anything to be found, and no first try may fail for what it cannot see.
+        has_record = not isinstance(self._ledger.state(work.key), Planned | Refused)
+        is_final = has_record or self._earlier_tries == "patiently"
         try:
-            return self._search(work, listed_by, adopt_dead)
+            return self._search(work, listed_by, adopt_dead, is_final=is_final)
         except SubmissionUnknownError:
             raise
         except SiliconFlowError as exc:
@@ -225,11 +228,12 @@ class Submission:
                 retryable=True,
             ) from exc
 
-    def _search(self, work: BatchWork, listed_by: float, adopt_dead: bool) -> Batch | None:
+    def _search(self, work: BatchWork, listed_by: float, adopt_dead: bool, *, is_final: bool) -> Batch | None:
         """
         Search until the work must be listed if it exists, and adopt what is found.
 
         :param listed_by: monotonic time from which on the listing can be trusted.
+        :param is_final: whether it must be certain that there is nothing, if nothing is found.
         :raises SubmissionUnknownError: the account does not show enough to be sure.
         """
         for found in self._account.looks(work, listed_by):
@@ -237,9 +241,7 @@ class Submission:
                 adopted = self._adopt(work, batch, adopt_dead)
                 if adopted is not None:
                     return adopted
-        # Searched once only, there is hardly anything to be found, and no first try may fail for what it cannot see.
-        has_record = not isinstance(self._ledger.state(work.key), Planned | Refused)
-        if has_record or self._earlier_tries == "patiently":
+        if is_final:
             self._account.check_conclusive(work, found)
         return None
 
@@ -343,7 +345,7 @@ class Submission:
         request = Request(
             f"POST /batches for {work.label}",
             send,
-            find=lambda: self._search(work, self._clock.monotonic() + LIST_LAG, adopt_dead),
+            find=lambda: self._search(work, self._clock.monotonic() + LIST_LAG, adopt_dead, is_final=True),
             forget=lambda: self._ledger.record(work.key, Planned()),
             accept=lambda: self._record_accepted(work),
             lost=lambda answer: _lost(work, "this try", answer),
@@ -411,9 +413,9 @@ def _lost(work: BatchWork, who: str, answer: SiliconFlowError | None) -> Submiss
     """Return the error for a batch that the service may have created, and that the account does not list."""
     return SubmissionUnknownError(
         f"{who.capitalize()} asked for the batch of {work.label}, the service answered with a success status and "
-        "without a usable id, and the account lists no such batch. It is not asked for again, since it may exist and be "
-        f"paid for: a retry only searches. Look on the console for a batch with the metadata {WORK_KEY}={work.key}; if "
-        "there is none, a manual clear with on_clear='resubmit' submits anew."
+        "without a usable id, and the account lists no such batch. It is not asked for again, since it may exist and "
+        "be paid for: a retry only searches. Look on the console for a batch with the metadata "
+        f"{WORK_KEY}={work.key}; if there is none, a manual clear with on_clear='resubmit' submits anew."
         f"{f' The answer: {answer}' if answer is not None else ''}",
         retryable=True,
     )

@@ -42,6 +42,8 @@ _MISSING_LOOKS = 3
 REFUSED_GRACE = 3600.0
 #: Longest pause between two polls while the service fails, in seconds.
 FAULT_PAUSE_LIMIT = 600.0
+#: Seconds for the only poll of a wait whose deadline has passed when it is taken up.
+LAST_POLL_SECONDS = 10.0
 #: Polls of one wait that may be under way at once.
 MAX_CONCURRENT_POLLS = 8
 #: Polls fall due at steps of so many seconds: an event loop with thousands of waits then wakes up once for several of
@@ -180,6 +182,15 @@ class BatchWait:
         """Return for how many seconds a poll may go on; ``None`` if nothing ends it."""
         left = self._deadline() - now
         return None if left == math.inf else max(left, 0.0)
+
+    def poll_limit(self, now: float) -> float | None:
+        """
+        Return how many seconds a poll that begins now may take; ``None`` if nothing ends it.
+
+        A wait that is taken up after its deadline polls once all the same: its batches may have ended.
+        """
+        left = self.time_left(now)
+        return None if left is None else left or LAST_POLL_SECONDS
 
     def check_deadline(self, now: float) -> None:
         """

@@ -12,7 +12,13 @@ from airflow.providers.common.compat.sdk import conf
 from airflow_provider_siliconflow.operators.base import SubmittingOperator
 from airflow_provider_siliconflow.operators.upload import checked_file, upload_of
 from airflow_provider_siliconflow.task import arguments as read
-from airflow_provider_siliconflow.task.deferral import defer, end_wait, record_wait
+from airflow_provider_siliconflow.task.deferral import (
+    defer,
+    end_wait,
+    forget_left_waiting,
+    left_waiting,
+    record_wait,
+)
 from airflow_provider_siliconflow.task.ledger import open_submission
 from airflow_provider_siliconflow.task.state import TaskTry, may_end_in_trigger
 from airflow_provider_siliconflow.triggers.batch import BatchTrigger
@@ -147,6 +153,7 @@ class CreateBatchOperator(SubmittingOperator):
             submission = self._submission = open_submission(task_try, self.hook.get_conn())
             if self._killed:
                 submission.stop()
+            self._cancel_left_waiting(task_try)
             if self.durable:
                 batch = self._submit(submission, task_try.submitter, given)
             else:
@@ -168,6 +175,8 @@ class CreateBatchOperator(SubmittingOperator):
         task_try = self._try = TaskTry.of(context)
         with self.errors(earlier_tries=True):
             end_wait(task_try)
+            if event is None:
+                return self._resume_without_event(task_try)
             if event == "success":
                 # dag.test() resumes the task even if the trigger ended it.
                 return str(task_try.ti.xcom_pull(task_ids=self.task_id, key="batch_id"))
@@ -178,6 +187,35 @@ class CreateBatchOperator(SubmittingOperator):
                 raise
             self.batch_id = batch.id
             return self._judged(batch)
+
+    def _resume_without_event(self, task_try: TaskTry) -> str:
+        """Go on where the task is resumed by hand: ``airflow tasks test`` does that to a task that waits."""
+        batch = self.hook.get_batch(task_try.ti.xcom_pull(task_ids=self.task_id, key="batch_id"))
+        self.batch_id = batch.id
+        self.log.warning("Resumed without a word from the trigger; waiting for batch %s again", batch.id)
+        return self._wait(task_try, batch, self._arguments.read(self))
+
+    def _cancel_left_waiting(self, task_try: TaskTry) -> None:
+        """Cancel the batch of an older generation that was cleared while its trigger waited: nobody else does."""
+        from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+
+        if (left := left_waiting(task_try)) is None:
+            return
+        if not self.cancel_on_kill:
+            self.log.warning(
+                "The task was cleared; batch %s is left alone, goes on and is billed", left.batch_id
+            )
+            forget_left_waiting(task_try)
+            return
+        try:
+            batch = self.hook.get_batch(left.batch_id)
+            if left.is_it(batch) and not batch.is_terminal:
+                self.log.info("The task was cleared while it waited for batch %s", batch.id)
+                self.hook.cancel_batch(batch.id)
+        except SiliconFlowError as exc:
+            self.log.warning("Batch %s may go on and be billed: %s", left.batch_id, exc)
+            return
+        forget_left_waiting(task_try)
 
     def _submit(self, submission: Submission, submitter: Submitter, given: dict[str, Any]) -> Batch:
         """Return the batch of this task: the one of an earlier try, or a new one."""
@@ -229,24 +267,24 @@ class CreateBatchOperator(SubmittingOperator):
         if not batch.is_terminal:
             deadline = _deadline(batch, given["timeout"])
             if self.deferrable:
-                self._defer(task_try, batch.id, given["poll_interval"], deadline)
+                self._defer(task_try, batch, given["poll_interval"], deadline)
             (batch,) = self.hook.wait_for_batches(
                 [batch.id], poll_interval=given["poll_interval"], deadline=deadline
             )
         return self._judged(batch)
 
-    def _defer(self, task_try: TaskTry, batch_id: str, poll_interval: float, deadline: float) -> None:
+    def _defer(self, task_try: TaskTry, batch: Batch, poll_interval: float, deadline: float) -> None:
         end_in_trigger = may_end_in_trigger(self)
         if end_in_trigger and self.do_xcom_push:
             # No worker will come to push it.
-            task_try.push("return_value", batch_id)
+            task_try.push("return_value", batch.id)
         trigger = BatchTrigger(
-            batch_ids=[batch_id],
+            batch_ids=[batch.id],
             conn_id=self.conn_id,
             poll_interval=poll_interval,
             deadline=deadline,
             cancel_on_kill=self.cancel_on_kill,
-            wait_token=record_wait(task_try) if self.cancel_on_kill else None,
+            wait_token=record_wait(task_try, batch) if self.cancel_on_kill else None,
             end_in_trigger=end_in_trigger,
         )
         defer(self, trigger, deadline=deadline)

@@ -158,6 +158,10 @@ class BatchSensor(BaseSensorOperator):
                         break
                     time.sleep(pause)
                     self._poll(self._wait)
+                # Nor may a batch whose counts come late begin anew to be waited for at each poke.
+                while self._wait.settling:
+                    time.sleep(self._wait.pause(time.time()))
+                    self.hook.poll_once(self._wait)
             if not self._wait.finished:
                 self._wait.check_deadline(time.time())
                 return False

@@ -33,9 +33,6 @@ _CONNECTION_PAUSE, _LONGEST_CONNECTION_PAUSE = 5.0, 300.0
 #: Seconds for which a connection that is not defined may be one that Airflow cannot read.
 _MISSING_CONNECTION_PATIENCE = 600.0
 
-#: Seconds for the only poll of a wait whose deadline has passed when it is taken up.
-_LAST_POLL_SECONDS = 10.0
-
 #: Seconds between attempts to learn how a task ended: two minutes in all, since a database may be away for a while.
 _STATE_PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 30.0, 30.0)
 
@@ -216,7 +213,7 @@ class BatchTrigger(BaseTrigger):
             due = wait.due(time.time())
             # The deadline ends polls under way: check_deadline() then says what is known of their batches.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._poll_limit()):
+                async with asyncio.timeout(wait.poll_limit(time.time())):
                     if len(due) == 1:
                         await poll(due[0])
                     elif due:
@@ -226,14 +223,6 @@ class BatchTrigger(BaseTrigger):
                 return
             wait.check_deadline(time.time())
             await asyncio.sleep(wait.pause(time.time()))
-
-    def _poll_limit(self) -> float | None:
-        """Return how many seconds polls may take before the deadline; ``None`` if there is none."""
-        if self.deadline is None:
-            return None
-        left = self.deadline - time.time()
-        # A wait that is taken up after its deadline polls once: its batches may have ended.
-        return left if left > 0 else _LAST_POLL_SECONDS
 
     async def on_kill(self) -> None:
         """

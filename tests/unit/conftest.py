@@ -97,6 +97,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(SystemClock, "sleep", sleep)
     monkeypatch.setattr(SystemClock, "time", lambda _: time.time() + slept)
+    monkeypatch.setattr(SystemClock, "monotonic", lambda _: time.monotonic() + slept)
 
 
 @pytest.fixture

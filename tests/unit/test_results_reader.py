@@ -32,15 +32,17 @@ def write(path: Path, *texts: str) -> str:
     return str(path)
 
 
-def manifest(**files: str) -> dict[str, Any]:
-    return {"version": 1, "models": [{"model": name, "paths": {"results": p}} for name, p in files.items()]}
+def manifest(folder: Path, *models: str | None, **more: Any) -> dict[str, Any]:
+    """A manifest whose inner paths lead nowhere: they are not to be followed."""
+    entries = [{"model": model, "batches": [], "paths": {"results": "/etc/passwd"}} for model in models]
+    return {"version": 1, "models": entries, "paths": {"output_dir": str(folder)}, **more}
 
 
 @pytest.fixture
 def two_models(tmp_path: Path) -> dict[str, Any]:
-    return manifest(
-        a=write(tmp_path / "a" / "results.jsonl", "A0", "A1"), b=write(tmp_path / "b.jsonl", "B0")
-    )
+    write(tmp_path / "Qwen--Qwen3-32B" / "results.jsonl", "A0", "A1")
+    write(tmp_path / "b" / "results.jsonl", "B0")
+    return manifest(tmp_path, "Qwen/Qwen3-32B", "b")
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
@@ -63,30 +65,86 @@ def test_object_storage_path(tmp_path: Path) -> None:
 
 
 def test_manifest_of_one_model_needs_no_name(tmp_path: Path) -> None:
-    one = manifest(a=write(tmp_path / "r.jsonl", "A"))
+    write(tmp_path / "results.jsonl", "A")
+    one = manifest(tmp_path, "a")
     assert [row.text for row in read_results(one)] == ["A"]
     assert [row.text for row in read_results(one, model="a")] == ["A"]
 
 
 def test_manifest_of_rows_that_name_their_models(tmp_path: Path) -> None:
-    path = write(tmp_path / "r.jsonl", "A")
-    unnamed = {"models": [{"model": None, "paths": {"results": path}}]}
+    write(tmp_path / "results.jsonl", "A")
+    unnamed = manifest(tmp_path, None)
     assert [row.text for row in read_results(unnamed)] == ["A"]
     with pytest.raises(InvalidInputError, match="leave model= out"):
         read_results(unnamed, model="a")
 
 
 def test_manifest_picks_a_model(two_models: dict[str, Any], tmp_path: Path) -> None:
-    assert [row.text for row in read_results(two_models, model="a")] == ["A0", "A1"]
+    assert [row.text for row in read_results(two_models, model="Qwen/Qwen3-32B")] == ["A0", "A1"]
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(two_models))
     assert [row.text for row in read_results(path, model="b")] == ["B0"]
     assert [row.text for row in read_results(path.as_uri(), model="b")] == ["B0"]
 
 
+def test_a_folder_that_was_moved_is_read_where_it_is(two_models: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(two_models))
+    moved = tmp_path.with_name(f"{tmp_path.name}-moved")
+    tmp_path.rename(moved)
+    assert [row.text for row in read_results(moved / "manifest.json", model="b")] == ["B0"]
+    with pytest.raises(FileNotFoundError):
+        read_results(two_models, model="b")
+
+
+@pytest.mark.parametrize("model", ["../b", "/etc", "..", "b/../../x", "\ud800", "a\0b"])
+def test_a_manifest_leads_nowhere_but_below_its_folder(
+    two_models: dict[str, Any], tmp_path: Path, model: str
+) -> None:
+    """Its models name folders; whatever they are, their slugs are names of one level."""
+    write(tmp_path.parent / "x" / "results.jsonl", "not yours")
+    two_models["models"][0]["model"] = model
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        read_results(two_models, model=model)
+
+
+@pytest.mark.parametrize("own", [{"run": "1"}, {"unfinished": "1"}, {}])
+def test_results_of_another_run_are_refused(tmp_path: Path, own: dict[str, Any]) -> None:
+    task = {"dag_id": "d", "run_id": "first", "task_id": "t"}
+    write(tmp_path / "results.jsonl", "A")
+    returned = manifest(tmp_path, "a", **own, **({"task": task} if own else {}))
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(returned))
+    assert [row.text for row in read_results(returned)] == ["A"]
+    path.write_text(json.dumps({**returned, "run": "2", "task": {**task, "run_id": "second"}}))
+    with pytest.raises(InvalidInputError, match="another run by now, task 't' of DAG 'd', run 'second'"):
+        read_results(returned)
+    with pytest.raises(InvalidInputError, match="another run"):
+        to_frame(returned)
+
+
+def test_a_job_that_was_finished_later_is_the_same_job(tmp_path: Path) -> None:
+    write(tmp_path / "results.jsonl", "A")
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest(tmp_path, "a", run="1")))
+    assert [row.text for row in read_results(manifest(tmp_path, "a", unfinished="1"))] == ["A"]
+
+
+def test_downloads_differ_by_their_batches(tmp_path: Path) -> None:
+    write(tmp_path / "results.jsonl", "A")
+    first, second = manifest(tmp_path, None), manifest(tmp_path, None)
+    first["models"][0]["batches"] = [{"id": "batch_1"}]
+    second["models"][0]["batches"] = [{"id": "batch_2"}]
+    (tmp_path / "manifest.json").write_text(json.dumps(second))
+    assert [row.text for row in read_results(second)] == ["A"]
+    with pytest.raises(InvalidInputError, match="another run by now, a download"):
+        read_results(first)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
-    [(None, "several models; say which: model= one of 'a', 'b'"), ("c", "no results of model 'c'.*'a', 'b'")],
+    [
+        (None, "several models; say which: model= one of 'Qwen/Qwen3-32B', 'b'"),
+        ("c", "no results of model 'c'.*'Qwen/Qwen3-32B', 'b'"),
+    ],
 )
 def test_unclear_model_fails_before_reading(
     two_models: dict[str, Any], model: str | None, message: str
@@ -102,18 +160,30 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         read_results(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no\.jsonl"):
         read_results(tmp_path / "no.jsonl")
-    with pytest.raises(FileNotFoundError, match="which the manifest points to"):
-        read_results(manifest(a=str(tmp_path / "gone.jsonl")))
+    with pytest.raises(FileNotFoundError, match=r"results\.jsonl, which belongs to the manifest"):
+        read_results(manifest(tmp_path, "a"))
 
 
-def test_what_is_no_manifest(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="not a manifest"):
-        read_results({"rows": 3})
-    (tmp_path / "manifest.json").write_text("{")
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[" * 100_000, "[]", '{"models": 3}', '{"models": [{"model": 5}]}', " " * (33 << 20)],
+    ids=["cut", "nested", "list", "number", "model", "large"],
+)
+def test_what_is_no_manifest(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(InvalidInputError, match=r"manifest\.json is not a manifest"):
         read_results(tmp_path / "manifest.json")
+
+
+def test_what_no_task_returned(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="not a manifest"):
+        read_results({"rows": 3})
     with pytest.raises(InvalidInputError, match="one model already"):
         read_results(write(tmp_path / "results.jsonl", "A"), model="a")
+    with pytest.raises(InvalidInputError, match="source must be a path, a URI or a path object; got int"):
+        read_results(5)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="source holds a NUL"):
+        read_results("a\0b.jsonl")
 
 
 def test_rows_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
@@ -137,6 +207,6 @@ def test_local_files_need_no_airflow(tmp_path: Path) -> None:
 @pytest.mark.parametrize("library", ["pandas", "polars"])
 def test_frame(two_models: dict[str, Any], library: str) -> None:
     pytest.importorskip(library)
-    frame = to_frame(two_models, library, model="a")
+    frame = to_frame(two_models, library, model="Qwen/Qwen3-32B")
     assert list(frame["text"]) == ["A0", "A1"]
     assert list(frame["prompt_tokens"]) == [3, 3]

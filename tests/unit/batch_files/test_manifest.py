@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ from airflow_provider_siliconflow.batch_files.manifest import (
     build_manifest,
     model_slug,
     render_summary,
+    results_folder,
 )
 from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 
 
-def run(model, *, ok=8, error=1, missing=1):
+def run(model: str | None, *, ok: int = 8, error: int = 1, missing: int = 1) -> ModelRun:
     tally = ModelTally(
         rows=ok + error + missing,
         ok=ok,
@@ -59,6 +61,17 @@ def test_a_manifest_adds_models_up_and_tells_rounds_apart() -> None:
     assert first["batches"][0]["counts"] == {"total": 10, "completed": 7, "failed": 3}
 
 
+def test_money_is_summed_unrounded_and_rounded_once() -> None:
+    """Each of these models costs less than half of the last digit; together they do not."""
+    tallies = [ModelTally(billed=Usage(4, 4)) for _ in range(3)]
+    prices = {name: {"prompt": 0.1, "completion": 0.1} for name in "abc"}
+    runs = [ModelRun(name, tally, []) for name, tally in zip("abc", tallies, strict=True)]
+    manifest = build_manifest(runs, prices=prices)
+    assert [each["cost"]["prompt"] for each in manifest["models"]] == [0.0, 0.0, 0.0]
+    assert manifest["models"][0]["cost"]["total"] == 0.000001
+    assert (manifest["cost"]["prompt"], manifest["cost"]["total"]) == (0.000001, 0.000002)
+
+
 def test_a_total_cost_is_not_given_when_a_model_has_no_price(caplog: pytest.LogCaptureFixture) -> None:
     prices = {"A": {"prompt": 1, "completion": 1}}
     build_manifest([run("a")], prices=prices)
@@ -91,6 +104,12 @@ def test_the_summary_is_a_table_without_empty_columns() -> None:
         "2,000,000",
         "6.00",
     ]
+
+
+def test_a_model_has_a_folder_of_its_own_only_beside_others() -> None:
+    assert results_folder(Path("/out"), "a/b", several=False) == Path("/out")
+    assert results_folder(Path("/out"), "a/b", several=True) == Path("/out/a--b")
+    assert results_folder(Path("/out"), None, several=True) == Path("/out")
 
 
 @given(st.text(alphabet="aA/-. 中", max_size=8), st.text(alphabet="aA/-. 中", max_size=8))

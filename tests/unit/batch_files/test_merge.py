@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from hypothesis import strategies as st
 from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError
 from airflow_provider_siliconflow.api.models import BatchResult, Outcome
 from airflow_provider_siliconflow.batch_files import merge
-from airflow_provider_siliconflow.batch_files.merge import BatchFiles, merge_batch
+from airflow_provider_siliconflow.batch_files.merge import BatchFiles, merge_batch, refused_lines
 from airflow_provider_siliconflow.batch_files.result_lines import read_results
 from airflow_provider_siliconflow.batch_files.tally import Usage
-from tests.unit.batch_files.samples import Folder, answer, failure, ids
+from tests.unit.batch_files.samples import Folder, answer, failure, ids, line
 
 
 @pytest.fixture
@@ -79,10 +80,16 @@ def test_rows_of_other_shards_are_foreign_only_in_a_batch_of_this_shard(folder: 
     assert (merged.tally.foreign, merged.tally.billed.prompt) == (0, 40)
 
 
-@pytest.mark.parametrize("bad", [b'{"custom_id":"b","resp', b"<html>", b'{"custom_id":"b","error":"\xf0'])
+UNREADABLE = [b'{"custom_id":"b","resp', b"<html>", b'{"custom_id":"b","error":"\xf0', b"[" * 100_000]
+
+
+@pytest.mark.parametrize("bad", UNREADABLE)
 @pytest.mark.parametrize("terminated", [True, False])
-def test_a_line_that_is_not_json_is_never_dropped(folder: Folder, bad: Any, terminated: Any) -> None:
+def test_a_line_that_cannot_be_read_is_an_error_of_a_strict_merge(
+    folder: Folder, bad: Any, terminated: Any
+) -> None:
     batch = folder.batch([answer("a"), bad], batch_id="batch_1")
+    assert batch.output
     if not terminated:
         batch.output.write_bytes(batch.output.read_bytes()[:-1])
     with pytest.raises(IncompleteResultsError, match=r"line 2 of result-1\.jsonl of batch batch_1") as caught:
@@ -90,7 +97,91 @@ def test_a_line_that_is_not_json_is_never_dropped(folder: Folder, bad: Any, term
     assert caught.value.batch_id == "batch_1"
 
 
-@pytest.mark.parametrize("odd", [b'{"message":"expired"}', b'"text"', b'{"custom_id":null}', b"[" * 100_000])
+@pytest.mark.parametrize("bad", UNREADABLE)
+def test_otherwise_it_costs_one_row_and_none_that_may_be_paid_is_sent_again(
+    folder: Folder, bad: bytes
+) -> None:
+    """The lost line is the result of "b" or "d", and nobody can say which; "c" failed, and has its line."""
+    batch = folder.batch([answer("a"), bad, failure("c")], batch_id="batch_1")
+    merged, results, errors = folder.merge(batch, strict=False)
+    assert ids(results) == ["a", "b", "c", "d"]
+    assert ids(errors) == ["b", "c", "d"]
+    assert (merged.tally.ok, merged.tally.error, merged.tally.missing) == (1, 1, 2)
+    assert list(merged.retry) == [0, 0, 1, 0]
+    [spoilt] = merged.spoilt
+    assert (spoilt.batch_id, spoilt.rows) == ("batch_1", 2)
+    assert spoilt.reason.startswith("line 2 of result-1.jsonl of batch batch_1 is n")
+    lost = BatchResult.model_validate_json(results[1])
+    assert lost.outcome is Outcome.MISSING
+    assert lost.error_message
+    assert lost.error_message.startswith("no result for this row could be read: line 2 of result-1.jsonl")
+
+
+def test_lines_beside_results_of_every_row_lose_none(folder: Folder) -> None:
+    lines = [*(answer(each) for each in "abcd"), b"<html>", b"cut"]
+    merged, results, _ = folder.merge(folder.batch(lines), strict=False)
+    assert (merged.tally.ok, len(results)) == (4, 4)
+    [spoilt] = merged.spoilt
+    assert spoilt.rows == 0
+    assert spoilt.reason == "line 5 of result-1.jsonl is not JSON, and 1 more lines cannot be read"
+
+
+def test_a_batch_that_cannot_be_had_costs_its_own_rows(folder: Folder) -> None:
+    """A retry of "b" and "c": what came of it is unknown, and what came of the others is not touched by it."""
+    again = folder.path / "again.jsonl"
+    again.write_bytes(line("b") + line("c"))
+    first = folder.batch([answer("a")], [failure("b"), failure("c"), failure("d")])
+    second = BatchFiles(
+        None, None, round=1, shared=True, batch_id="batch_2", spoilt="HTTP 404", requests=again
+    )
+    merged, results, _ = folder.merge(first, second)
+    assert ids(results) == ["a", "b", "c", "d"]
+    assert (merged.tally.error, list(merged.retry)) == (3, [0, 0, 0, 1])
+    assert [(each.batch_id, each.reason, each.rows) for each in merged.spoilt] == [("batch_2", "HTTP 404", 2)]
+    merged, _, _ = folder.merge(first, replace(second, requests=None))
+    assert list(merged.retry) == [0, 0, 0, 0], "they may be any rows"
+
+
+def test_rows_that_a_short_file_lacks_are_not_sent_again(folder: Folder) -> None:
+    first = folder.batch([answer("a")], [failure("b"), failure("c")], short=True)
+    assert list(folder.merge(first)[0].retry) == [0, 1, 1, 0]
+    again = folder.path / "again.jsonl"
+    again.write_bytes(line("b") + line("c"))
+    second = folder.batch([], [failure("b")], round=1, shared=True, short=True, requests=again)
+    merged, _, _ = folder.merge(replace(first, short=False), second)
+    assert (list(merged.retry), merged.spoilt) == ([0, 1, 0, 1], ())
+
+
+def test_a_batch_whose_requests_are_not_at_hand_is_written_whole(folder: Folder) -> None:
+    batch = folder.batch([answer("x"), b"cut", answer("y" * 1000)], [failure("z")], batch_id="batch_1")
+    results, errors = io.BytesIO(), io.BytesIO()
+    merged = merge_batch(batch, results, errors, rows=5, strict=False)
+    assert ids(results.getvalue().splitlines()) == ["x", "y" * 1000, "z"]
+    assert ids(errors.getvalue().splitlines()) == ["z"]
+    assert (merged.tally.rows, merged.tally.ok, merged.tally.missing) == (5, 2, 2)
+    assert merged.spoilt
+    assert (merged.spoilt.batch_id, merged.spoilt.rows) == ("batch_1", 2)
+    with pytest.raises(IncompleteResultsError, match="line 2"):
+        merge_batch(batch, results, errors, rows=5)
+
+
+def test_a_damaged_shard_is_named(folder: Folder) -> None:
+    folder.shard.write_bytes(folder.shard.read_bytes()[:-9])
+    with pytest.raises(IncompleteResultsError, match=r"line 4 of the request file .*shard\.jsonl is damaged"):
+        folder.merge(folder.batch([answer("a")]))
+    with pytest.raises(IncompleteResultsError, match="line 4 of the request file"):
+        folder.merge(folder.batch([answer("a")]), model="m")
+
+
+def test_a_batch_that_was_refused_says_so_of_each_row(folder: Folder) -> None:
+    lines = list(refused_lines(folder.shard, status=400, message="no " * 9999))
+    rows = [BatchResult.model_validate_json(each) for each in lines]
+    assert [row.custom_id for row in rows] == ["a", "b", "c", "d"]
+    assert rows[0].error_code == "400"
+    assert all(len(each) < 3000 for each in lines)
+
+
+@pytest.mark.parametrize("odd", [b'{"message":"expired"}', b'"text"', b'{"custom_id":null}', b"[]"])
 def test_json_that_is_no_result_does_not_stop_the_rows_around_it(
     folder: Folder, odd: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -105,6 +196,7 @@ def test_a_custom_id_that_became_a_number_is_the_row_s(tmp_path: Path) -> None:
     batch = folder.batch([answer(7)])
     merged, _, _ = folder.merge(batch)
     assert merged.tally.ok == 1
+    assert batch.output
     assert [row.custom_id for row in read_results(batch.output)] == ["7"]
 
 
@@ -117,7 +209,7 @@ def test_within_a_batch_an_answer_wins_over_an_error(folder: Folder, files: Any,
         tally = merged.tally
     else:
         written, errors = io.BytesIO(), io.BytesIO()
-        tally = merge_batch(batch, written, errors, rows=1)
+        tally = merge_batch(batch, written, errors, rows=1).tally
         results = written.getvalue().splitlines()
         assert errors.getvalue() == b""
     assert json.loads(results[0]) == answer("a")
@@ -158,7 +250,7 @@ def test_an_answer_without_a_choice_is_an_error(folder: Folder) -> None:
     assert merged.tally.messages["overloaded (50505)"] == 1
 
 
-def test_a_balance_error_is_told_apart(folder: Folder) -> None:
+def test_a_balance_error_is_counted(folder: Folder) -> None:
     message = "Sorry, your account balance is insufficient"
     merged = folder.merge(folder.batch(None, [failure("a", "30001", message), failure("b", "429", "slow")]))[
         0
@@ -185,7 +277,7 @@ def test_every_row_ends_as_exactly_one_line(tmp_path_factory: pytest.TempPathFac
     folder = Folder(tmp_path_factory.mktemp("merge"), list("abcd"))
     batches = []
     for number in range(3):
-        lines = {"o": [], "e": []}
+        lines: dict[str, list[Any]] = {"o": [], "e": []}
         for name, at, kind in arrivals:
             if at == number:
                 lines[kind].append(answer(name) if kind == "o" else failure(name))

@@ -134,7 +134,7 @@ def test_python_rows_and_their_jsonl_become_the_same_requests(custom_id: Any, pr
     assert rows_of([prompt])[0]["body"]["messages"] == [{"role": "user", "content": prompt}]
 
 
-class Frame(list):
+class Frame(list[str]):
     columns = ("x",)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from airflow_provider_siliconflow.api.models import BatchResult, Outcome
 from airflow_provider_siliconflow.batch_files.verdicts import (
-    NotJSONError,
+    UnreadableLineError,
+    Verdict,
     is_balance_error,
     read_result,
     read_verdict,
@@ -44,21 +46,48 @@ def test_a_damaged_line_is_judged_as_it_is_read_or_not_at_all(damages: Any, text
     for at, gone, put in damages:
         line = line[:at] + put.replace(b"\n", b"") + line[at + gone :]
 
-    def outcome(read):
+    def outcome(read: Callable[[bytes], Any]) -> Any:
         try:
             found = read(line)
-        except NotJSONError:
-            return "not JSON"
+        except UnreadableLineError:
+            return "unreadable"
         return found and (found.custom_id, found.outcome)
 
     assert outcome(read_verdict) == outcome(read_result)
 
 
+def judged(line: Any) -> Verdict:
+    verdict = read_verdict(line if isinstance(line, bytes) else json.dumps(line).encode())
+    assert verdict is not None
+    return verdict
+
+
 def test_a_message_that_repeats_its_prompt_is_not_kept_whole() -> None:
     said = "x" * 100_000
-    assert len(read_verdict(json.dumps(failure("a", said, said)).encode()).message) <= 2000
-    refused = {"custom_id": "a", "response": {"status_code": 400, "body": said}}
-    assert len(read_verdict(json.dumps(refused).encode()).message) <= 2000
+    for line in (
+        failure("a", said, said),
+        {"custom_id": "a", "response": {"status_code": 400, "body": said}},
+        {"custom_id": "a", "response": {"body": {"error": {"code": said, "message": said}}}},
+        {"custom_id": "a", "error": [said]},
+    ):
+        message = judged(line).message
+        assert message
+        assert len(message) <= 300
+
+
+def test_an_answer_says_whether_it_counts_its_tokens() -> None:
+    for usage in (
+        {"prompt_tokens": 1},
+        {"completion_tokens": 1},
+        {},
+        None,
+        {"prompt_tokens": -1, "completion_tokens": 1},
+    ):
+        line = answer("a")
+        line["response"]["body"]["usage"] = usage
+        assert not judged(line).metered
+    assert judged(answer("a", usage=(0, 0))).metered
+    assert judged(answer("a", usage=(10.0, 2))).metered
 
 
 loose = st.none() | st.booleans() | st.integers(0, 600) | st.sampled_from(["", " ", "x", "200", 200.0, 0.5])
@@ -148,7 +177,9 @@ def test_a_line_of_any_shape_is_judged_as_the_model_judges_it(data: Any) -> None
         (None, None, None, False),
     ],
 )
-def test_only_passing_failures_are_worth_a_retry(code: Any, message: Any, status: Any, expected: Any) -> None:
+def test_only_transient_failures_are_worth_a_retry(
+    code: Any, message: Any, status: Any, expected: Any
+) -> None:
     assert worth_retrying(Outcome.ERROR, code=code, message=message, status=status) is expected
 
 

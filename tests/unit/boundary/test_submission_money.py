@@ -98,16 +98,16 @@ def test_one_batch_and_nothing_foreign(
     work = make_upload_work(world.api) if uploads else make_work(world.service)
     foreign = {world.copy_mark(work)} if copied else set()
     ledger: Any = FaultyLedger(world.faults) if recorded else NoLedger()
-    last: BaseException | None = None
+    last: Any = None
     for attempt in range(1, len(script) + 4):
         try:
             batch = world.submit(work, ledger, "none" if attempt == 1 else "patiently")
             break
         except (Crash, SiliconFlowError) as exc:
-            assert isinstance(exc, Crash) or exc.retryable, exc
-            assert len(world.ours(work, foreign)) <= 1
             last = exc
-            world.clock.sleep(retry_delay)
+        assert isinstance(last, Crash) or last.retryable, last
+        assert len(world.ours(work, foreign)) <= 1
+        world.clock.sleep(retry_delay)
     else:
         # A service that tells too little of what exists leaves a try nothing but to say so, each time.
         assert isinstance(last, SubmissionUnknownError)

@@ -210,7 +210,7 @@ def test_a_result_that_is_none(hook: SiliconFlowHook, monkeypatch: pytest.Monkey
     batch = hook.create_batch(hook.upload_file(CONTENT).id)
     hook.wait_for_batch(batch.id, poll_interval=0.01, timeout=60)
     monkeypatch.setattr(
-        hook.get_conn(), "iter_file", lambda *_: iter([b'{"custom_id": "r0"}\n{"custom', b'_id"\n'])
+        hook.get_conn(), "iter_file", lambda *_, **__: iter([b'{"custom_id": "r0"}\n{"custom', b'_id"\n'])
     )
     found = hook.iter_results(batch.id)
     assert next(found).custom_id == "r0"

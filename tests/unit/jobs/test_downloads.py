@@ -18,7 +18,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 )
 from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.api.settings import ClientSettings
-from airflow_provider_siliconflow.jobs.downloads import ResultFiles, download_results
+from airflow_provider_siliconflow.jobs.downloads import download_results, iter_results
 from airflow_provider_siliconflow.jobs.outcome import most_common_error
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ class EmulatorClock:
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
         self.emulator.service.advance(seconds)
+
+    def monotonic(self) -> float:
+        return self.emulator.service.now()
 
 
 @pytest.fixture
@@ -102,7 +105,7 @@ def test_every_row_is_told_and_the_servers_lines_are_untouched(
     make_batch: Callable[..., str],
     tmp_path: Path,
 ) -> None:
-    batch_id = make_batch("Hi", FAIL, "Hi", "[[emulator:missing]]", "[[emulator:expire]]")
+    batch_id = make_batch("Hi", FAIL, "Hi", "[[emulator:missing]]", "[[emulator:expire]]", seconds=7200)
     manifest = download_results(client, batch_id, tmp_path, clock)
     assert manifest["rows"] == {"total": 5, "ok": 2, "error": 1, "expired": 1, "missing": 1}
     assert ids(tmp_path / "results.jsonl") == ["r0", "r1", "r2", "r4"]
@@ -133,30 +136,60 @@ class Altered:
         fields = self._versions.pop(0) if len(self._versions) > 1 else self._versions[0]
         return Batch.model_validate(self._client.get_batch(batch_id).model_dump() | fields)
 
-    def iter_file(self, reference: str, refresh: Any) -> Iterator[bytes]:
-        return self._client.iter_file(reference, refresh)
+    def iter_file(self, reference: str, refresh: Any, *, limit: int | None = None) -> Iterator[bytes]:
+        return self._client.iter_file(reference, refresh, limit=limit)
 
 
-@pytest.mark.parametrize("counts", [None, {}, {"total": 0, "completed": 0, "failed": 0}])
-def test_without_counts_an_output_url_behind_an_error_url_is_waited_for(
+NO_COUNTS = [None, {}, {"total": 0, "completed": 0, "failed": 0}]
+LATE_COUNTS = [*NO_COUNTS, {"total": 3, "completed": 0, "failed": 0}]
+
+
+@pytest.mark.parametrize("counts", LATE_COUNTS)
+@pytest.mark.parametrize("late", [{"output_file_id": None}, {"output_file_id": None, "error_file_id": None}])
+def test_a_file_that_is_named_later_is_waited_for_whatever_the_counts_say(
     client: SiliconFlowClient,
     clock: EmulatorClock,
     make_batch: Callable[..., str],
     tmp_path: Path,
     counts: Any,
+    late: dict[str, Any],
 ) -> None:
-    """Both files are there, but the service names the file with errors first: the rows that are ok are paid for."""
-    batch_id = make_batch("Hi", FAIL)
-    api = Altered(client, {"request_counts": counts, "output_file_id": None}, {"request_counts": counts})
+    """The rows that are ok are paid for, and a download that does without them loses them."""
+    batch_id = make_batch("Hi", FAIL, "Hi")
+    api = Altered(client, *[{"request_counts": counts} | late] * 3, {"request_counts": counts})
     rows = download_results(api, batch_id, tmp_path, clock)["rows"]
-    assert (rows["ok"], rows["error"]) == (1, 1)
+    assert (rows["ok"], rows["error"], rows["missing"]) == (2, 1, 0)
 
 
-def test_successful_rows_without_a_file_are_an_error_that_a_retry_may_mend(
+def test_an_error_file_that_comes_later_is_waited_for(
     client: SiliconFlowClient, clock: EmulatorClock, make_batch: Callable[..., str], tmp_path: Path
 ) -> None:
     batch_id = make_batch("Hi", FAIL)
-    with pytest.raises(IncompleteResultsError, match="1 successful rows") as caught:
+    rows = download_results(Altered(client, *[{"error_file_id": None}] * 2, {}), batch_id, tmp_path, clock)[
+        "rows"
+    ]
+    assert (rows["ok"], rows["error"], rows["missing"]) == (1, 1, 0)
+
+
+@pytest.mark.emulator(speed=1000.0, partial_output_seconds=1030.0)
+@pytest.mark.parametrize("counts", [{}, {"request_counts": {"total": 4}}])
+def test_a_file_that_is_partial_for_a_while_is_waited_for(
+    client: SiliconFlowClient,
+    clock: EmulatorClock,
+    make_batch: Callable[..., str],
+    tmp_path: Path,
+    counts: dict[str, Any],
+) -> None:
+    manifest = download_results(Altered(client, counts), make_batch("Hi", "Hi", "Hi", "Hi"), tmp_path, clock)
+    assert manifest["rows"]["ok"] == 4
+    assert clock.slept
+
+
+def test_successful_rows_without_a_file_are_an_error_that_a_retry_may_fix(
+    client: SiliconFlowClient, clock: EmulatorClock, make_batch: Callable[..., str], tmp_path: Path
+) -> None:
+    batch_id = make_batch("Hi", FAIL)
+    with pytest.raises(IncompleteResultsError, match=r"1 rows of 2 as answered .* has 0 lines") as caught:
         download_results(Altered(client, {"output_file_id": None}), batch_id, tmp_path, clock)
     assert caught.value.retryable
     assert 50 <= sum(clock.slept) <= 120
@@ -171,16 +204,25 @@ def test_a_batch_without_any_success_needs_no_output_file(
     assert clock.slept == []
 
 
-def test_fewer_lines_than_counted(
-    client: SiliconFlowClient, clock: EmulatorClock, make_batch: Callable[..., str], tmp_path: Path
+@pytest.mark.parametrize(("age", "is_final"), [(1000, False), (7200, True)])
+def test_fewer_lines_than_counted_are_an_error_until_an_hour_has_passed(
+    client: SiliconFlowClient,
+    clock: EmulatorClock,
+    make_batch: Callable[..., str],
+    tmp_path: Path,
+    age: float,
+    is_final: bool,
 ) -> None:
-    """Read line by line it is an error; to a folder goes, after some patience, what there is."""
-    batch_id = make_batch("Hi", "Hi")
+    batch_id = make_batch("Hi", "Hi", seconds=age)
     api = Altered(client, {"request_counts": {"total": 3, "completed": 3, "failed": 0}})
-    with pytest.raises(IncompleteResultsError, match="hold 2 successful rows, but the batch counts 3"):
-        list(ResultFiles(api, batch_id).lines("output"))
-    rows = download_results(api, batch_id, tmp_path, clock)["rows"]
-    assert (rows["total"], rows["ok"], rows["missing"]) == (3, 2, 1)
+    if is_final:
+        rows = download_results(api, batch_id, tmp_path, clock)["rows"]
+        assert (rows["total"], rows["ok"], rows["missing"]) == (3, 2, 1)
+    else:
+        with pytest.raises(IncompleteResultsError, match="output file has 2 lines"):
+            download_results(api, batch_id, tmp_path, clock)
+        with pytest.raises(IncompleteResultsError, match="output file has 2 lines"):
+            list(iter_results(api, batch_id, clock))
     assert sum(clock.slept) >= 30
 
 
@@ -192,8 +234,8 @@ def test_rows_once_downloaded_are_not_given_up_for_fewer(
     late = {"status": "finalizing", "output_file_id": None, "error_file_id": None, "request_counts": None}
     api = Altered(client, counts, counts | late)
     contents = iter([b'{"custom_id":"r0"}\n{"custom_id":"r1"}\n'])
-    api.iter_file = lambda reference, refresh: iter([next(contents, b'{"custom_id":"r0"}\n')])  # type: ignore[method-assign]
-    manifest = download_results(api, make_batch("Hi", "Hi", "Hi"), tmp_path, clock)
+    api.iter_file = lambda reference, refresh, *, limit=None: iter([next(contents, b'{"custom_id":"r0"}\n')])  # type: ignore[method-assign]
+    manifest = download_results(api, make_batch("Hi", "Hi", "Hi", seconds=7200), tmp_path, clock)
     assert ids(tmp_path / "results.jsonl") == ["r0", "r1"]
     assert (manifest["rows"]["total"], manifest["models"][0]["batches"][0]["status"]) == (3, "completed")
 
@@ -235,7 +277,7 @@ def test_a_file_that_cannot_be_read_leaves_nothing_behind(
     client: SiliconFlowClient, make_batch: Callable[..., str], tmp_path: Path
 ) -> None:
     api = Altered(client, {})
-    api.iter_file = lambda reference, refresh: iter([b'{"custom_id": "r0", "resp'])  # type: ignore[method-assign]
+    api.iter_file = lambda reference, refresh, *, limit=None: iter([b'{"custom_id": "r0", "resp'])  # type: ignore[method-assign]
     with pytest.raises(IncompleteResultsError, match="line 1"):
         download_results(api, make_batch("Hi"), tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -257,7 +299,7 @@ def test_the_most_common_error(
     assert most_common_error(client, batch) == "The request has invalid parameters. (20015) (2 rows)"
     odd = b'{"id":5,"custom_id":"a","error":{"code":"1","message":"no \\ud83d"}}\n<html>\n{"odd":1}\n'
     api = Altered(client, {})
-    api.iter_file = lambda reference, refresh: iter([odd])  # type: ignore[method-assign]
+    api.iter_file = lambda reference, refresh, *, limit=None: iter([odd])  # type: ignore[method-assign]
     assert most_common_error(api, batch) == "no \ufffd (1) (1 rows)"
     # It only makes a message better, so it never makes a judgement fail.
     emulator.faults.add("GET storage:status=403,times=-1")

@@ -40,7 +40,7 @@ def test_flawless() -> None:
 @pytest.mark.parametrize("counts", [None, {}, {"total": 0, "completed": 0, "failed": 0}])
 def test_a_completed_batch_without_counts(counts: Any) -> None:
     assert judged(batch("completed", request_counts=counts, **URL)) is None
-    with pytest.raises(BatchFailedError, match="a file with errors, but none with results"):
+    with pytest.raises(BatchFailedError, match="names no file with results"):
         judged(batch("completed", request_counts=counts, **ERRORS))
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from airflow_provider_siliconflow.api import protocol
-from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
     BatchFailedError,
     BatchPartialFailureError,
@@ -22,138 +19,12 @@ from airflow_provider_siliconflow.api.exceptions import (
     InvalidRequestError,
     InvalidRequestFileError,
 )
-from airflow_provider_siliconflow.api.models import Batch
-from airflow_provider_siliconflow.api.settings import ClientSettings
 from airflow_provider_siliconflow.emulator.server import Emulator
-from airflow_provider_siliconflow.jobs.identity import Submitter
-from airflow_provider_siliconflow.jobs.ledger import FolderLedger, Owner
-from airflow_provider_siliconflow.jobs.options import check_options
 from airflow_provider_siliconflow.jobs.outcome import judge_run
 from airflow_provider_siliconflow.jobs.plan import estimate
-from airflow_provider_siliconflow.jobs.run import BatchRun, Wait
-from airflow_provider_siliconflow.jobs.submission import Submission
-from airflow_provider_siliconflow.jobs.waiting import BatchWait
+from tests.unit.jobs.whole_job import MODELS, Job, fail_first_of, options, posts, results, rows
 
-MODELS = ["Qwen/Qwen3-32B", "THUDM/GLM-4-9B-0414"]
-
-pytestmark = pytest.mark.emulator(speed=100_000.0)
-
-
-class Clock:
-    """Real time, and pauses that take none."""
-
-    def __init__(self) -> None:
-        self.passed = 0.0
-
-    def time(self) -> float:
-        return time.time() + self.passed
-
-    def sleep(self, seconds: float) -> None:
-        self.passed += seconds
-
-    def monotonic(self) -> float:
-        return time.monotonic() + self.passed
-
-
-def rows(count: int, mark: Callable[[int], str] = lambda _: "") -> list[dict[str, Any]]:
-    return [
-        {"custom_id": f"q{i}", "messages": [{"role": "user", "content": f"Say {i} {mark(i)}"}]}
-        for i in range(count)
-    ]
-
-
-def options(**changes: Any) -> Any:
-    arguments = {
-        "model": None,
-        "models": MODELS,
-        "completion_window": "24h",
-        "metadata": None,
-        "max_rows_per_batch": 5,
-        "max_bytes_per_batch": 10**6,
-        "max_in_flight": None,
-        "max_row_attempts": 1,
-        "max_error_rate": None,
-        "prices": None,
-        "request_params": None,
-    }
-    return check_options(**(arguments | changes))
-
-
-class Job:
-    """One task instance: its tries share a folder and nothing else."""
-
-    def __init__(self, emulator: Emulator, folder: Path, requests: Any, **changes: Any) -> None:
-        self.emulator, self.folder, self.requests = emulator, folder, requests
-        self.options = options(**changes)
-        self.tries = 0
-        self.map_index = -1
-        self.generation = 5
-        self.host = emulator.base_url
-        self.after: Callable[[str], None] = lambda _: None
-        self.clock = Clock()
-        self.timeout: float | None = None
-        self.waits: list[Wait] = []
-
-    def _client(self) -> SiliconFlowClient:
-        job = self
-
-        class Client(SiliconFlowClient):
-            def _send(self, call: Any, *arguments: Any, **options: Any) -> Any:
-                answer = super()._send(call, *arguments, **options)
-                job.after(call.name)
-                return answer
-
-        return Client(ClientSettings("sk-test", self.host, backoff=0.01))
-
-    def attempt(self) -> dict[str, Any]:
-        self.tries += 1
-        client = self._client()
-
-        def open_submission(ledger: FolderLedger) -> Submission:
-            tries = "none" if self.tries == 1 else "patiently"
-            return Submission(client, ledger=ledger, earlier_tries=tries, since=0.0, clock=self.clock)
-
-        submitter = Submitter("dag", "run", "task", self.map_index, self.generation)
-        owner = Owner.new(submitter, try_number=self.tries, try_id=str(self.tries))
-        run = BatchRun(
-            self.options,
-            submitter=submitter,
-            client=client,
-            conn_id="c",
-            output_dir=self.folder,
-            open_submission=open_submission,
-            earlier_tries=self.tries > 1,
-            owner=replace(owner, at=self.clock.time()),
-            cancel_on_kill=True,
-            clock=self.clock,
-        )
-        wait = run.start(lambda: self.requests, "requests", timeout=self.timeout)
-        while wait is not None:
-            self.waits.append(wait)
-            wait = run.resume(self._wait(client, wait))
-        return run.finish()
-
-    def _wait(self, client: SiliconFlowClient, wait: Wait) -> list[Batch]:
-        state = BatchWait(wait.batch_ids, self.clock.time(), 60.0, min_ended=wait.min_ended)
-        while not state.finished:
-            for batch_id in state.due(self.clock.time()):
-                state.observe(batch_id, client.get_batch(batch_id), self.clock.time())
-            state.check_deadline(self.clock.time())
-            if not state.finished:
-                # The service runs by its own clock, and so fast that no pause is needed.
-                self.clock.sleep(state.pause(self.clock.time()) if state.settling else 0.0)
-                state.make_all_due(self.clock.time())
-        return state.batches
-
-
-def results(folder: Path, model: str = MODELS[0]) -> list[dict[str, Any]]:
-    path = folder / model.replace("/", "--") / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def posts(emulator: Emulator) -> tuple[int, int]:
-    counts = emulator.request_counts
-    return counts.get("POST /files", 0), counts.get("POST /batches", 0)
+pytestmark = pytest.mark.emulator(speed=2000.0)
 
 
 def test_one_upload_serves_every_model_and_rows_keep_their_order(emulator: Emulator, tmp_path: Path) -> None:
@@ -183,18 +54,6 @@ def test_a_row_that_another_attempt_may_mend_is_told(emulator: Emulator, tmp_pat
     assert "1 of them failed for a transient reason: with max_row_attempts above 1" in (
         judge_run(job.attempt(), job.options) or ""
     )
-
-
-def fail_first_of(emulator: Emulator) -> Callable[[str], None]:
-    """Let the first batch that is created fail as a whole."""
-    failed: list[str] = []
-
-    def fail(name: str) -> None:
-        if name == "POST /batches" and not failed:
-            failed.append(emulator.service.state()["batches"][-1]["id"])
-            emulator.service.force_status(failed[0], "failed")
-
-    return fail
 
 
 def test_a_failed_batch_is_the_only_one_a_retry_submits(emulator: Emulator, tmp_path: Path) -> None:

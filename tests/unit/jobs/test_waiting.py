@@ -30,6 +30,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 )
 from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES, Batch
 from airflow_provider_siliconflow.jobs import waiting
+from airflow_provider_siliconflow.jobs.settled import SETTLE_PATIENCE
 from airflow_provider_siliconflow.jobs.waiting import BatchWait, default_deadline
 
 START = 1_800_000_000.0
@@ -56,6 +57,10 @@ TRANSIENT: list[Callable[[], SiliconFlowError]] = [
 
 def batch(status: str = "in_progress", batch_id: str = "batch_1", **fields: Any) -> Batch:
     return Batch(id=batch_id, status=status, **fields)
+
+
+def settled(status: str = "completed", batch_id: str = "batch_1") -> Batch:
+    return batch(status, batch_id, request_counts={"total": 2, "completed": 1, "failed": 1})
 
 
 class Driver:
@@ -118,7 +123,7 @@ def test_a_wait_ends_when_every_batch_has_ended_and_not_before(
         if left[name]:
             return left[name].pop(0)
         ended.add(name)
-        return batch(final, name)
+        return settled(final, name)
 
     driver = Driver(BatchWait(names, START, interval, deadline=START + 10**9), answer)
     driver.run()
@@ -134,13 +139,13 @@ def test_half_an_hour_of_faults_ends_no_wait(error: SiliconFlowError) -> None:
     driver = Driver(BatchWait(["batch_1"], START, 60.0), script(batch(), error))
     assert driver.run(until=START + 1800) == START + 1800
     assert 2 <= len(driver.polls) <= 30
-    driver.answer = script(batch("completed"))
+    driver.answer = script(settled())
     assert driver.run() <= START + 1800 + waiting.FAULT_PAUSE_LIMIT * 1.2 + 900
 
 
 def test_after_a_fault_the_service_gets_the_time_it_asks_for() -> None:
     error = RateLimitedError("slow down", status_code=429, retry_after=700.0)
-    driver = Driver(BatchWait(["batch_1"], START, 10.0), script(error, batch("completed")))
+    driver = Driver(BatchWait(["batch_1"], START, 10.0), script(error, settled()))
     assert driver.run() >= START + 700
 
 
@@ -208,7 +213,7 @@ def test_a_wait_that_begins_anew_keeps_its_deadline() -> None:
 
 
 def test_a_batch_that_ends_at_the_deadline_has_ended() -> None:
-    driver = Driver(BatchWait(["batch_1"], START, 60.0, START), script(batch("completed")))
+    driver = Driver(BatchWait(["batch_1"], START, 60.0, START), script(settled()))
     assert driver.run() == START
 
 
@@ -230,7 +235,7 @@ def test_a_batch_that_was_never_read_is_not_given_up() -> None:
 
 def test_as_many_ended_batches_as_asked_for_end_the_wait() -> None:
     def answer(batch_id: str, now: float) -> Batch:
-        return batch("completed" if batch_id in ("batch_2", "batch_4") else "in_progress", batch_id)
+        return settled(batch_id=batch_id) if batch_id in ("batch_2", "batch_4") else batch(batch_id=batch_id)
 
     wait = BatchWait([f"batch_{n}" for n in range(6)], START, 60.0, START + 600, min_ended=2)
     Driver(wait, answer).run()
@@ -285,3 +290,53 @@ def test_a_wait_that_begins_late_has_an_hour_of_its_own() -> None:
         # Counted from where the wait began, not from where a triggerer started again.
         wait.check_deadline(START + 3601)
     assert default_deadline(expired, START) == START + 3600
+
+
+LATE = [{"total": 12}, {"total": 12, "completed": 6}, {}, None]
+
+
+@pytest.mark.parametrize("counts", LATE)
+@pytest.mark.parametrize("status", ["completed", "expired", "cancelled"])
+def test_a_batch_whose_counts_come_late_has_not_ended_yet(status: str, counts: Any) -> None:
+    late = batch(status, request_counts=counts, in_progress_at=START)
+    driver = Driver(BatchWait(["batch_1"], START, 60.0), script(*[late] * 3, settled(status)))
+    assert START + 3 <= driver.run() <= START + 60
+    assert driver.wait.batches == [settled(status)]
+
+
+@pytest.mark.parametrize("counts", LATE)
+def test_a_batch_whose_counts_never_come_ends_as_it_is(counts: Any) -> None:
+    late = batch("completed", request_counts=counts)
+    driver = Driver(BatchWait(["batch_1"], START, 3600.0), script(late))
+    assert START + SETTLE_PATIENCE <= driver.run() <= START + 1.2 * SETTLE_PATIENCE
+    assert driver.wait.batches == [late]
+
+
+def test_a_replica_that_lags_behind_does_not_begin_the_patience_anew() -> None:
+    late, lagging = batch("completed"), batch("in_progress")
+    driver = Driver(BatchWait(["batch_1"], START, 10.0), script(*[late, lagging] * 40, late))
+    assert driver.run() <= START + 1.2 * SETTLE_PATIENCE
+
+
+@pytest.mark.parametrize("status", ["cancelled", "failed"])
+def test_a_batch_that_was_stopped_before_any_row_ran_needs_no_counts(status: str) -> None:
+    driver = Driver(BatchWait(["batch_1"], START, 60.0), script(batch(status)))
+    assert driver.run() == START
+
+
+def test_an_answer_about_another_batch_ends_no_wait_and_is_not_asked_for_without_a_pause() -> None:
+    driver = Driver(BatchWait(["batch_1"], START, 10.0), script(settled(batch_id="batch_2")))
+    assert driver.run(until=START + 3600) == START + 3600
+    assert len(driver.polls) < 100
+    driver.answer = script(settled())
+    driver.run()
+    assert driver.wait.batches == [settled()]
+
+
+def test_a_poll_may_go_on_until_the_deadline() -> None:
+    assert BatchWait(["batch_1"], START, 10.0, START + 90).time_left(START + 30) == 60
+    assert BatchWait(["batch_1"], START, 10.0, START + 90).time_left(START + 95) == 0
+    wait = BatchWait(["batch_1"], START, 10.0)
+    assert wait.time_left(START) is None, "a batch that was never read may expire at any time"
+    wait.observe("batch_1", batch(expires_at=START + 100), START)
+    assert wait.time_left(START) == 100 + waiting.EXPIRY_MARGIN

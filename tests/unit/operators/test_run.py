@@ -96,7 +96,7 @@ def test_airflow_2_breaks_a_request_off_only_when_its_batch_was_looked_for(
     set_state("failed")
     mocker.patch.object(SiliconFlowClient, "create_batch", killed)
     mocker.patch("airflow_provider_siliconflow.operators.base.airflow_version", return_value=version)
-    mocker.patch("airflow_provider_siliconflow.jobs.submission._LIST_PAUSES", (0.3, 0.3))
+    mocker.patch("airflow_provider_siliconflow.jobs.search._LIST_PAUSES", (0.3, 0.3))
     with pytest.raises(Terminated):
         task.execute(make_context(task))
     (batch,) = batches(emulator)

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from airflow_provider_siliconflow.api.exceptions import JobTakenOverError
+from airflow_provider_siliconflow.jobs.identity import Submitter
+from airflow_provider_siliconflow.jobs.ledger import Owner
 from airflow_provider_siliconflow.jobs.states import (
     IN_DOUBT,
     ImpossibleTransitionError,
@@ -18,19 +21,25 @@ from airflow_provider_siliconflow.jobs.states import (
 )
 from airflow_provider_siliconflow.task.ledger import TaskStateLedger
 
-KEY = "a" * 32
+KEY, OTHER = "a" * 32, "b" * 32
+
+
+def open_ledger(store: Any, try_number: int, *, generation: int = 0) -> TaskStateLedger:
+    """The ledger of a try that begins now."""
+    submitter = Submitter("dag", "run", "task", -1, generation)
+    return TaskStateLedger(store, generation=generation, owner=Owner.new(submitter, try_number=try_number))
 
 
 def test_what_is_recorded_is_there_for_the_next_try(store: Any) -> None:
-    ledger = TaskStateLedger(store, try_number=1)
+    ledger = open_ledger(store, 1)
     assert ledger.state(KEY) == Planned()
     ledger.record(KEY, Sending(1, 100.0))
-    again = TaskStateLedger(store, try_number=2)
+    again = open_ledger(store, 2)
     assert again.state(KEY) == Sending(1, 100.0)
     again.record(KEY, Sent("batch_1", 1))
     again.record_upload("u", Uploading(at=1.0))
     again.record_upload("u", Uploaded("file-1"))
-    third = TaskStateLedger(store, try_number=3)
+    third = open_ledger(store, 3)
     assert (third.state(KEY), third.upload("u")) == (Sent("batch_1", 1), Uploaded("file-1"))
     with pytest.raises(ImpossibleTransitionError):
         third.record(KEY, Planned())
@@ -43,19 +52,68 @@ def test_what_is_recorded_is_there_for_the_next_try(store: Any) -> None:
 )
 def test_an_entry_that_is_damaged_leads_to_a_search(store: Any, damage: Any) -> None:
     store.set(f"siliconflow.{KEY}", damage)
-    assert TaskStateLedger(store, try_number=2).state(KEY) == IN_DOUBT
+    assert open_ledger(store, 2).state(KEY) == IN_DOUBT
 
 
 def test_a_store_that_was_there_in_every_try_is_complete(store: Any) -> None:
     for number in (1, 1, 2, 3):
-        assert TaskStateLedger(store, try_number=number).complete
+        assert open_ledger(store, number).complete
     # A try ran without the store.
-    assert not TaskStateLedger(store, try_number=5).complete
-    assert not TaskStateLedger(store, try_number=6).complete, "nor will it be again"
+    assert not open_ledger(store, 5).complete
+    assert not open_ledger(store, 6).complete, "nor will it be again"
 
 
 @pytest.mark.parametrize("left", [None, "text", {"number": 1}, {"number": 1, "complete": "yes"}])
 def test_a_store_that_came_later_is_not_complete(store: Any, left: Any) -> None:
     if left is not None:
         store.set("siliconflow.try", left)
-    assert not TaskStateLedger(store, try_number=2).complete
+    assert not open_ledger(store, 2).complete
+
+
+# Two tries alive at once --------------------------------------------------------------------------------------
+
+
+def test_an_older_try_stops_before_it_sends(store: Any) -> None:
+    older = open_ledger(store, 1)
+    newer = open_ledger(store, 2)
+    with pytest.raises(JobTakenOverError, match="try 2 of task"):
+        older.record(KEY, Sending(1, 100.0))
+    assert newer.state(KEY) == Planned(), "the older one has left nothing"
+    newer.record(KEY, Sending(1, 100.0))
+    # An intent that was there is as good a reason to ask.
+    with pytest.raises(JobTakenOverError):
+        older.record(KEY, Sending(1, 100.0))
+
+
+def test_a_try_that_begins_while_an_intent_is_written_is_seen_after_it(store: Any) -> None:
+    older = open_ledger(store, 1)
+    write = store.set
+
+    def set_and_begin(key: str, value: Any, **kwargs: Any) -> None:
+        write(key, value, **kwargs)
+        if key == f"siliconflow.{KEY}":
+            store.set = write
+            open_ledger(store, 2)
+
+    store.set = set_and_begin
+    with pytest.raises(JobTakenOverError):
+        older.record(KEY, Sending(1, 100.0))
+
+
+@pytest.mark.parametrize("left", [None, "text", {}, {"token": 7}])
+def test_a_fence_that_is_gone_or_damaged_stops_the_try(store: Any, left: Any) -> None:
+    ledger = open_ledger(store, 1)
+    store.entries["siliconflow.fence"] = left
+    with pytest.raises(JobTakenOverError) as caught:
+        ledger.record(KEY, Sending(1, 100.0))
+    assert caught.value.retryable
+
+
+def test_work_whose_input_changed_is_found_in_its_generation_only(store: Any) -> None:
+    first = open_ledger(store, 1)
+    first.record(KEY, Sending(1, 100.0))
+    first.record(KEY, Sent("batch_1", 1))
+    second = open_ledger(store, 2)
+    assert second.earlier_work(OTHER) == (KEY, Sent("batch_1", 1))
+    assert second.earlier_work(KEY) is None
+    assert open_ledger(store, 3, generation=4).earlier_work(OTHER) is None
