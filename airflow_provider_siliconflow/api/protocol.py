@@ -405,14 +405,15 @@ def had_no_effect(error: BaseException) -> bool:
     """
     Whether a call that ended so was certainly not carried out and may be worth another try.
 
-    True for a connection that was never made, a 429, and a 503 that says the service is overloaded.
+    True for a connection that was never made, a 429, and a 503 in which the service says by its own code that it is
+    overloaded; a gateway says so, too, of a request that it has passed on.
     """
     if isinstance(error, NotSentError | RateLimitedError):
         return True
     return (
         isinstance(error, ServiceUnavailableError)
         and error.status_code == 503
-        and (error.code in answers.OVERLOADED_CODES or "overload" in error.message.lower())
+        and error.code in answers.OVERLOADED_CODES
     )
 
 
