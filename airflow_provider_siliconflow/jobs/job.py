@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.api.models import DEAD_STATUSES, Batch, UploadedFile
+from airflow_provider_siliconflow.batch_files.atomic_files import OwnFile
 from airflow_provider_siliconflow.batch_files.shards import Shard
 from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, Upload, upload_name
 from airflow_provider_siliconflow.jobs.ledger import FolderLedger
@@ -140,9 +140,9 @@ class OpenJob:
         what = "the unanswered rows of a batch that died" if piece.rest_of else f"shard {piece.shard.index}"
         return f"{what} of round {piece.round}{f', {model}' if model else ''}"
 
-    def source(self, piece: Piece) -> Any:
+    def source(self, piece: Piece) -> OwnFile:
         """Return the request file of a batch."""
-        return self.plans.path / piece.path
+        return OwnFile(self.plans.path / piece.path)
 
     def work(self, piece: Piece, send: Callable[[str], UploadedFile]) -> BatchWork:
         """

@@ -22,7 +22,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     NotFoundError,
     SiliconFlowError,
 )
-from airflow_provider_siliconflow.batch_files.atomic_files import local_path
+from airflow_provider_siliconflow.batch_files.atomic_files import local_path, make_private_folder
 from airflow_provider_siliconflow.jobs.cancelling import cancel
 from airflow_provider_siliconflow.jobs.clock import Clock
 from airflow_provider_siliconflow.jobs.folder import read_json, remove_tree
@@ -38,7 +38,6 @@ from airflow_provider_siliconflow.jobs.plan import (
     plan,
     source_version,
 )
-from airflow_provider_siliconflow.jobs.scratch import remove_leftovers
 from airflow_provider_siliconflow.jobs.states import Ended, Planned, Refused, Sending, Sent
 from airflow_provider_siliconflow.jobs.submission import Submission
 
@@ -140,8 +139,8 @@ class Opening:
         self._refuse_others()
         if (manifest := self.manifest()) and manifest.get("unfinished") != self.key:
             log.warning("%s holds the results of another job; they will be replaced", self._output_dir)
-        remove_leftovers(self.key[:16])
         stored = self._usable_plan(requests, name)
+        make_private_folder(self.plans.path)
         if stored is None:
             job = self._make_plan(requests(), name)
         else:

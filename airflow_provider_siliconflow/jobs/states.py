@@ -242,7 +242,7 @@ def _decode(entry: dict[str, Any]) -> State:
         case "sending":
             return Sending(_number(entry["number"]), _time(entry["at"]), _flag(entry["accepted"]))
         case "sent":
-            since = entry.get("terminal_since")
+            since = entry["terminal_since"]
             return Sent(
                 checked_id(entry["batch_id"]),
                 _number(entry["number"]),
@@ -259,7 +259,7 @@ def _decode(entry: dict[str, Any]) -> State:
                     if name in _COUNTS
                 },
                 tuple(_text(message, _MAX_MESSAGE) for message in _list(entry["errors"])),
-                _time(entry.get("at", 0.0)),
+                _time(entry["at"]),
             )
         case "refused":
             return Refused(_number(entry["status"]), _text(entry["message"], _MAX_MESSAGE))
