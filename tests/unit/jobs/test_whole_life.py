@@ -143,7 +143,9 @@ def test_every_row_once_whatever_happens(
     keys = [batch["metadata"][WORK_KEY] for batch in batches]
     assert len(keys) == len(set(keys)) == 6
     assert all(batch["status"] in TERMINAL_STATUSES for batch in batches)
-    assert len(life.service.list_files(purpose="batch")["data"]["data"]) == 3
+    # A file whose answer was lost is uploaded again if its content cannot be compared just then.
+    files = life.service.list_files(purpose="batch")["data"]["data"]
+    assert len({file["filename"] for file in files}) == 3
     assert manifest["rows"] == {"total": 2 * ROWS, "ok": 2 * ROWS, "error": 0, "expired": 0, "missing": 0}
     for model in MODELS:
         text = (life.output / model.replace("/", "--") / "results.jsonl").read_text()
