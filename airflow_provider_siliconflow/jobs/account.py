@@ -203,7 +203,7 @@ class _Order:
         Take the next batch.
 
         :param created_at: its time.
-        :param number: that of its intent, if it is recorded.
+        :param number: its number, if it is recorded and has one.
         """
         if created_at is not None:
             self._times.add(created_at)
@@ -262,6 +262,7 @@ class AccountBatches:
         self._by_submitter: dict[str, dict[str, str]] = {}
         self._seen: set[str] = set()
         self._told: set[str] = set()
+        self._expected: frozenset[str] = frozenset()
         self._warned: set[str] = set()
         self._clocks_agree = True
         self._order = _Order()
@@ -286,12 +287,13 @@ class AccountBatches:
 
         :param anchor: no batch of the work was created before, by the service's clock; ``None`` reads all.
         :param not_before: monotonic time; a list that was read earlier is read again.
-        :param recorded: batches of which the order is known, by the numbers of their intents.
+        :param recorded: the batches that the ledger knows, with numbers that tell their order.
         """
         depth = float("-inf") if anchor is None else anchor - ANCHOR_MARGIN
         if self.read_at >= not_before and self._read_to <= depth:
             return
         began = self._clock.monotonic()
+        self._expected = frozenset(recorded)
         order, streak = _Order(), 0
         listing = self._api.list_batches()
         for batch in listing:
@@ -383,8 +385,9 @@ class AccountBatches:
         :param anchor: as in :meth:`read`.
         :param older: batches that are certainly older than any of the work.
         """
-        # A list that calls itself complete and lacks what is known to exist is not.
-        if not self.cut and (not older or not self._seen.isdisjoint(older)):
+        # A list that calls itself complete and lacks what was known to exist when it was read is not.
+        expected = older & self._expected
+        if not self.cut and (not expected or not self._seen.isdisjoint(expected)):
             return True
         if not self._order.newest_first:
             return False

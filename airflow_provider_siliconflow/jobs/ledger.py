@@ -48,10 +48,12 @@ class Ledger(Protocol):
     """
     A record that outlives a try: what was about to be sent, and what came of it.
 
-    ``complete`` says that a key without an entry was certainly never sent.
+    ``complete`` says that a key without an entry was certainly never sent; ``damaged``, that entries are lost, so that
+    the account has to be searched for every key that has none.
     """
 
     complete: bool
+    damaged: bool
 
     def state(self, key: str) -> State:
         """Return what a piece of work is; :class:`~.states.Planned` if nothing is recorded."""
@@ -83,7 +85,7 @@ class Ledger(Protocol):
 
     def recorded_batches(self) -> Mapping[str, int]:
         """
-        Return the batches that are recorded under any key, dead ones included, with the numbers of their intents.
+        Return the batches that are recorded under any key, dead ones included, with their numbers.
 
         Of two numbers above 0 the larger one is certainly that of the newer batch; 0 says nothing.
         """
@@ -98,7 +100,7 @@ class Ledger(Protocol):
         ...
 
     def next_number(self) -> int:
-        """Return the number for the next :class:`~.states.Sending`."""
+        """Return a number for the next intent or answer, larger than all so far."""
         ...
 
     def upload(self, key: str) -> UploadState:
@@ -118,6 +120,7 @@ class NoLedger:
     """
 
     complete = False
+    damaged = False
 
     def __init__(self) -> None:
         self._work: dict[str, State] = {}
@@ -147,7 +150,7 @@ class NoLedger:
         return self._retired.get(key, ())
 
     def recorded_batches(self) -> Mapping[str, int]:
-        """Return the batches that are recorded under any key, with the numbers of their intents."""
+        """Return the batches that are recorded under any key, with their numbers."""
         return {
             state.batch_id: state.number for state in self._all_states() if isinstance(state, Sent | Ended)
         }
@@ -162,7 +165,7 @@ class NoLedger:
         return None
 
     def next_number(self) -> int:
-        """Return a number that is larger than that of every intent so far."""
+        """Return a number that is larger than all so far."""
         return self._number + 1
 
     def upload(self, key: str) -> UploadState:
@@ -261,6 +264,7 @@ class FolderLedger(NoLedger):
             and parts.get("complete", True) is True
             and all(map(_is_whole, (parts.get(name, {}) for name in ("work", "uploads", "retired"))))
         )
+        self.damaged = self._expected_complete and not self.complete
 
     def _stored(self) -> tuple[dict[str, Any], bool]:
         """Return what the file holds, and whether nothing can be missing in it."""
@@ -404,11 +408,22 @@ class FolderLedger(NoLedger):
             log.info("This try takes the job over from %s", before)
         write_json(self._owner_path, asdict(owner))
         self._read()
-        if before is not None and self._written_by != before.token:
-            # An older try wrote over what the last one had recorded, or the last one recorded nothing.
-            self.complete = False
+        if before is not None:
+            self._distrust_others(before.token)
         self._token = owner.token
         self._write()
+
+    def _distrust_others(self, token: str) -> None:
+        """
+        Take the record for damaged if an older try wrote over what the last owner had recorded.
+
+        It can, if it was stopped between its check and its write for as long as the other one took.
+        """
+        if self._written_by != token:
+            log.warning(
+                "%s was written by a try that no longer owned it; the account is searched", self._path
+            )
+            self.complete, self.damaged = False, True
 
     def continue_as(self, token: str) -> None:
         """
@@ -419,6 +434,7 @@ class FolderLedger(NoLedger):
         """
         self._token = token
         self.check_owner()
+        self._distrust_others(token)
 
     def check_owner(self) -> None:
         """
@@ -454,7 +470,8 @@ def _entries(stored: Any, read: Callable[[Any], T]) -> Iterator[tuple[str, T]]:
         if not _KEY.fullmatch(key):
             log.warning("The ledger holds a key that is none of ours; it is dropped: %.80r", key)
             continue
-        state = read(entry)
+        # Nothing is kept of what is only planned, so this is damage too.
+        state = read({} if entry is None else entry)
         if state == IN_DOUBT or (isinstance(state, Uploading) and not state.at):
             log.warning("The ledger's entry %s is damaged; the account is searched for it", key)
         yield key, state

@@ -54,7 +54,8 @@ class Sending:
     """
     The request was about to leave, so a batch may exist.
 
-    :param number: grows with each intent of a ledger, so that a batch with a smaller one is certainly older.
+    :param number: grows with each intent and with each answer of a ledger: a batch whose number is smaller, and not 0,
+        existed before this request was first about to leave.
     :param at: when it was recorded, in epoch seconds of the worker's clock.
     :param accepted: the service answered in a way that may mean "created": from now on the account is searched, and
         the request is never sent again.
@@ -71,7 +72,7 @@ class Sent:
     The batch exists.
 
     :param batch_id: its id.
-    :param number: that of its intent; 0 if it was found without one.
+    :param number: that of the answer that told its id, see :class:`Sending`; 0 if a search found it.
     :param terminal_since: when it was first seen in a terminal status, in epoch seconds of the worker's clock, if it is
         not settled yet; see :mod:`~.jobs.settled`.
     """
@@ -87,7 +88,7 @@ class Ended:
     The batch is in a status that it never leaves.
 
     :param batch_id: its id.
-    :param number: that of its intent.
+    :param number: as in :class:`Sent`.
     :param status: ``completed``, ``expired``, ``failed`` or ``cancelled``.
     :param counts: ``total``, ``completed`` and ``failed``, in rows.
     :param errors: the first messages of the service about the batch as a whole, at most three.
@@ -106,7 +107,7 @@ class Ended:
         """
         Return what is kept of a batch.
 
-        :param number: that of its intent.
+        :param number: as in :class:`Sent`.
         :param at: when it was first seen in its status; 0 if an earlier try left it, and nobody knows.
         """
         counts = batch.request_counts

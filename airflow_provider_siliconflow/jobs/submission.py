@@ -84,7 +84,7 @@ class Submission:
         self._uploads = Uploads(
             self._account.files,
             ledger,
-            earlier_tries=earlier_tries != "none",
+            earlier_tries=earlier_tries != "none" or ledger.damaged,
             clock=self._clock,
             check_not_stopped=self.check_not_stopped,
         )
@@ -205,7 +205,7 @@ class Submission:
 
     def _must_be_listed_by(self, work: BatchWork, state: State) -> float | None:
         """Return when the account surely lists what an earlier try left; ``None`` if there is nothing to be found."""
-        if not isinstance(state, Planned | Refused):
+        if self._ledger.damaged or not isinstance(state, Planned | Refused):
             return self._started + LIST_LAG
         if self._ledger.complete or self._earlier_tries == "none":
             return None
@@ -217,7 +217,7 @@ class Submission:
     def _search_earlier(self, work: BatchWork, listed_by: float, adopt_dead: bool) -> Batch | None:
         # Searched once only, there is hardly anything to be found, and no first try may fail for what it cannot see.
         has_record = not isinstance(self._ledger.state(work.key), Planned | Refused)
-        is_final = has_record or self._earlier_tries == "patiently"
+        is_final = has_record or self._ledger.damaged or self._earlier_tries == "patiently"
         try:
             return self._search(work, listed_by, adopt_dead, is_final=is_final)
         except SubmissionUnknownError:
@@ -276,8 +276,7 @@ class Submission:
             return
         if isinstance(state, Refused):
             self._ledger.record(work.key, Planned())
-        number = state.number if isinstance(state, Sending | Sent) else 0
-        self._ledger.record(work.key, Sent(batch.id, number))
+        self._ledger.record(work.key, Sent(batch.id))
 
     def _record_ended(self, work: BatchWork, batch: Batch) -> None:
         state = self._ledger.state(work.key)
@@ -324,15 +323,13 @@ class Submission:
         """Create the batch; if the service no longer has the input file, upload it again, once."""
         file_id = self._input_file(work)
         try:
-            batch = self._post(work, file_id, rate_limit_patience, adopt_dead)
+            return self._post(work, file_id, rate_limit_patience, adopt_dead)
         except APIError as exc:
             if work.upload is None or not _says_file_is_gone(exc, file_id):
                 raise
             log.warning("The service does not have file %s any more (%s); it is uploaded again", file_id, exc)
             self._uploads.forget(work.upload, file_id)
-            batch = self._post(work, self._input_file(work), rate_limit_patience, adopt_dead)
-        self._record_sent(work, batch)
-        return batch
+            return self._post(work, self._input_file(work), rate_limit_patience, adopt_dead)
 
     def _input_file(self, work: BatchWork) -> str:
         if work.upload is not None:
@@ -344,7 +341,10 @@ class Submission:
         def send() -> Batch:
             self._record_intent(work)
             self._sent.add(work.key)
-            return self._confirmed(work, file_id, self._api.create_batch(**work.request(file_id)))
+            batch = self._confirmed(work, file_id, self._api.create_batch(**work.request(file_id)))
+            # Taken anew: the intent may be that of a try which died long ago, and others were sent since.
+            self._ledger.record(work.key, Sent(batch.id, self._ledger.next_number()))
+            return batch
 
         request = Request(
             f"POST /batches for {work.label}",

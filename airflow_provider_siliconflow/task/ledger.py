@@ -39,6 +39,9 @@ class TaskStateLedger:
     :param owner: this try, with a fresh token.
     """
 
+    #: A damaged entry is in doubt by itself, and a store that was discarded breaks the chain of tries.
+    damaged = False
+
     def __init__(self, store: Any, *, generation: int, owner: Owner) -> None:
         self._store = store
         self._generation = generation

@@ -236,6 +236,7 @@ class FaultyLedger:
     """A ledger that survives crashes, and in whose writes a process may die."""
 
     complete = True
+    damaged = False
 
     def __init__(self, script: Iterator[str]) -> None:
         self.script = script
@@ -297,9 +298,9 @@ def make_work(service: EmulatedService, task_id: str = "create") -> BatchWork:
     )
 
 
-def make_upload_work(api: FaultyAPI, content: bytes = CONTENT) -> BatchWork:
+def make_upload_work(api: FaultyAPI, content: bytes = CONTENT, *, generation: int = 3) -> BatchWork:
     """Return work whose file is uploaded first."""
-    submitter = Submitter("dag", "run", "create", -1, 3)
+    submitter = Submitter("dag", "run", "create", -1, generation)
     digest = sha256(content).hexdigest()
     key = submitter.key(upload=digest)
 
