@@ -216,7 +216,7 @@ class OpenJob:
     def running(self) -> int:
         """Number of the batches that have not ended."""
         states = map(self.state, self.current)
-        return sum(isinstance(state, Sent) and state.terminal_since is None for state in states)
+        return sum(isinstance(state, Sent) and not state.terminal_since for state in states)
 
     @property
     def has_paid(self) -> bool:
@@ -239,7 +239,7 @@ class OpenJob:
                 continue
             if is_settled(batch):
                 states[piece.work_key] = Ended.of(batch, state.number, at=state.terminal_since or at)
-            elif state.terminal_since is None:
+            elif not state.terminal_since:
                 states[piece.work_key] = replace(state, terminal_since=at)
         self._record(states)
 
@@ -247,7 +247,7 @@ class OpenJob:
         """Record that a batch which was not settled when it was first seen to have ended is so now."""
         state = self.state(piece)
         assert isinstance(state, Sent)
-        assert state.terminal_since is not None
+        assert state.terminal_since
         self._record({piece.work_key: Ended.of(batch, state.number, at=state.terminal_since)})
 
     def _record(self, states: Mapping[str, State]) -> None:
