@@ -151,7 +151,9 @@ class OpenJob:
         :param send: uploads its request file under a name, when it is needed.
         """
         model = self.options.replacements[piece.model]
-        name = upload_name(f"r{piece.round}-{piece.shard.name}", piece.upload_key)
+        # Not its round or index: the same rows in another round are the same upload, and its name is a part of the
+        # proof that a batch over it is ours.
+        name = upload_name(self.submitter.task_id, piece.upload_key)
         upload = Upload(piece.upload_key, name, piece.shard.bytes, piece.shard.sha256, lambda: send(name))
         return BatchWork(
             key=piece.work_key,
