@@ -27,8 +27,6 @@ class OpenJob:
 
     :param options: what is asked; models, window and metadata are taken from the plan.
     :param plan: the plan.
-    :param conn_id: the connection, a part of each identity. Not the host: under another name of the same service the
-        work is the same, and must not be paid again.
     :param plans: the job's folder.
     :param ledger: what each batch is.
     :param submission: submits over that ledger.
@@ -39,7 +37,6 @@ class OpenJob:
         options: RunOptions,
         plan: Plan,
         *,
-        conn_id: str,
         plans: PlanFolder,
         ledger: FolderLedger,
         submission: Submission,
@@ -55,7 +52,8 @@ class OpenJob:
         self.ledger = ledger
         self.submission = submission
         self.submitter: Submitter = plan.submitter
-        self._where = {"conn_id": conn_id}
+        # Not the host: under another name of the same service the work is the same, and must not be paid again.
+        self._where = {"conn_id": plan.conn_id}
         self.rounds = [self._pieces(0, dict.fromkeys(self.models, plan.split.shards))]
         while (shards := plans.read_round(len(self.rounds))) is not None:
             self.rounds.append(self._pieces(len(self.rounds), shards))
