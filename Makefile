@@ -6,7 +6,7 @@ OLDEST := 2.11
 VERSIONS := 2.11 3.0 3.1 3.2 3.3
 PYTEST_ARGS ?=
 
-environment = $(PYTHON) scripts/environment.py --airflow $(1) --venv .test/airflow-$(1) --tools $(2)
+environment = $(PYTHON) scripts/environment.py --airflow $(1) --venv .test/airflow-$(1) --groups $(2)
 python = .test/airflow-$(1)/bin/python
 newest := $(call python,$(NEWEST))
 
@@ -26,14 +26,15 @@ demo:
 test: lint test-newest test-oldest
 
 lint:
-	@$(call environment,$(NEWEST),lint$(comma)test$(comma)s3$(comma)lineage)
+	@$(call environment,$(NEWEST),dev)
 	$(newest) -m ruff check .
 	$(newest) -m ruff format --check .
+	$(dir $(newest))lint-imports --no-logo --cache-dir .cache/import-linter
 	$(newest) -m mypy
 	$(newest) -m mypy scripts tests/conftest.py
 
 test-newest:
-	@$(call environment,$(NEWEST),lint$(comma)test$(comma)s3$(comma)lineage)
+	@$(call environment,$(NEWEST),dev)
 	$(newest) -m pytest $(PYTEST_ARGS)
 
 test-oldest: matrix-$(OLDEST)
@@ -45,10 +46,8 @@ $(VERSIONS:%=matrix-%): matrix-%:
 	$(call python,$*) -m pytest -m "unit or every_airflow" $(PYTEST_ARGS)
 
 bench:
-	@$(call environment,$(NEWEST),lint$(comma)test$(comma)s3$(comma)lineage)
+	@$(call environment,$(NEWEST),dev)
 	@for file in benchmarks/*.py; do echo "== $$file"; $(newest) "$$file" || exit 1; done
 
 clean:
 	rm -rf .test .demo .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
-
-comma := ,

@@ -123,7 +123,7 @@ def _file_of_returned(manifest: Mapping[str, Any], model: str | None) -> Any:
 
 
 def _job(manifest: Any) -> Any:
-    """Return what tells the job of a manifest from any other: its key, or else its batches."""
+    """Return what identifies the job of a manifest: its key, or else its batches."""
     if not isinstance(manifest, Mapping):
         return None
     key = manifest.get("run") or manifest.get("unfinished")
@@ -143,7 +143,7 @@ def _described(manifest: Any) -> str:
 
 
 def _file_of(manifest: Any, name: str, folder: Any, model: str | None) -> Any:
-    """Return the file of one model below a folder: where it lies follows from its name, whatever the manifest says."""
+    """Return the file of one model below a folder: its path follows from its name, whatever the manifest says."""
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
     from airflow_provider_siliconflow.batch_files.manifest import results_folder
 

@@ -1,10 +1,10 @@
 """
-Putting results into input order: seconds and peak RSS, against one dict of rows read with ``json.loads``.
+Merging results into input order: seconds and peak RSS, compared with one dict of rows read with ``json.loads``.
 
     python benchmarks/merge_results.py --rows 200000 --chars 600
 
-Both sides read the same shards of 5,000 rows and their shuffled result files, and write every result in the order of
-the input, with the same counts. Each side runs in a process of its own, alternately; the best time of each counts.
+Both sides read the same shards of 5,000 rows and their shuffled result files, write every result in input order and
+return the same counts. The sides take turns, each run in a separate process; the best time of each side counts.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def stdlib(folder: Path, out: Path) -> dict[str, int]:
 
 
 def nothing(folder: Path, out: Path) -> dict[str, int]:
-    """The imports alone, for the base of the memory."""
+    """Only the imports: the baseline for memory."""
     import airflow_provider_siliconflow.batch_files.merge  # noqa: F401
 
     return {}
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--chars", type=int, default=600, help="characters of each prompt and each answer")
     parser.add_argument("--language", choices=["en", "zh"], default="en")
     parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--folder", help="where to put the files (default: the temporary folder)")
+    parser.add_argument("--folder", help="folder for the files (default: the temporary folder)")
     parser.add_argument("--run", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -165,7 +165,7 @@ def main() -> None:
         rss = max(run["rss"] for run in runs[side])
         wall = min(run["seconds"] for run in runs[side])
         print(
-            f"{side:12} {best[side]['cpu']:7.2f} CPU seconds, {wall:7.2f} s by the clock, peak RSS {rss:8.1f} MiB"
+            f"{side:12} {best[side]['cpu']:7.2f} CPU seconds, {wall:7.2f} s wall time, peak RSS {rss:8.1f} MiB"
             f" ({rss - base:.1f} over the imports)"
         )
     if best["ours"]["counts"] != best["dict of rows"]["counts"]:

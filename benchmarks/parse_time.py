@@ -1,11 +1,11 @@
 """
-What the imports of a DAG file cost: process CPU of ours and of Airflow's own LLM providers, over a bare DAG file.
+CPU time of a DAG file's imports: this provider and Airflow's own LLM providers, compared with a bare DAG file.
 
     python benchmarks/parse_time.py --runs 15
 
-Every run is a process of its own that imports what a DAG file with a deferrable task needs anyway, then one provider's
-operators, sensor and decorator. The sides take turns, and the median of each counts. Airflow parses a DAG file every
-30 seconds in a fresh process, so this is paid again and again.
+Every run is a separate process. It imports what any DAG file with a deferrable task needs, then one provider's
+operators, sensor and decorator. The sides take turns, and the median of each counts. Airflow parses every DAG file
+every 30 seconds in a new process and pays this cost each time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PACKAGES = {
         "airflow.providers.common.ai.decorators.llm_batch",
     ],
 }
-#: What none of our modules may load when a DAG file is parsed.
+#: Modules that this provider must not load when a DAG file is parsed.
 HEAVY = ("requests", "aiohttp", "tenacity", f"{OURS}.api", f"{OURS}.jobs", f"{OURS}.batch_files")
 LIGHT = (f"{OURS}.api", f"{OURS}.api.arguments", f"{OURS}.api.exceptions")
 
@@ -58,7 +58,7 @@ def environment(home: str) -> dict[str, str]:
 
 
 def run(code: str, home: str) -> list[str]:
-    """Run code after the baseline, in a new process; return the lines it printed."""
+    """Run code after the baseline imports in a new process and return the lines that it printed."""
     done = subprocess.run(
         [sys.executable, "-c", BASELINE + code],
         check=True,
@@ -71,14 +71,14 @@ def run(code: str, home: str) -> list[str]:
 
 
 def measure(imports: str, home: str) -> tuple[float, float]:
-    """Return the CPU seconds of a process up to the end of the baseline, and from there to the end of imports."""
+    """Return the CPU seconds of a process for the baseline, and for the imports after it."""
     code = f"import time\nbefore = time.process_time()\n{imports}print(before, time.process_time() - before)"
     base, more = run(code, home)[-1].split()
     return float(base), float(more)
 
 
 def loaded(imports: str, home: str) -> list[str]:
-    """Return the modules that imports load and a bare DAG file does not."""
+    """Return the modules that the imports load in addition to those of a bare DAG file."""
     code = f"import sys\nbefore = set(sys.modules)\n{imports}print(*sorted(set(sys.modules) - before), sep='\\n')"
     return run(code, home)
 
@@ -86,10 +86,10 @@ def loaded(imports: str, home: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--runs", type=int, default=9, help="processes per side")
-    parser.add_argument("--list", action="store_true", help="name the modules that ours loads besides")
+    parser.add_argument("--list", action="store_true", help="list the additional modules that ours loads")
     options = parser.parse_args()
     if not is_installed("airflow.sdk"):
-        raise SystemExit("skipped: needs Airflow 3 (airflow.sdk)")
+        raise SystemExit("skipped: this needs Airflow 3 (airflow.sdk)")
     sides = {}
     for name, modules in PACKAGES.items():
         if is_installed(modules[0]):
@@ -101,7 +101,7 @@ def main() -> None:
             print(*loaded(sides["ours"], home), sep="\n")
             return
         for imports in sides.values():
-            measure(imports, home)  # the first run writes bytecode and Airflow's configuration
+            measure(imports, home)  # the first run writes the bytecode and Airflow's configuration
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
         for _ in range(options.runs):
             for name, imports in sides.items():
@@ -112,13 +112,13 @@ def main() -> None:
             if module.startswith(HEAVY) and module not in LIGHT
         ]
     base = statistics.median(base for runs in found.values() for base, _ in runs)
-    print(f"a bare DAG file takes {base:.2f} CPU seconds; medians of {options.runs} processes each")
-    print(f"{'':12} {'more CPU':>10} {'ratio':>7}")
+    print(f"a bare DAG file takes {base:.2f} CPU seconds; medians over {options.runs} processes each")
+    print(f"{'':12} {'added CPU':>10} {'ratio':>7}")
     for name, runs in found.items():
         more = statistics.median(more for _, more in runs)
         print(f"{name:12} {more * 1000:7.0f} ms {1 + more / base:7.3f}")
     print(f"heavy modules that ours loads: {', '.join(heavy) or 'none'}")
-    print("goal for ours: ratio 1.01 at most")
+    print("goal for ours: a ratio of at most 1.01")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """
-Upload and download of a large file: this package's client against what people write instead.
+Uploading and downloading a large file: this package's client, compared with common alternatives.
 
-Each contender runs in a process of its own against a bare socket server. Peak RSS is given over the process's
-own size before the transfer. Run with ``--megabytes 1000`` for the size of the largest batch file.
+Each contender runs in a separate process against a bare socket server. Peak RSS is measured above the size of the
+process before the transfer. Run with ``--megabytes 1000`` for the size of the largest batch file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ANSWER = json.dumps({"code": 20000, "status": True, "data": {"id": "file-a", "by
 
 
 def serve(size: int) -> int:
-    """Take uploads and serve ``size`` bytes to a GET, one connection after another; return the port."""
+    """Accept uploads, answer each GET with ``size`` bytes, and return the port."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def answer(connection: socket.socket) -> None:
@@ -117,7 +117,7 @@ def measure(
         if direction == "upload":
             run(url, warm, len(BLOCK))
         else:
-            # Importing is no part of a transfer.
+            # Imports are not part of the transfer.
             __import__("requests")
             __import__("airflow_provider_siliconflow.api.client")
     except ImportError as exc:

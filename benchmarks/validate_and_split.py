@@ -1,10 +1,10 @@
 """
-Validating and splitting a request file: MB/s and peak RSS, against the same checks on ``json.loads``.
+Validating and splitting a request file: MB/s and peak RSS, compared with the same checks on ``json.loads``.
 
     python benchmarks/validate_and_split.py --rows 300000 --chars 900
 
-Both sides read the same file, check every line, keep custom ids to tell duplicates, hash and write shards of
-5,000 lines. Each side runs in a process of its own, alternately, several times; the best time of each counts.
+Both sides read the same file, check every line, remember custom ids to find duplicates, and hash and write shards of
+5,000 lines. The sides take turns, each run in a separate process; the best time of each side counts.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def stdlib(source: Path, work_dir: Path) -> None:
 
 
 def nothing(source: Path, work_dir: Path) -> None:
-    """The imports alone, for the base of the memory."""
+    """Only the imports: the baseline for memory."""
     import airflow_provider_siliconflow.batch_files.shards  # noqa: F401
 
 
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--chars", type=int, default=900, help="characters of each prompt")
     parser.add_argument("--language", choices=["en", "zh"], default="en")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--folder", help="where to put the files (default: the temporary folder)")
+    parser.add_argument("--folder", help="folder for the files (default: the temporary folder)")
     parser.add_argument("--run", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--work-dir", type=Path, help=argparse.SUPPRESS)
@@ -139,8 +139,8 @@ def main() -> None:
         run = best[side]
         wall = min(each["seconds"] for each in runs[side])
         print(
-            f"{side:12} {megabytes / run['cpu']:7.0f} MB per CPU second, {megabytes / wall:7.0f} MB/s by the "
-            f"clock, peak RSS {max(each['rss'] for each in runs[side]):6.1f} MiB"
+            f"{side:12} {megabytes / run['cpu']:7.0f} MB per CPU second, {megabytes / wall:7.0f} MB/s wall "
+            f"time, peak RSS {max(each['rss'] for each in runs[side]):6.1f} MiB"
         )
     print(f"{'imports':12} peak RSS {best['imports']['rss']:.1f} MiB")
     print(f"ratio by CPU {best['stdlib json']['cpu'] / best['ours']['cpu']:.2f}x (goal 2x)")

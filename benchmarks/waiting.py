@@ -1,15 +1,15 @@
 """
-Thousands of waits in one event loop: CPU per poll, lag of the loop and memory per wait, against other clients.
+Thousands of waits in one event loop: CPU per poll, loop lag and memory per wait, compared with other clients.
 
     python benchmarks/waiting.py --waits 2000 --polls 10000 --interval 5 --memory-waits 10000
 
-Ours are real `BatchTrigger`s, all started at the same moment, as a triggerer does after a restart. The others are
-loops that look at a batch over one shared client, their first looks spread over an interval. Every batch is looked at
-once per interval, with 20 % jitter. The server, another process, answers at once with a batch in progress. "aiohttp"
-is the library beneath ours, reading the answer as JSON and doing nothing with it: the floor. "To start" is all up to
-the first poll of each wait. The lag is that of a task of the same loop that wants to wake up every 10 ms; "idle" is a
-loop in which nothing else runs, and tells what the machine adds. A side that cannot keep up is stopped after 90 s, and
-what it did until then counts.
+Our side runs real `BatchTrigger`s, all started at the same moment, as a triggerer does after a restart. The other
+sides are loops that poll a batch over one shared client; their first polls are spread over an interval. Every batch
+is polled once per interval, with 20 % jitter. The server runs in another process and answers at once with a batch in
+progress. "aiohttp" is the library that ours is built on: it parses the response as JSON and discards it, so it is the
+lower bound. "To start" covers everything up to the first poll of each wait. The lag is measured by a task in the same
+loop that sleeps for 10 ms at a time; "idle" is a loop without other work and shows the lag of the machine. A side that
+cannot keep up is stopped after 90 s, and its work until then counts.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ BATCH = {
     "metadata": {"airflow_identity": "0" * 64, "airflow_task": "dag/run/task"},
 }
 KEY = "sk-benchmark"
-#: Seconds after which a side is stopped; its polls so far count.
+#: Seconds after which a side is stopped. Its polls until then count.
 LIMIT = 90.0
 
 # The server ------------------------------------------------------------------------------------------------
 
 
 class Server(asyncio.Protocol):
-    """Answers every GET with a batch of the id asked for; parses no more than it must."""
+    """Answers every GET with a batch of the requested id, with as little parsing as possible."""
 
     polls = 0
     before, after = json.dumps(BATCH).encode().split(b"ID", 1)
@@ -91,12 +91,12 @@ Wait = Callable[[int], Awaitable[None]]
 
 
 class Counter:
-    """Polls done so far, of as many as are wanted."""
+    """Counts polls until the wanted number is reached."""
 
     def __init__(self, wanted: int) -> None:
         self.done, self.wanted = 0, wanted
         self.reached = asyncio.Event()
-        #: CPU seconds of the process when so many polls were done.
+        #: Number of polls to CPU seconds of the process at that point.
         self.marks: dict[int, float] = {}
 
     def add(self) -> None:
@@ -107,7 +107,7 @@ class Counter:
             self.reached.set()
 
 
-async def poll_for_ever(interval: float, poll: Callable[[], Awaitable[Any]], counter: Counter) -> None:
+async def poll_forever(interval: float, poll: Callable[[], Awaitable[Any]], counter: Counter) -> None:
     await asyncio.sleep(random.uniform(0, interval))
     while True:
         await poll()
@@ -126,7 +126,7 @@ def ours(url: str, interval: float, counter: Counter) -> Wait:
             counter.add()
             return super().observe(*arguments)
 
-    # The trigger takes the class from here when it starts to wait.
+    # The trigger looks the class up here when it starts to wait.
     sys.modules[BatchWait.__module__].BatchWait = CountedWait  # type: ignore[attr-defined]
     logging.getLogger("airflow_provider_siliconflow").setLevel(logging.WARNING)
 
@@ -151,7 +151,7 @@ def aiohttp(url: str, interval: float, counter: Counter) -> Wait:
                 answer.raise_for_status()
                 await answer.json()
 
-        await poll_for_ever(interval, poll, counter)
+        await poll_forever(interval, poll, counter)
 
     return wait
 
@@ -169,7 +169,7 @@ def httpx(url: str, interval: float, counter: Counter) -> Wait:
             answer.raise_for_status()
             answer.json()
 
-        await poll_for_ever(interval, poll, counter)
+        await poll_forever(interval, poll, counter)
 
     return wait
 
@@ -190,7 +190,7 @@ def threads(url: str, interval: float, counter: Counter) -> Wait:
         return answer.json()
 
     async def wait(number: int) -> None:
-        await poll_for_ever(interval, lambda: asyncio.to_thread(get, number), counter)
+        await poll_forever(interval, lambda: asyncio.to_thread(get, number), counter)
 
     return wait
 
@@ -201,7 +201,7 @@ def openai_shared(url: str, interval: float, counter: Counter) -> Wait:
     client = openai.AsyncOpenAI(api_key=KEY, base_url=url)
 
     async def wait(number: int) -> None:
-        await poll_for_ever(interval, lambda: client.batches.retrieve(f"batch_{number:010d}"), counter)
+        await poll_forever(interval, lambda: client.batches.retrieve(f"batch_{number:010d}"), counter)
 
     return wait
 
@@ -211,7 +211,7 @@ def openai_each(url: str, interval: float, counter: Counter) -> Wait:
 
     async def wait(number: int) -> None:
         client = openai.AsyncOpenAI(api_key=KEY, base_url=url)
-        await poll_for_ever(
+        await poll_forever(
             min(interval, 5.0), lambda: client.batches.retrieve(f"batch_{number:010d}"), counter
         )
 
@@ -226,7 +226,7 @@ def idle(url: str, interval: float, counter: Counter) -> Wait:
     return wait
 
 
-#: Name, how to make its waits, the module it needs, and the most waits it can be asked to hold in memory.
+#: By name: the function that makes the waits, the module that it needs, and the most waits for the memory figure.
 SIDES: dict[str, tuple[Callable[..., Wait], str, int]] = {
     "ours": (ours, "airflow", 10**9),
     "aiohttp": (aiohttp, "aiohttp", 10**9),
@@ -255,7 +255,7 @@ async def watch_lag(lags: list[float]) -> None:
 
 async def run_side(name: str, url: str, waits: int, polls: int, interval: float) -> dict[str, float]:
     make = SIDES[name][0]
-    # Warm up: imports, caches, connections.
+    # Warm up imports, caches and connections.
     counter = Counter(5)
     wait = make(url, 0.01, counter)
     if name != "idle":
@@ -285,7 +285,7 @@ async def run_side(name: str, url: str, waits: int, polls: int, interval: float)
     if first and counter.done > waits:
         figures = {"start": first - cpu, "cpu": end - first, "polls": counter.done - waits}
     else:
-        # It did not get as far as one poll of each wait.
+        # It did not reach one poll of each wait.
         figures = {"start": end - cpu, "cpu": end - cpu, "polls": counter.done}
     watcher.cancel()
     gc.collect()
@@ -318,7 +318,9 @@ def main() -> None:
     parser.add_argument("--waits", type=int, default=2000)
     parser.add_argument("--polls", type=int, default=8000)
     parser.add_argument("--interval", type=float, default=5.0, help="seconds between two polls of one batch")
-    parser.add_argument("--memory-waits", type=int, default=10_000, help="0 leaves memory out")
+    parser.add_argument(
+        "--memory-waits", type=int, default=10_000, help="number of waits for the memory figure; 0 skips it"
+    )
     parser.add_argument("--only", choices=SIDES, action="append", help="measure only these")
     parser.add_argument("--run", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -343,7 +345,7 @@ def main() -> None:
             wanted.remove(name)
     try:
         print(
-            f"{options.waits:,} waits in one loop, a poll each {options.interval:g} s, {options.polls:,} polls"
+            f"{options.waits:,} waits in one loop, one poll per {options.interval:g} s each, {options.polls:,} polls"
         )
         print(
             f"{'':10} {'CPU s / 10,000 polls':>20} {'ratio':>6} {'CPU s to start':>14} {'lag p99':>10} {'max':>10}"

@@ -1,16 +1,16 @@
 """
-A whole job, from rows to results: wall time, CPU and peak RSS, against the same job with stdlib json and one dict.
+A whole job, from rows to results: wall time, CPU and peak RSS, compared with the same job in stdlib json and a dict.
 
     python benchmarks/whole_job.py --rows 100000 --models 2 --live
 
-Both sides take the same file, cut it into shards of 5,000 rows, upload each shard once, run it over every model, wait,
-download what came of it and write the results of each model in the order of the rows. Ours also checks every row,
-survives a crash at any point and tells every row's outcome. The service is the package's emulator in a process of its
-own, with its clock sped up: the waiting takes next to no time, and most of the wall time of both sides is the
-emulator answering rows. So the CPU seconds of the side itself are what to compare.
+Both sides read the same file, split it into shards of 5,000 rows, upload each shard once, run it over every model,
+wait, download the results and write those of each model in input order. Our side also checks every row, survives a
+crash at any point and reports the outcome of every row. The service is the package's emulator in a separate process
+with an accelerated clock. Waiting takes almost no time, and the emulator takes most of the wall time of both sides, so
+compare the CPU seconds.
 
-`--live` runs the job once more as a `RunBatchOperator` on a live Airflow (scheduler, worker, triggerer), and gives the
-peak RSS of its worker beside that of a task that does nothing: what Airflow itself takes.
+`--live` also runs the job as a `RunBatchOperator` on a live Airflow (scheduler, worker, triggerer) and reports the peak
+RSS of its worker next to that of an empty task, which is Airflow's own share.
 """
 
 from __future__ import annotations
@@ -138,19 +138,19 @@ def stdlib(source: Path, out: Path, url: str, models: list[str]) -> dict[str, in
 
 
 class Ended:
-    """What of an answer tells whether a batch has ended."""
+    """The part of a response that shows whether a batch has ended."""
 
     def __init__(self, batch: dict[str, Any]) -> None:
         self.is_terminal = batch["status"] in ("completed", "failed", "expired", "cancelled")
 
 
 def wait_for_all(batch_ids: list[str], read: Any) -> list[Any]:
-    """Both sides wait alike: one look at each open batch every half a second."""
+    """Wait as both sides do: poll each open batch every half a second."""
     ended = []
     while batch_ids:
-        looks = [(batch_id, read(batch_id)) for batch_id in batch_ids]
-        ended += [batch for _, batch in looks if batch.is_terminal]
-        batch_ids = [batch_id for batch_id, batch in looks if not batch.is_terminal]
+        polled = [(batch_id, read(batch_id)) for batch_id in batch_ids]
+        ended += [batch for _, batch in polled if batch.is_terminal]
+        batch_ids = [batch_id for batch_id, batch in polled if not batch.is_terminal]
         if batch_ids:
             time.sleep(0.5)
     return ended
@@ -179,7 +179,7 @@ def run_side(name: str, source: Path, out: Path, url: str, models: list[str]) ->
 
 @contextlib.contextmanager
 def emulator(folder: Path, models: list[str]) -> Iterator[str]:
-    """Run an emulator in a process of its own; its base URL."""
+    """Run an emulator in a separate process and yield its base URL."""
     port_file = folder / "url"
     command = [sys.executable, "-m", "airflow_provider_siliconflow.emulator", "--port", "0", "--quiet"]
     command += ["--port-file", str(port_file), "--speed", "1000000"]
@@ -252,7 +252,7 @@ with DAG("job", start_date=datetime(2026, 1, 1), schedule=None, catchup=False):
 
 
 def run_live(source: Path, folder: Path, models: list[str]) -> dict[str, Any]:
-    """Run the job on a live Airflow: seconds, and the peak RSS in MiB of each of its processes."""
+    """Run the job on a live Airflow; return the seconds and the peak RSS in MiB of each of its processes."""
     sys.path.insert(0, str(ROOT))
     from scripts.live_airflow import LiveAirflow
 
@@ -289,9 +289,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--chars", type=int, default=300, help="characters of each prompt")
     parser.add_argument("--models", type=int, default=2)
-    parser.add_argument("--folder", help="where to put the files (default: the temporary folder)")
+    parser.add_argument("--folder", help="folder for the files (default: the temporary folder)")
     parser.add_argument("--only", choices=SIDES)
-    parser.add_argument("--live", action="store_true", help="run ours on a live Airflow as well")
+    parser.add_argument("--live", action="store_true", help="also run our side on a live Airflow")
     parser.add_argument("--run", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -311,14 +311,14 @@ def main() -> None:
             if options.only in (None, name):
                 run = found[name] = measure(name, source, folder, models)
                 print(
-                    f"{name:16} {run['seconds']:7.1f} s by the clock, {run['cpu']:7.1f} CPU seconds, "
+                    f"{name:16} {run['seconds']:7.1f} s wall time, {run['cpu']:7.1f} CPU seconds, "
                     f"peak RSS {run['rss']:7.1f} MiB over the imports, {run['counts']['rows']:,} results"
                 )
         if options.live:
             live = run_live(source, folder, models)
             peaks = ", ".join(f"{name} {peak:.1f}" for name, peak in live["peaks"].items())
             print(
-                f"{'on live Airflow':16} {live['seconds']:7.1f} s by the clock, {live['triggers']} trigger, peak RSS, "
+                f"{'on live Airflow':16} {live['seconds']:7.1f} s wall time, {live['triggers']} trigger, peak RSS, "
                 f"MiB: {peaks} (goal: below 150); {live['counts']['ok']:,} of {live['counts']['total']:,} rows ok"
             )
     if len(found) > 1:
@@ -326,8 +326,8 @@ def main() -> None:
         if first["counts"] != second["counts"]:
             raise SystemExit(f"the sides disagree: {first['counts']} and {second['counts']}")
         print(
-            f"ratios: {second['cpu'] / first['cpu']:.1f}x by CPU, {second['seconds'] / first['seconds']:.1f}x by the "
-            f"clock, {second['rss'] / max(first['rss'], 0.1):.1f}x by memory"
+            f"ratios: {second['cpu'] / first['cpu']:.1f}x by CPU, {second['seconds'] / first['seconds']:.1f}x by wall "
+            f"time, {second['rss'] / max(first['rss'], 0.1):.1f}x by memory"
         )
 
 

@@ -1,4 +1,4 @@
-"""Upload a file of requests, create a batch on it, wait without a worker, fetch the results."""
+"""Upload a file of requests, create a batch from it, wait without a worker slot, and download the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from airflow_provider_siliconflow.operators.batch import (
 )
 from airflow_provider_siliconflow.sensors.batch import BatchSensor
 
-# For a first look. A DAG of yours gives a bucket, or a folder that all workers reach.
+# Defaults for a first run. In production, use a bucket or a folder that all workers can reach.
 REQUESTS = Path(__file__).parent / "data" / "requests.jsonl"
 RESULTS = Path(tempfile.gettempdir()) / "siliconflow_quickstart"
 
@@ -24,7 +24,7 @@ with DAG(
     start_date=datetime(2026, 1, 1),
     schedule=None,
     catchup=False,
-    # A retry takes up the file and the batch of the try before, and pays for nothing again.
+    # A retry reuses the file and the batch of the previous try and does not pay again.
     default_args={"retries": 2, "retry_delay": timedelta(minutes=1)},
     tags=["siliconflow", "example"],
     params={
@@ -34,7 +34,7 @@ with DAG(
         "output_dir": Param(
             str(RESULTS), type="string", description="Path or URI of the folder for the results"
         ),
-        "model": Param("Qwen/Qwen3-32B", type="string"),
+        "model": Param("deepseek-ai/DeepSeek-V3", type="string"),
     },
 ):
     upload = UploadBatchFileOperator(task_id="upload", input_path="{{ params.input_path }}")

@@ -1,8 +1,9 @@
 """
 ### Large classification
 
-Classifies customer reviews, 100,000 by default: far more than a batch takes. The function yields the rows one at a
-time; they are cut into shards of 5,000, of which a few are open at once, and come back as one file in order.
+Classifies customer reviews, 100,000 by default: far more than one batch takes. The function yields the rows one at a
+time. The provider splits them into shards of 5,000, keeps a few batches open at once and writes all results to one
+file, in input order.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SYSTEM = (
     'Answer as JSON: {"answer": "<subject>"}'
 )
 
-# A batch takes hours, and a look at it costs nothing but the look. A local emulator is quicker.
+# Batches take hours, so one poll a minute is enough. The local emulator is much faster.
 POLL_SECONDS = float(os.environ.get("SILICONFLOW_POLL_SECONDS", "60"))
 
 with DAG(
@@ -31,8 +32,10 @@ with DAG(
     default_args={"retries": 2, "retry_delay": timedelta(minutes=5)},
     tags=["siliconflow", "example"],
     params={
-        "rows": Param(100_000, type="integer", minimum=1, description="Reviews to make up and classify"),
-        "model": Param("Qwen/Qwen3-8B", type="string"),
+        "rows": Param(
+            100_000, type="integer", minimum=1, description="Number of reviews to generate and classify"
+        ),
+        "model": Param("deepseek-ai/DeepSeek-V3", type="string"),
         "output_dir": Param("", type="string", description="Path or URI of the folder for the results"),
     },
 ):
@@ -40,7 +43,8 @@ with DAG(
     @task.siliconflow_batch(
         output_dir="{{ params.output_dir }}",
         model="{{ params.model }}",
-        # For every row: nothing but the label, and the same label every time.
+        # For every row: a short JSON answer that is the same every time. Some models have no JSON mode: remove
+        # response_format for them.
         request_params={
             "temperature": 0,
             "max_tokens": 32,
@@ -53,7 +57,7 @@ with DAG(
         poll_interval=POLL_SECONDS,
     )
     def classify(params: Any = None) -> Iterator[dict[str, Any]]:
-        """Yield a request per review; yours would come from a query or a file."""
+        """Yield one request per review. In a real DAG the reviews come from a query or a file."""
         for number in range(params["rows"]):
             subject = ("parcel", "bill", "fabric", "helpline")[number % 4]
             review = f"Order {number}: the {subject} was {'not ' * (number % 3 == 0)}what I expected."
@@ -67,7 +71,7 @@ with DAG(
 
     @task
     def summarise(manifest: dict[str, Any]) -> dict[str, Any]:
-        """Count the labels; the results are read as a stream, whatever their number."""
+        """Count the labels. The results are streamed, so their number does not matter."""
         from collections import Counter
         from typing import Literal
 

@@ -1,10 +1,10 @@
 """
-### A batch job per file
+### One batch job per file
 
-One mapped task for each file or language, made with `.expand()`: the jobs wait side by side, fail and retry each by
-itself, and their manifests come together in the last task.
+One mapped task per file or language, created with `.expand()`. The jobs wait in parallel and fail and retry
+independently. The last task collects their manifests.
 
-Within one job no mapping is needed: `RunBatchOperator` cuts any number of rows into batches by itself.
+A single job needs no mapping: `RunBatchOperator` splits any number of rows into batches.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from airflow.providers.common.compat.sdk import DAG, Param, task
 
 from airflow_provider_siliconflow.operators.batch import RunBatchOperator
 
-# A batch takes hours, and a look at it costs nothing but the look. A local emulator is quicker.
+# Batches take hours, so one poll a minute is enough. The local emulator is much faster.
 POLL_SECONDS = float(os.environ.get("SILICONFLOW_POLL_SECONDS", "60"))
 
 with DAG(
@@ -30,10 +30,12 @@ with DAG(
     default_args={"retries": 2, "retry_delay": timedelta(minutes=5)},
     tags=["siliconflow", "example"],
     params={
-        "input_dir": Param("", type="string", description="Path or URI of a folder with a JSONL file each"),
+        "input_dir": Param(
+            "", type="string", description="Path or URI of a folder of JSONL files, one per customer"
+        ),
         "output_dir": Param("", type="string", description="Path or URI of the folder for the results"),
         "languages": Param(["German", "French", "Japanese"], type="array", items={"type": "string"}),
-        "model": Param("Qwen/Qwen3-8B", type="string"),
+        "model": Param("deepseek-ai/DeepSeek-V3", type="string"),
     },
 ):
     common = {
@@ -43,11 +45,11 @@ with DAG(
         "poll_interval": POLL_SECONDS,
     }
 
-    # The operator: a job per customer file.
+    # With the operator: one job per customer file.
 
     @task
     def customer_files(params: Any = None) -> list[dict[str, str]]:
-        """Find the files of today, and say where the results of each go."""
+        """Return the arguments of each job: a file of requests and a folder for its results."""
         from airflow.providers.common.compat.sdk import ObjectStoragePath
 
         files = sorted(ObjectStoragePath(params["input_dir"]).glob("*.jsonl"), key=str)
@@ -58,16 +60,16 @@ with DAG(
 
     per_customer = RunBatchOperator.partial(task_id="per_customer", **common).expand_kwargs(customer_files())
 
-    # The decorator: a job per language, over sentences that an upstream task returned.
+    # With the decorator: one job per language, over sentences from an upstream task.
 
     @task
     def sentences() -> list[str]:
-        """Return what is to be translated; few enough for XCom."""
+        """Return the sentences to translate. They are few enough for XCom."""
         return ["The parcel has arrived.", "When does the shop open?", "Please send the bill by mail."]
 
     @task
     def languages(params: Any = None) -> list[str]:
-        """Return the languages of the run's parameters."""
+        """Return the languages from the run's parameters."""
         return list(params["languages"])
 
     @task.siliconflow_batch(
@@ -76,15 +78,15 @@ with DAG(
         **common,
     )
     def translate(language: str, sentences: list[str]) -> Iterator[str]:
-        """Yield a prompt per sentence; rows without a `custom_id` are numbered."""
+        """Yield one prompt per sentence. Rows without a `custom_id` are numbered."""
         for sentence in sentences:
-            yield f"Translate into {language}, and write the translation only: {sentence}"
+            yield f"Translate into {language} and reply with the translation only: {sentence}"
 
     per_language = translate.partial(sentences=sentences()).expand(language=languages())
 
     @task(trigger_rule="none_failed")
     def summarise(customers: Any, translations: Any) -> dict[str, int]:
-        """Add up what came back; without any customer file the first job is skipped."""
+        """Add up the results. If there are no customer files, the first job is skipped."""
         manifests = [*(customers or []), *(translations or [])]
         return {
             "jobs": len(manifests),

@@ -1,11 +1,11 @@
 """
 ### Nightly evaluation
 
-Asks several models the same questions over one upload, scores the answers, and renews a leaderboard page.
+Asks several models the same questions over one upload, scores the answers and updates a leaderboard page.
 
-The folder is the parameter `output_dir` or else the Airflow variable `siliconflow_evaluation_dir`: a path or URI
-that all workers reach. In it, `leaderboard.html` shows the newest night and `history.jsonl` keeps a line a night;
-requests, results and scored answers of each night are in a folder of their own.
+The parameter `output_dir`, or else the Airflow variable `siliconflow_evaluation_dir`, is the path or URI of a folder
+that all workers can reach. In it, `leaderboard.html` shows the latest night and `history.jsonl` has one line per
+night. Each night's requests, results and scored answers are in a separate subfolder.
 """
 
 from __future__ import annotations
@@ -23,27 +23,23 @@ from airflow_provider_siliconflow.operators.batch import RunBatchOperator
 HERE = Path(__file__).parent
 QUESTIONS = HERE / "data" / "questions.jsonl"
 
-# For the tasks' imports from `evaluation`: not every Airflow has this folder on the path in each of its commands,
-# and none has when it lies below the DAG folder.
+# The tasks import from `evaluation`. Some Airflow versions and commands do not put this folder on the path, and none
+# does if it is a subfolder of the DAG folder.
 if str(HERE) not in sys.path:
     sys.path.append(str(HERE))
 
 MODELS = [
     "deepseek-ai/DeepSeek-R1",
     "deepseek-ai/DeepSeek-V3",
-    "Qwen/Qwen3-32B",
-    "Qwen/Qwen3-8B",
 ]
 
-# CNY per million tokens; examples: put in what your account pays for batches.
+# CNY per million tokens. These are examples: replace them with the batch prices of your account.
 PRICES = {
     "deepseek-ai/DeepSeek-R1": {"prompt": 2.0, "completion": 8.0},
     "deepseek-ai/DeepSeek-V3": {"prompt": 1.0, "completion": 4.0},
-    "Qwen/Qwen3-32B": {"prompt": 0.5, "completion": 2.0},
-    "Qwen/Qwen3-8B": {"prompt": 0.1, "completion": 0.4},
 }
 
-# A batch takes hours, and a look at it costs nothing but the look. A local emulator is quicker.
+# Batches take hours, so one poll a minute is enough. The local emulator is much faster.
 POLL_SECONDS = float(os.environ.get("SILICONFLOW_POLL_SECONDS", "60"))
 
 with DAG(
@@ -52,31 +48,33 @@ with DAG(
     start_date=datetime(2026, 1, 1),
     schedule="@daily",
     catchup=False,
-    # The history is one file: one night at a time.
+    # The history is one file that each run rewrites, so only one run may be active.
     max_active_runs=1,
     default_args={"retries": 2, "retry_delay": timedelta(minutes=1)},
     tags=["siliconflow", "example"],
     params={
-        "questions": Param(str(QUESTIONS), type="string", description="Path or URI of the questions, JSONL"),
+        "questions": Param(str(QUESTIONS), type="string", description="Path or URI of the questions (JSONL)"),
         "models": Param(MODELS, type="array", items={"type": "string"}, minItems=1),
         "output_dir": Param("", type="string", description="Path or URI of the leaderboard's folder"),
         "prices": Param(PRICES, type="object", description="CNY per million tokens, by model"),
-        "note": Param("", type="string", description="A sentence for the head of the page"),
-        "max_tokens": Param(2048, type="integer", minimum=1, description="Longest answer"),
+        "note": Param("", type="string", description="A sentence for the top of the page"),
+        "max_tokens": Param(2048, type="integer", minimum=1, description="Maximum length of an answer"),
     },
 ) as dag:
 
     @task(multiple_outputs=True)
     def prepare(folder: str, params: Any = None, dag_run: Any = None) -> dict[str, Any]:
-        """Write the requests of this night."""
+        """Write this night's requests."""
         import json
 
         from airflow.providers.common.compat.sdk import ObjectStoragePath
         from evaluation.questions import read_questions, request_rows
 
         if not folder:
-            raise ValueError("give output_dir, or set the Airflow variable siliconflow_evaluation_dir")
-        # A run that a person starts may have no logical date on Airflow 3.
+            raise ValueError(
+                "set the parameter output_dir or the Airflow variable siliconflow_evaluation_dir"
+            )
+        # On Airflow 3 a manual run may have no logical date.
         date = dag_run.logical_date or dag_run.run_after
         questions = read_questions(ObjectStoragePath(params["questions"]))
         night = ObjectStoragePath(folder) / f"{date:%Y-%m-%dT%H%M%S}"
@@ -96,12 +94,12 @@ with DAG(
 
     @task
     def models(params: Any = None) -> list[str]:
-        """Return the models to ask; those of the run's parameters."""
+        """Return the models from the run's parameters."""
         return list(dict.fromkeys(params["models"]))
 
     @task
     def score(model: str, manifest: dict[str, Any], params: Any = None) -> dict[str, Any]:
-        """Judge the answers of one model; each judged answer is kept beside its results."""
+        """Judge one model's answers and write the judged answers next to its results."""
         from dataclasses import asdict
 
         from airflow.providers.common.compat.sdk import ObjectStoragePath
@@ -117,7 +115,7 @@ with DAG(
         write_scored(scored, rows)
         low, high = result.interval
         print(
-            f"{model}: {result.accuracy:.1%} right ({low:.1%} to {high:.1%}), {result.right} of {result.asked}"
+            f"{model}: {result.accuracy:.1%} correct ({low:.1%} to {high:.1%}), {result.right} of {result.asked}"
         )
         return {"score": asdict(result), "scored": str(scored)}
 
@@ -129,7 +127,7 @@ with DAG(
         params: Any = None,
         dag_run: Any = None,
     ) -> str:
-        """Add the night to the history and write the page; return where it is."""
+        """Add the night to the history, write the page and return its path."""
         from airflow.providers.common.compat.sdk import ObjectStoragePath
         from evaluation.leaderboard import PAGE_FILE, Night, Standing, add_night, most_missed
         from evaluation.page import render_page
@@ -144,7 +142,7 @@ with DAG(
         folder = ObjectStoragePath(night["folder"])
         nights = add_night(folder, Night(night["date"], dag_run.run_id, standings))
         questions = read_questions(ObjectStoragePath(params["questions"]))
-        # An older night that is run again belongs in the history, but the page is of the newest.
+        # The page shows the latest night, even if this run repeats an older one.
         missed = most_missed(questions, scored) if nights[-1].run_id == dag_run.run_id else []
         page = folder / PAGE_FILE
         page.write_text(render_page(nights, missed, note=params["note"]), encoding="utf-8")

@@ -1,8 +1,8 @@
 """`make demo`: a nightly evaluation on a real Airflow, against a local SiliconFlow.
 
-Makes an environment below .demo/, starts the emulator and Airflow, runs `siliconflow_nightly_evaluation` for a few
-nights, tells what happens while it runs, prints the leaderboard and stops everything. Each further run adds nights
-to the same leaderboard. Ends with 0 only when every night was successful.
+Creates an environment below .demo/, starts the emulator and Airflow, runs `siliconflow_nightly_evaluation` for two
+nights with progress output, prints the leaderboard and stops everything. Each further run adds nights to the same
+leaderboard. The exit status is 0 only if every night succeeded.
 """
 
 from __future__ import annotations
@@ -38,25 +38,23 @@ NIGHTS = 2
 FIRST_NIGHT = datetime(2026, 1, 1, tzinfo=UTC)
 NIGHT_TIMEOUT = 120.0
 
-# What the models of the emulator know: the share of the questions that each answers rightly.
+# The default models of the DAG, which has their prices, and the share of questions that each answers correctly.
 SKILLS = {
     "deepseek-ai/DeepSeek-R1": 0.93,
     "deepseek-ai/DeepSeek-V3": 0.88,
-    "Qwen/Qwen3-32B": 0.85,
-    "Qwen/Qwen3-8B": 0.72,
 }
-NOTE = "Made by a local emulator: the models carry real names, but their answers are made up."
+NOTE = "Produced by a local emulator: the model names are real, the answers are made up."
 
-# Set in the second process, which runs inside the demo's own environment.
+# Set in the second process, which runs in the demo's own environment.
 _INSIDE = "SILICONFLOW_DEMO_INSIDE"
 
 
 class DemoError(Exception):
-    """The demo cannot go on; the text is for the person who started it."""
+    """The demo cannot continue. The message is shown to the user."""
 
 
 def prepare() -> None:
-    """Make the environment and go on inside it; does not return."""
+    """Create the environment and restart the demo in it. Does not return."""
     from scripts.environment import NEWEST, EnvironmentMakingError, make_environment
 
     started = time.monotonic()
@@ -72,15 +70,15 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def emulator(folder: Path, family: ProcessFamily) -> Iterator[str]:
-    """The local SiliconFlow as a process of its own; its base URL."""
+    """Run the local SiliconFlow in a separate process and yield its base URL."""
     port_file, log_file = folder / "emulator.url", folder / "emulator.log"
     command = [sys.executable, "-m", "airflow_provider_siliconflow.emulator"]
     command += ["--port", "0", "--port-file", str(port_file), "--answers", str(QUESTIONS)]
     for model, skill in SKILLS.items():
         command += ["--model", f"{model}={skill}"]
-    # A few seconds for a batch: long enough to watch, short enough to wait for.
+    # A batch takes a few seconds: long enough to watch, short enough to wait for.
     command += ["--queue-seconds", "1", "--rows-per-second", "40", "--finalizing-seconds", "0.5"]
-    # Some rows fail at first, as they do: the DAG sends them again.
+    # Some rows fail at first, as on the real service. The DAG sends them again.
     command += ["--row-error-rate", "0.05"]
     with log_file.open("wb") as log:
         process = subprocess.Popen(
@@ -112,10 +110,10 @@ def tail(text: str, lines: int = 30) -> str:
 
 
 class Progress:
-    """Tells what a night does: a line for what changes, and on a terminal a bar over the rows of its batches."""
+    """Shows the progress of a night: a line per change and, on a terminal, a bar over the rows of its batches."""
 
-    # Passing states would only make the list long.
-    _TOLD = frozenset({"deferred", "success", "failed", "upstream_failed", "up_for_retry"})
+    # Other states are too short-lived to be worth a line.
+    _SHOWN_STATES = frozenset({"deferred", "success", "failed", "upstream_failed", "up_for_retry"})
 
     def __init__(self, console: Console, base_url: str) -> None:
         from rich.progress import BarColumn, TextColumn
@@ -125,7 +123,7 @@ class Progress:
         self._base_url = base_url
         self._started = time.monotonic()
         self._shown: dict[str, str] = {}
-        self._told_done = 0
+        self._shown_done = 0
         self._before: frozenset[str] | None = None
         columns = [
             TextColumn("           {task.description}"),
@@ -145,7 +143,7 @@ class Progress:
         if self._bars is not None:
             self._bars.stop()
 
-    def say(self, text: str) -> None:
+    def show(self, text: str) -> None:
         self._console.print(
             f"  {time.monotonic() - self._started:5.1f} s  {text}",
             highlight=False,
@@ -155,12 +153,14 @@ class Progress:
 
     def tasks(self, states: dict[str, str | None]) -> None:
         for task, state in states.items():
-            if state in self._TOLD and self._shown.get(task) != state:
+            if state in self._SHOWN_STATES and self._shown.get(task) != state:
                 self._shown[task] = state
-                self.say(f"task {task}: {state}{' (waits without a worker)' if state == 'deferred' else ''}")
+                self.show(
+                    f"task {task}: {state}{' (waits without a worker slot)' if state == 'deferred' else ''}"
+                )
 
     def rows(self) -> None:
-        """Look at the batches of this night, as the service tells of them."""
+        """Show the row counts that the service reports for this night's batches."""
         batches = [batch for batch in self._batches() if batch["id"] not in (self._before or ())]
         counts = [batch.get("request_counts") or {} for batch in batches]
         total = sum(count.get("total", 0) for count in counts)
@@ -169,9 +169,9 @@ class Progress:
             return
         name = f"{len(batches)} batches"
         if self._bars is None:
-            if done - self._told_done >= total / 4 or (done == total and done > self._told_done):
-                self._told_done = done
-                self.say(f"{name}: {done:,} of {total:,} rows done")
+            if done - self._shown_done >= total / 4 or (done == total and done > self._shown_done):
+                self._shown_done = done
+                self.show(f"{name}: {done:,} of {total:,} rows done")
         elif self._bar is None:
             self._bar = self._bars.add_task(name, total=total, completed=done)
         else:
@@ -190,7 +190,7 @@ class Progress:
 
 
 def next_nights() -> list[datetime]:
-    """The nights to evaluate: those after the last one on the leaderboard."""
+    """Return the nights to evaluate: those after the last one on the leaderboard."""
     from example_dags.evaluation.leaderboard import read_history
 
     kept = read_history(EVALUATION)
@@ -199,20 +199,20 @@ def next_nights() -> list[datetime]:
 
 
 def night_folder(night: datetime) -> Path:
-    """Where the DAG keeps a night."""
+    """Return the folder in which the DAG stores a night."""
     return EVALUATION / f"{night:%Y-%m-%dT%H%M%S}"
 
 
 def start_night(airflow: LiveAirflow, night: datetime) -> str:
-    """Start the DAG for a night; the run id."""
+    """Start the DAG for a night and return the run id."""
     deadline = time.monotonic() + 60
     while not airflow.query("select 1 from serialized_dag where dag_id = ?", (DAG_ID,)):
         if time.monotonic() > deadline:
             errors = airflow.query("select filename, stacktrace from import_error")
-            told = "; ".join(f"{name}: {tail(trace or '', 10)}" for name, trace in errors)
-            raise DemoError(f"Airflow has not found the DAG {DAG_ID}: {told or 'no import errors'}")
+            reasons = "; ".join(f"{name}: {tail(trace or '', 10)}" for name, trace in errors)
+            raise DemoError(f"Airflow did not find the DAG {DAG_ID}: {reasons or 'no import errors'}")
         time.sleep(0.5)
-    # So few tokens that the longest answers are cut: the leaderboard shows these apart.
+    # Few enough tokens that the longest answers are cut: the leaderboard shows how many.
     conf = {"max_tokens": 16, "models": list(SKILLS), "note": NOTE}
     run_id = f"night-{night:%Y-%m-%d}"
     body = {"dag_run_id": run_id, "logical_date": night.isoformat(), "conf": conf}
@@ -221,10 +221,10 @@ def start_night(airflow: LiveAirflow, night: datetime) -> str:
 
 
 def follow(airflow: LiveAirflow, run_id: str, progress: Progress) -> str:
-    """Tell what changes until the run has ended; its final state."""
+    """Show changes until the run has ended and return its final state."""
     started = time.monotonic()
     while True:
-        # Before the tasks, so that the last change of a task is still told.
+        # Read before the tasks, so that the last change of a task is still shown.
         state = airflow.run_state(DAG_ID, run_id)
         tasks = airflow.task_states(DAG_ID, run_id)
         progress.tasks(tasks)
@@ -232,12 +232,12 @@ def follow(airflow: LiveAirflow, run_id: str, progress: Progress) -> str:
         if state in ("success", "failed"):
             return state
         if "up_for_retry" in tasks.values():
-            # Here nothing passes by itself: a retry would only make the reason come later.
+            # Nothing here is transient: a retry would only delay the error.
             return "failed"
         if dead := [part for part in airflow.components.values() if part.died]:
-            raise DemoError(f"{dead[0].name} died; the end of its log:\n{dead[0].tail()}")
+            raise DemoError(f"{dead[0].name} died. The end of its log:\n{dead[0].tail()}")
         if time.monotonic() - started > NIGHT_TIMEOUT:
-            raise DemoError(f"the run has not ended after {NIGHT_TIMEOUT:.0f} s: {tasks}")
+            raise DemoError(f"the run did not end within {NIGHT_TIMEOUT:.0f} s: {tasks}")
         time.sleep(0.4)
 
 
@@ -247,7 +247,7 @@ def explain_failure(airflow: LiveAirflow, run_id: str) -> None:
     for task in airflow.tasks(DAG_ID, run_id):
         if task.state in ("failed", "up_for_retry"):
             log = readable_log(airflow.task_log(DAG_ID, run_id, task.task_id, task.map_index))
-            print(f"\nTask {task.task_id} failed; the end of its log:\n{tail(log)}", file=sys.stderr)
+            print(f"\nTask {task.task_id} failed. The end of its log:\n{tail(log)}", file=sys.stderr)
 
 
 def show_leaderboard(console: Console, night: Night) -> None:
@@ -295,13 +295,13 @@ def run() -> int:
         folder.mkdir(parents=True, exist_ok=True)
     nights = next_nights()
     for night in nights:
-        # What a failed demo left belongs to the batches of an emulator that is gone.
+        # Files of a failed demo refer to batches of an emulator that no longer exists.
         shutil.rmtree(night_folder(night), ignore_errors=True)
     try:
         with contextlib.ExitStack() as stack:
             family = stack.enter_context(ProcessFamily())
             base_url = stack.enter_context(emulator(work, family))
-            print(f"Local SiliconFlow listens on {base_url}.", flush=True)
+            print(f"The local SiliconFlow listens on {base_url}.", flush=True)
             connection = {"conn_type": "siliconflow", "password": KEY, "host": base_url}
             print("Starting Airflow: api-server, scheduler, dag-processor, triggerer ...", flush=True)
             airflow = stack.enter_context(
@@ -312,7 +312,7 @@ def run() -> int:
                         "AIRFLOW_CONN_SILICONFLOW_DEFAULT": json.dumps(connection),
                         "AIRFLOW_VAR_SILICONFLOW_EVALUATION_DIR": str(EVALUATION),
                         "SILICONFLOW_POLL_SECONDS": "1",
-                        # Only the nights that are started here, not the one that its schedule would start.
+                        # Run only the nights that are started here, not the DAG's own schedule.
                         "AIRFLOW__SCHEDULER__USE_JOB_SCHEDULE": "False",
                     },
                 )
@@ -324,7 +324,7 @@ def run() -> int:
             questions = sum(1 for line in QUESTIONS.read_text().splitlines() if line.strip())
             for night in nights:
                 print(
-                    f"Night of {night:%Y-%m-%d}: {questions} questions to {len(SKILLS)} models over one upload",
+                    f"Night of {night:%Y-%m-%d}: {questions} questions for {len(SKILLS)} models, one upload",
                     flush=True,
                 )
                 with Progress(console, base_url) as progress:
@@ -332,7 +332,7 @@ def run() -> int:
                     state = follow(airflow, run_id, progress)
                 if state != "success":
                     explain_failure(airflow, run_id)
-                    print(f"\nThe run failed. Everything is logged below {work}.", file=sys.stderr)
+                    print(f"\nThe run failed. The logs are in {work}.", file=sys.stderr)
                     return 1
     except LiveAirflowError as error:
         raise DemoError(str(error)) from None
@@ -340,20 +340,20 @@ def run() -> int:
     print()
     show_leaderboard(console, kept[-1])
     print(NOTE)
-    print(f"\nOpen the leaderboard, {len(kept)} nights by now: {(EVALUATION / PAGE_FILE).as_uri()}")
-    print(f"Requests, results and manifests: {EVALUATION.relative_to(ROOT)}/<night>/")
+    print(f"\nOpen the leaderboard ({len(kept)} nights so far): {(EVALUATION / PAGE_FILE).as_uri()}")
+    print(f"Requests, results and manifests are in {EVALUATION.relative_to(ROOT)}/<night>/:")
     for path in sorted(night_folder(nights[-1]).rglob("*")):
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(EVALUATION).parts):
             print(f"  {path.relative_to(EVALUATION)}  ({path.stat().st_size:,} bytes)")
     print(
-        f"Everything is stopped. Logs: {work.relative_to(ROOT)}/airflow. "
+        f"Everything is stopped. The logs are in {work.relative_to(ROOT)}/airflow. "
         f"Took {time.monotonic() - started:.0f} s."
     )
     return 0
 
 
 def main() -> int:
-    # A `kill` must clean up like a Ctrl-C.
+    # A `kill` must clean up like Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if not os.environ.get(_INSIDE):
@@ -363,7 +363,7 @@ def main() -> int:
         print(f"\nThe demo failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped; nothing is left running.", file=sys.stderr)
+        print("\nStopped. Nothing is left running.", file=sys.stderr)
         return 130
 
 

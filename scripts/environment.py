@@ -1,21 +1,25 @@
-"""Makes the virtual environments of this project: this checkout, one version of Airflow, and tools.
+"""Makes the virtual environments of this project: this checkout, one version of Airflow, and development tools.
 
-    python scripts/environment.py --airflow 3.3 --venv .test/airflow-3.3 --tools test,lint
+    python scripts/environment.py --airflow 3.3 --venv .test/airflow-3.3 --groups test,lint
 
-Standard library only, because nothing is installed yet when it runs. A second call with nothing changed
-returns at once.
+The tools are the dependency groups of pyproject.toml. They are expanded here, so that a pip older than 25.1,
+which does not know `--group`, can install them. Standard library only, because nothing is installed yet when
+this runs. A second call with nothing changed returns at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,17 +33,32 @@ PYTHONS = {
 }
 NEWEST = "3.3"
 
-# Tools are pinned where another version would judge the same code differently.
-TOOLS = {
-    "test": ["pytest>=8", "pytest-mock", "hypothesis", "time-machine"],
-    "lint": ["ruff==0.17.6", "mypy==2.4.1", "types-psutil", "types-requests"],
-    "s3": ["moto[server]", "s3fs"],
-    "lineage": ["apache-airflow-providers-openlineage"],
-}
-
 
 class EnvironmentMakingError(Exception):
     """The environment cannot be made; the text says why, for a person."""
+
+
+def read_project() -> dict[str, Any]:
+    """The tables of pyproject.toml that say what an environment holds."""
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return {name: tables.get(name, {}) for name in ("build-system", "project", "dependency-groups")}
+
+
+def expand_group(groups: dict[str, list[Any]], name: str, including: tuple[str, ...] = ()) -> list[str]:
+    """The requirements of a dependency group and of those that it includes."""
+    if name not in groups:
+        raise EnvironmentMakingError(f"pyproject.toml has the groups {', '.join(groups)}, not {name!r}")
+    if name in including:
+        raise EnvironmentMakingError(
+            f"dependency groups include each other: {' -> '.join([*including, name])}"
+        )
+    found: list[str] = []
+    for entry in groups[name]:
+        if isinstance(entry, str):
+            found.append(entry)
+        else:
+            found += expand_group(groups, entry["include-group"], (*including, name))
+    return list(dict.fromkeys(found))
 
 
 def _version_of(python: str) -> str | None:
@@ -137,7 +156,7 @@ def _install(python: str, requirements: list[str]) -> None:
 
 
 def make_environment(
-    airflow: str, venv: Path, *, tools: tuple[str, ...] = (), python: str | None = None
+    airflow: str, venv: Path, *, groups: tuple[str, ...] = (), python: str | None = None
 ) -> str:
     """Make or complete `venv`; returns the path of its interpreter."""
     minor = ".".join(airflow.split(".")[:2])
@@ -147,14 +166,15 @@ def make_environment(
     pins = ROOT / "scripts" / "constraints" / f"airflow-{minor}.txt"
     if pins.exists():
         requirements += ["--constraint", str(pins)]
-    for group in tools:
-        requirements += TOOLS[group]
+    project = read_project()
+    for group in groups:
+        requirements += expand_group(project["dependency-groups"], group)
 
     digest = hashlib.sha256()
-    for text in [*requirements, _version_of(base) or ""]:
+    for text in [*requirements, _version_of(base) or "", json.dumps(project)]:
         digest.update(text.encode() + b"\0")
-    for path in [ROOT / "pyproject.toml", *([pins] if pins.exists() else [])]:
-        digest.update(path.read_bytes())
+    if pins.exists():
+        digest.update(pins.read_bytes())
     stamp = venv / "made-from"
     inside = str(venv / ("Scripts" if os.name == "nt" else "bin") / "python")
     if stamp.exists() and stamp.read_text() == digest.hexdigest() and _version_of(inside):
@@ -178,13 +198,11 @@ def main() -> int:
     )
     parser.add_argument("--venv", type=Path, required=True, help="folder of the environment")
     parser.add_argument("--python", help="interpreter to use (default: the first fitting one)")
-    parser.add_argument("--tools", default="", help=f"comma-separated: {', '.join(TOOLS)}")
+    parser.add_argument("--groups", default="", help="dependency groups of pyproject.toml, comma-separated")
     arguments = parser.parse_args()
-    tools = tuple(filter(None, arguments.tools.split(",")))
-    if unknown := set(tools) - set(TOOLS):
-        parser.error(f"--tools knows {', '.join(TOOLS)}, not {', '.join(sorted(unknown))}")
+    groups = tuple(filter(None, arguments.groups.split(",")))
     try:
-        make_environment(arguments.airflow, arguments.venv.absolute(), tools=tools, python=arguments.python)
+        make_environment(arguments.airflow, arguments.venv.absolute(), groups=groups, python=arguments.python)
     except EnvironmentMakingError as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1

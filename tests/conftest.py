@@ -1,4 +1,4 @@
-"""Fixtures for every test. Nothing here imports Airflow: that takes seconds, and many tests do not need it."""
+"""Fixtures for all tests. Nothing here imports Airflow: the import takes seconds, and many tests do not need it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator.server import Emulator
 
 ROOT = Path(__file__).resolve().parent.parent
-# For `scripts.live_airflow`, whichever way pytest was started.
+# Makes `scripts.live_airflow` importable, however pytest was started.
 sys.path.insert(0, str(ROOT))
 
-# Set before anything can import Airflow, which writes its configuration and database below its home: a test run
-# must neither depend on nor change the Airflow of whoever runs it.
+# Seconds per test, in place of the limit in pyproject.toml: less for unit tests, more for the long system tests.
+TIMEOUTS = {"unit": 120} | ({"system": 3600} if os.environ.get("EXHAUSTIVE") else {})
+
+# Set before anything imports Airflow, which writes its configuration and database below its home. A test run must not
+# depend on the user's own Airflow or change it.
 _HOME = tempfile.mkdtemp(prefix="airflow-tests-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 for _name in [name for name in os.environ if name.startswith("AIRFLOW")]:
@@ -41,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in (
         "unit: no Airflow process",
         "integration: runs DAGs with `airflow dags test`; seconds",
-        "every_airflow: `make test` and `make matrix` run it on older versions of Airflow as well",
+        "every_airflow: `make test` and `make matrix` also run it on older versions of Airflow",
         "emulator(**settings): settings of the fixture `emulator`, as for running_emulator()",
     ):
         config.addinivalue_line("markers", line)
@@ -53,7 +56,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item, folder in places.items():
         if folder in order:
             item.add_marker(folder)
-    # The quick ones first; and the live Airflow runs only when nothing else does.
+        if folder in TIMEOUTS and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TIMEOUTS[folder]))
+    # Fast tests first. The system tests come last, so that the live Airflow runs only during them.
     items.sort(key=lambda item: order.index(places[item]) if places[item] in order else -1)
 
 
@@ -63,7 +68,7 @@ class MakeEmulator(Protocol):
 
 @pytest.fixture
 def make_emulator() -> Iterator[MakeEmulator]:
-    """Starts emulators with given settings; all are stopped after the test."""
+    """Start emulators with given settings; all are stopped after the test."""
     from airflow_provider_siliconflow.emulator.server import running_emulator
 
     with contextlib.ExitStack() as stack:
@@ -72,20 +77,20 @@ def make_emulator() -> Iterator[MakeEmulator]:
 
 @pytest.fixture
 def emulator(request: pytest.FixtureRequest, make_emulator: MakeEmulator) -> Emulator:
-    """A fresh emulator, fast unless `@pytest.mark.emulator(...)` says otherwise."""
+    """A new emulator, fast unless `@pytest.mark.emulator(...)` sets another speed."""
     marker = request.node.get_closest_marker("emulator")
     return make_emulator(**({"speed": 1000.0} | dict(marker.kwargs if marker else {})))
 
 
 @pytest.fixture
 def connection_env(emulator: Emulator) -> dict[str, str]:
-    """Environment with the default connection, to the emulator, for an Airflow in another process."""
+    """Environment variables that point the default connection of an Airflow in another process to the emulator."""
     return {"AIRFLOW_CONN_SILICONFLOW_DEFAULT": emulator.airflow_connection}
 
 
 @pytest.fixture
 def siliconflow_connection(connection_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """The default connection, to the emulator, for Airflow code in this process; its id."""
+    """Point the default connection of Airflow code in this process to the emulator and return its id."""
     for name, value in connection_env.items():
         monkeypatch.setenv(name, value)
     return "siliconflow_default"

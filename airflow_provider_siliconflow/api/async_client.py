@@ -18,7 +18,7 @@ from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from airflow_provider_siliconflow.api import protocol
-from airflow_provider_siliconflow.api.answers import LARGE_ANSWER_BYTES, is_success, traced
+from airflow_provider_siliconflow.api.answers import LARGE_ANSWER_BYTES, MAX_ANSWER_BYTES, is_success, traced
 from airflow_provider_siliconflow.api.exceptions import (
     InvalidInputError,
     NoAnswerError,
@@ -39,8 +39,8 @@ _TURN = 5.0
 #: Connections one client opens at most, stuck ones included.
 MAX_CONNECTIONS = 512
 
-#: Bytes of the head of an answer, its interim answers included.
-_MAX_HEAD_BYTES = 64 << 10
+#: Bytes of an answer as it travels, and of its head with its interim answers.
+_MAX_BYTES, _MAX_HEAD_BYTES = 2 * MAX_ANSWER_BYTES, 64 << 10
 #: Lines that may come at once: what the parser makes of each costs microseconds, during which nobody else runs.
 _MAX_LINES = 1000
 
@@ -248,20 +248,21 @@ class _BoundedHandler(ResponseHandler):
     ``aiohttp`` limits the length of a line and, of late, the number of headers.
     """
 
-    _head_bytes = 0
+    _bytes = _head_bytes = 0
 
     def set_response_params(self, **params: Any) -> None:
         """Prepare for the next answer."""
-        self._head_bytes = 0
+        self._bytes = self._head_bytes = 0
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, or close the connection."""
+        self._bytes += len(data)
         payload = self._payload
         if payload is None or payload.is_eof():
             end = data.find(b"\r\n\r\n")
             self._head_bytes += len(data) if end < 0 else end
-        if self._head_bytes > _MAX_HEAD_BYTES or data.count(b"\r\n") > _MAX_LINES:
+        if self._bytes > _MAX_BYTES or self._head_bytes > _MAX_HEAD_BYTES or data.count(b"\r\n") > _MAX_LINES:
             error = aiohttp.ClientPayloadError("the answer's head, or the number of its pieces, has no end")
             if payload is not None:
                 payload.set_exception(error)

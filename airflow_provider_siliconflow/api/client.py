@@ -26,8 +26,8 @@ _UPLOAD_PATIENCE = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Upload:
-    """A file on its way; its body is made anew for each send."""
+class _File:
+    """A file to upload; the request's body is made of it anew for each send."""
 
     source: Source
     size: int
@@ -37,7 +37,7 @@ class _Upload:
 class _UploadBody:
     """A request body with a known length that is read while it is sent."""
 
-    def __init__(self, upload: _Upload, frame: protocol.MultipartFrame) -> None:
+    def __init__(self, upload: _File, frame: protocol.MultipartFrame) -> None:
         self._upload, self._frame = upload, frame
 
     def __len__(self) -> int:
@@ -90,28 +90,27 @@ class SiliconFlowClient:
         :param repeat: whether to send it again after a transient fault.
         :param within: seconds that one send may take at most, if less than ``settings.call_limit``.
         """
-        return self._repeat(call, lambda: self._send(call, within), repeat=repeat)
-
-    def _repeat(self, call: Call[T], send: Callable[[], T], *, repeat: bool) -> T:
         if not repeat:
-            return send()
+            return self._send(call, within)
+        return self._repeat(call, within)
+
+    def _repeat(self, call: Call[T], how: _File | float | None) -> T:
         for attempt in tenacity.Retrying(**protocol.retry_options(call, self.settings)):
             with attempt:
-                return send()
+                return self._send(call, how)
         raise AssertionError("unreachable")
 
-    def _send(self, call: Call[T], within: float | None = None, upload: _Upload | None = None) -> T:
-        limit = None if within is None else min(within, self.settings.call_limit)
-        options: dict[str, Any] = {"data": call.body(), "limit": limit}
+    def _send(self, call: Call[T], how: _File | float | None) -> T:
+        """Send once: a file, or a call that may take so many seconds."""
         headers = {"Content-Type": "application/json"}
-        if upload is not None:
-            frame = protocol.MultipartFrame(upload.filename)
+        options: dict[str, Any]
+        if isinstance(how, _File):
+            frame = protocol.MultipartFrame(how.filename)
             headers = {"Content-Type": frame.content_type}
-            options = {
-                "data": _UploadBody(upload, frame),
-                "size": upload.size,
-                "patience": _UPLOAD_PATIENCE,
-            }
+            options = {"data": _UploadBody(how, frame), "size": how.size, "patience": _UPLOAD_PATIENCE}
+        else:
+            limit = self.settings.call_limit
+            options = {"data": call.body(), "limit": limit if how is None else min(how, limit)}
         url = call.url(self.settings)
         with self._transport.send(call.method, url, name=call.name, headers=headers, **options) as answer:
             body = answer.read(call.limit(answer.status))
@@ -168,8 +167,7 @@ class SiliconFlowClient:
         :param size: its size in bytes.
         :param filename: its name at the service.
         """
-        call, upload = protocol.upload_file(), _Upload(source, size, filename)
-        return self._repeat(call, lambda: self._send(call, upload=upload), repeat=True)
+        return self._repeat(protocol.upload_file(), _File(source, size, filename))
 
     def iter_file(
         self, reference: str, refresh: Callable[[], str | None], *, limit: int | None = None

@@ -168,7 +168,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class _BoundedLines:
-    """The stream of an answer, whose lines are bounded in all: by as much again as there is between them."""
+    """The stream of an answer, whose lines are bounded in all: the head, and in the body a quarter of its bytes."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -190,12 +190,12 @@ class _BoundedLines:
 
     def readinto(self, buffer: Any, /) -> int:
         size: int = self._stream.readinto(buffer)
-        self._left = min(MAX_HEAD_BYTES, self._left + 16 * (size or 0))
+        self._left = min(MAX_HEAD_BYTES, self._left + (size or 0) // 4)
         return size
 
     def _counted(self, data: bytes) -> bytes:
-        # Pieces of one byte, each with the line of its length, are slow but allowed.
-        self._left = min(MAX_HEAD_BYTES, self._left + 16 * len(data))
+        # Pieces of a byte, each with the line of its length, would keep a worker busy for minutes.
+        self._left = min(MAX_HEAD_BYTES, self._left + len(data) // 4)
         return data
 
     def __getattr__(self, name: str) -> Any:

@@ -121,7 +121,7 @@ class _Model(BaseModel):
             return data
         kept = {name: value for name, value in data.items() if name in known}
         for name in unknown[:_MOST_UNKNOWN_FIELDS]:
-            kept.setdefault(valid_text(str(name)[:MAX_STATUS]), bounded(data[name], characters=4000))
+            kept.setdefault(brief(str(name), MAX_STATUS), bounded(data[name], characters=4000))
         return kept
 
 

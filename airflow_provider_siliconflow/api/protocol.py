@@ -120,7 +120,7 @@ class Call(Generic[T]):
                     raise wrong
                 return self.read(data)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
-                raise self.unexpected(status, headers, f"{snippet(body)} ({brief(str(exc), 200)})") from None
+                raise self.unexpected(status, headers, f"{snippet(body)} ({_problems(exc)})") from None
         if self.creates and answers.may_have_created(status, data, error):
             raise self.unexpected(status, headers, str(error), accepted=True) from error
         raise error
@@ -273,9 +273,16 @@ def _read_page(data: Any, read: Callable[[Any], T]) -> Page[T]:
         log.warning(
             "Ignoring %d entries of a listing that are not what the API documents; the first: %s",
             len(refused),
-            brief(str(refused[0]), 300),
+            _problems(refused[0]),
         )
     return Page(tuple(items), answers.has_more(data), len(refused))
+
+
+def _problems(exc: Exception) -> str:
+    """Say in a line what was wrong with an answer."""
+    if not isinstance(exc, ValidationError):
+        return brief(str(exc), 200)
+    return brief("; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in exc.errors()), 200)
 
 
 #: Pages and batches after which a listing counts as cut.
@@ -405,14 +412,15 @@ def had_no_effect(error: BaseException) -> bool:
     """
     Whether a call that ended so was certainly not carried out and may be worth another try.
 
-    True for a connection that was never made, a 429, and a 503 that says the service is overloaded.
+    True for a connection that was never made, a 429, and a 503 in which the service says by its own code that it is
+    overloaded; a gateway says so, too, of a request that it has passed on.
     """
     if isinstance(error, NotSentError | RateLimitedError):
         return True
     return (
         isinstance(error, ServiceUnavailableError)
         and error.status_code == 503
-        and (error.code in answers.OVERLOADED_CODES or "overload" in error.message.lower())
+        and error.code in answers.OVERLOADED_CODES
     )
 
 

@@ -41,7 +41,7 @@ class _Secrets:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: dict[str, None] = {}
+        self._known: dict[str, set[str]] = {}
         #: The longest first, since one may be part of another.
         self.forms: tuple[str, ...] = ()
         self.unmistakable: tuple[bytes, ...] = ()
@@ -52,10 +52,10 @@ class _Secrets:
             return
         with self._lock:
             for secret in new:
-                self._known[secret] = None
+                self._known[secret] = _forms_of(secret)
                 if len(self._known) > _MOST_SECRETS:
                     del self._known[next(iter(self._known))]
-            forms = {form for secret in self._known for form in _forms_of(secret)}
+            forms = set[str]().union(*self._known.values())
             self.forms = tuple(sorted(forms, key=len, reverse=True))
             self.unmistakable = tuple(
                 form.encode("utf-8", "replace") for form in self.forms if len(form) >= _UNMISTAKABLE

@@ -347,7 +347,7 @@ def check_free_space(folder: Any, size: int, what: str) -> None:
     """
     Check that a file fits before it is written to a local disk.
 
-    :param folder: where it goes; need not exist yet. In any other store the file always fits.
+    :param folder: where it goes; need not exist yet. A store that is not local is not checked.
     :param size: its bytes.
     :param what: what is written, for the message.
     :raises SiliconFlowError: it does not fit. Nothing is lost: a retry writes it when there is room.

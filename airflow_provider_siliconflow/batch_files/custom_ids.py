@@ -15,17 +15,17 @@ _BUCKET_HASHES = 512
 
 class CustomIdSet:
     """
-    Whether every ``custom_id`` of an input is unique, in memory that does not grow with the input.
+    The custom ids of an input, in memory that does not grow with it.
 
-    Only hashes are kept, most of them in a temporary file. Equal hashes are a suspicion that
-    :meth:`name_duplicates` settles with a second look at the ids themselves.
+    Only hashes are kept, most of them in a temporary file. Ids with the same hash are suspects, which
+    :meth:`name_duplicates` compares themselves.
     """
 
     def __init__(self) -> None:
-        # Buckets, so that the search for equal hashes needs a set of one bucket at a time.
+        # In buckets, so that one set of a 256th of the hashes finds the equal ones.
         self._buckets = tuple(array("q") for _ in range(256))
         self._spilled: BinaryIO | None = None
-        #: For each time that the buckets were emptied into the file, where each of them begins there.
+        #: Where each bucket begins in the file, for each time that they were emptied into it.
         self._begins: list[list[int]] = []
 
     def add(self, custom_id: str) -> None:
@@ -56,7 +56,7 @@ class CustomIdSet:
         return found
 
     def suspects(self) -> set[int]:
-        """Return the hashes that came more than once."""
+        """Return the hashes that occurred more than once."""
         found: set[int] = set()
         for number in range(len(self._buckets)):
             hashes = self._hashes(number)
@@ -70,7 +70,7 @@ class CustomIdSet:
     @staticmethod
     def name_duplicates(suspects: set[int], rows: Iterable[tuple[int, str]], problems: Problems) -> None:
         """
-        Note every row whose ``custom_id`` an earlier one has.
+        Add a problem for every row whose ``custom_id`` an earlier one has.
 
         :param suspects: from :meth:`suspects`.
         :param rows: line number and ``custom_id`` of all rows, in order.

@@ -67,7 +67,7 @@ class ModelRun:
     """
     What one model made of the input.
 
-    :param model: ``None`` where the rows name their models themselves.
+    :param model: ``None`` if the rows name their models themselves.
     :param tally: the figures over all shards.
     :param batches: the batches of all rounds.
     :param paths: the files written, such as ``results`` and ``errors``, by name.
@@ -252,7 +252,7 @@ def render_summary(manifest: Mapping[str, Any]) -> str:
     lines = [_table_row(each["model"] or "(as the rows say)", each) for each in models]
     if len(models) > 1:
         lines.append(_table_row("total", manifest))
-    # A column of zeros tells nothing, but for the rows and what is ok.
+    # A column of zeros is left out, but for those of the rows and of what is ok.
     shown = [
         column
         for column, name in enumerate(_TABLE)

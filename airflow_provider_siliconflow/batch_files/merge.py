@@ -1,8 +1,9 @@
-"""What became of every row: the service's result lines, put into the order of the input.
+"""
+What became of every row: the service's result lines, put into the order of the input.
 
-One shard is merged at a time. Its result files are read once, front to back, noting where the line of each row
-stands; then the lines are copied, byte for byte, in the order of the shard. What is held in memory does not grow
-with the number of shards, nor with the length of the answers.
+One shard is merged at a time. Its result files are read once, front to back, to learn where the line of each row is;
+then the lines are copied, byte for byte, in the order of the shard. Memory grows neither with the number of shards nor
+with the length of the answers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from airflow_provider_siliconflow.batch_files.verdicts import (
 
 log = logging.getLogger(__name__)
 
-#: Bytes of result lines of one shard kept from the reading to the writing; what exceeds them is read again.
+#: Bytes of result lines of one shard that are kept for the writing; the other lines are read again.
 _HELD_BYTES = 1 << 19
 _BLOCK_BYTES = 1 << 16
 
@@ -67,7 +68,7 @@ class _Asked:
     The rows of a shard, in order.
 
     :param ids: their custom ids.
-    :param models: the model that each row names; empty where one is asked of the whole batch.
+    :param models: the model that each row names; empty if one is asked of the whole batch.
     """
 
     ids: list[str]
@@ -236,7 +237,7 @@ def merge_batch(
 
 class _Index:
     """
-    The verdict that holds for each row, and where its line stands.
+    The verdict that counts for each row, and where its line is.
 
     :param tally: takes what is known while reading: what was billed, duplicates and foreign lines.
     :param ids: custom ids of the rows, in order; ``None`` to take the rows as they come.

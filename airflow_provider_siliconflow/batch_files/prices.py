@@ -87,7 +87,7 @@ def price_of(model: str | None, prices: Mapping[str, Price] | None) -> Price | N
     """
     Return the price of a model, or ``None`` if there is none.
 
-    :param model: its name in any case, since case does not tell models apart; ``None`` if the rows name theirs.
+    :param model: its name, in upper or lower case; ``None`` if the rows name theirs.
     :param prices: as checked by :func:`check_prices`.
     """
     if model is None or not prices:

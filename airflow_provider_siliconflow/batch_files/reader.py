@@ -1,4 +1,4 @@
-"""How rows become request lines: a file that is uploaded byte for byte is checked, other rows are written anew."""
+"""Rows become request lines: a file that is uploaded byte for byte is checked, other rows are written anew."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from airflow_provider_siliconflow.api.exceptions import (
-    InvalidInputError,
-    LineProblem,
-)
+from airflow_provider_siliconflow.api.exceptions import InvalidInputError, LineProblem
 from airflow_provider_siliconflow.api.sources import ByteReader, Source
 from airflow_provider_siliconflow.batch_files.custom_ids import CustomIdSet
 from airflow_provider_siliconflow.batch_files.lines import LONGEST_LINE, LineReader
@@ -60,7 +57,7 @@ class RequestRow(msgspec.Struct, frozen=True, gc=False):
     One row as a request line, without a newline.
 
     :param line: compact JSON, UTF-8.
-    :param custom_id: the row's own or numbered one.
+    :param custom_id: the row's own, or one after its position.
     :param model: ``body.model``, if the row names one.
     :param prompt_tokens: an estimate: a quarter per ASCII character of the messages, one per other character.
     """

@@ -39,7 +39,7 @@ class _Part(msgspec.Struct, gc=False):
 
 class _Message(msgspec.Struct, gc=False):
     role: Literal["system", "user", "assistant"]
-    # Decoding a text only to throw it away is what would cost most; text_bytes looks at its kind.
+    # Decoding texts only to drop them would cost most; text_bytes checks of which kind they are.
     content: msgspec.Raw
 
 
@@ -59,7 +59,7 @@ class _FullLine(msgspec.Struct, gc=False):
 
 
 class _Row(msgspec.Struct, gc=False):
-    """A full request line or a short row; which one, the fields that are set tell."""
+    """A full request line or a short row, which differ in the fields that are set."""
 
     custom_id: NonEmptyText | UnsetType = UNSET
     body: _Body | UnsetType = UNSET
@@ -82,7 +82,7 @@ class Problems:
     """
     What is wrong with an input, collected until there is enough to show.
 
-    :param name: the file, or the argument that held the rows, as the reader knows it.
+    :param name: the file, or the argument that held the rows, as its author knows it.
     """
 
     def __init__(self, name: str) -> None:
@@ -97,7 +97,7 @@ class Problems:
 
     def add(self, line: int, reason: str, custom_id: str | None = None) -> None:
         """
-        Note a problem.
+        Add a problem.
 
         :raises InvalidRequestFileError: that was the last one worth showing.
         """
@@ -106,7 +106,7 @@ class Problems:
             self.fail(more=True)
 
     def add_once(self, kind: str, line: int, reason: str) -> None:
-        """Note a problem that is likely the same on every line, at the first line that has it."""
+        """Add a problem that is likely the same on every line, at the first line that has it."""
         if kind not in self._kinds:
             self._kinds.add(kind)
             self.add(line, reason)
@@ -148,19 +148,22 @@ def estimate_tokens(line: bytes, text_bytes: int) -> int:
     """
     Estimate the prompt tokens of a request: a quarter per ASCII character, one per other character.
 
-    Only the messages' text counts, as it stands in the line: all that is beyond ASCII is taken to be in it, and
-    an escape such as ``\\u4e2d`` counts as its six characters. A figure for a plan, not for a bill.
+    Only the text of the messages counts, as the line has it: everything beyond ASCII is taken to belong to it, and an
+    escape such as ``\\u4e2d`` counts as its six characters. A figure for a plan, not for a bill.
 
-    :raises UnicodeDecodeError: the line is not UTF-8; the decoder does not look into what it passes over.
+    :param line: the request line.
+    :param text_bytes: from :func:`text_bytes`.
+    :raises UnicodeDecodeError: the line is not UTF-8, which the decoder does not check of what it skips.
     """
     if line.isascii():
         return text_bytes + 3 >> 2
-    # Such characters are mostly of three bytes: two more than they are characters.
+    # Most of these characters have three bytes, two more than one per character.
     wide = len(line) - len(line.decode()) + 1 >> 1
     return wide + (max(text_bytes - 3 * wide, 0) + 3 >> 2)
 
 
 def accept(line: bytes) -> _FullLine | None:
+    """Return a line of a file that is uploaded as it is; ``None`` if the service would refuse it."""
     try:
         request = _decode_full_line(line)
         text_bytes(request.body.messages)
@@ -184,8 +187,8 @@ def explain(line: bytes, *, as_row: bool = False) -> tuple[str | None, str]:
     Say what is wrong with a line that was refused.
 
     :param line: the line without its newline.
-    :param as_row: whether short rows and prompts would have been right too.
-    :return: the ``custom_id`` where it can be read, and the reason.
+    :param as_row: whether short rows and prompts would have been right as well.
+    :return: the ``custom_id`` if it can be read, and the reason.
     """
     try:
         text = line.decode()
@@ -201,10 +204,7 @@ def explain(line: bytes, *, as_row: bool = False) -> tuple[str | None, str]:
         return None, f"the line is not valid JSON ({exc.msg}, column {exc.colno})"
     except ValueError:
         # Python's own limit on the digits of a number.
-        return (
-            None,
-            "the line is no request, and holds a number of too many digits to say what is wrong with it",
-        )
+        return None, "the line is no request, and a number in it has too many digits to say what is wrong"
     except RecursionError:
         return None, "the line is nested too deeply"
     if as_row and isinstance(value, str):

@@ -79,7 +79,7 @@ class Shard:
         ):
             if found:
                 raise InvalidInputError(
-                    f"the plan has a shard whose {problem} is {getattr(shard, problem)!r}"
+                    f"the plan has a shard whose {problem} is {getattr(shard, problem)!r:.80}"
                 )
         return shard
 
@@ -161,10 +161,10 @@ def split_requests(
     """
     Make request lines of rows and write them as shards, in one pass and bounded memory.
 
-    When this raises, ``work_dir`` may hold some shards: the folder means nothing until the caller has noted
-    the split beside them.
+    When this raises, ``work_dir`` may hold some shards: they mean nothing before the caller has written the split
+    beside them.
 
-    :param requests: a JSONL file or rows as Python objects, see :func:`requests.read_rows`.
+    :param requests: a JSONL file or rows as Python objects, see :func:`~.reader.read_rows`.
     :param work_dir: folder for the shards; created if need be.
     :param name: what to call ``requests`` in messages.
     :param max_rows: rows of the longest shard.
@@ -200,7 +200,7 @@ def split_requests(
         writer.extend(lines)
     shards = writer.shards
     if suspects := custom_ids.suspects():
-        # What was written holds every row but the refused ones, so it names the lines of a list as well.
+        # The shards hold every row but the refused ones, and so the line numbers of a list as well.
         numbers = itertools.filterfalse(problems.lines.__contains__, itertools.count(1))
         written = itertools.chain.from_iterable(iter_custom_ids(work_dir / shard.name) for shard in shards)
         custom_ids.name_duplicates(suspects, zip(numbers, written, strict=False), problems)
@@ -265,7 +265,7 @@ def select_rows(
     :param chosen: for each of them, a ``bytearray`` with a byte per row that is not 0 where the row is
         chosen, or the set of chosen positions.
     :param work_dir: folder for the new shards; created if need be.
-    :return: the new shards; each tells in ``sources`` where its rows come from.
+    :return: the new shards; ``sources`` of each names the shards that its rows come from.
     """
     with ShardWriter(work_dir, max_rows=max_rows, max_bytes=max_bytes) as writer:
         for index, (shard, wanted) in enumerate(zip(shards, chosen, strict=True)):

@@ -24,7 +24,7 @@ from airflow_provider_siliconflow.batch_files.tally import MESSAGE_CHARACTERS, U
 #: Characters of the longest model name that is kept.
 _LONGEST_MODEL = 256
 
-#: A line of more bytes is looked at before it is read: as Python objects it may take thirty times its size.
+#: Bytes of a line whose values are counted before it is read: as objects they may take thirty times as much.
 _LARGE_LINE = 4 << 20
 #: Values of a large line above which only what is needed of it is read.
 _MOST_VALUES = 500_000
@@ -157,7 +157,7 @@ class UnreadableLineError(ValueError):
 
 class Verdict(msgspec.Struct, gc=False):
     """
-    What one result line says of its row, and where the line stands.
+    What one result line says of its row, and where the line is.
 
     :param empty: whether an answer that is ok holds no text.
     :param metered: whether the line counts the tokens of prompt and completion.

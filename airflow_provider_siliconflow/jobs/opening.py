@@ -246,7 +246,8 @@ class Opening:
 
     def _make_plan(self, requests: Any, name: str) -> OpenJob:
         options = self._options
-        ledger = FolderLedger(self.plans.path / "ledger.json", complete=not self._earlier_tries)
+        path = self.plans.path / "ledger.json"
+        ledger = FolderLedger(path, complete=not self._earlier_tries, is_new=True)
         ledger.claim(self._owner)
         version = source_version(requests)
         try:

@@ -23,7 +23,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 )
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus, UploadedFile
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
-from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork, Proof, Upload
+from airflow_provider_siliconflow.jobs.identity import SUBMIT_ANEW, WORK_KEY, BatchWork, Proof, Upload
 from airflow_provider_siliconflow.jobs.ledger import Ledger
 from airflow_provider_siliconflow.jobs.posting import REFUSAL_PATIENCE, Request, send_once
 from airflow_provider_siliconflow.jobs.search import (
@@ -88,6 +88,7 @@ class Submission:
             clock=self._clock,
             check_not_stopped=self.check_not_stopped,
         )
+        self._sent: set[str] = set()
         self._stopped = False
 
     def stop(self) -> None:
@@ -281,7 +282,9 @@ class Submission:
     def _record_ended(self, work: BatchWork, batch: Batch) -> None:
         state = self._ledger.state(work.key)
         if isinstance(state, Sent):
-            self._ledger.record(work.key, Ended.of(batch, state.number))
+            # When a batch of an earlier try ended, nobody knows; one that this try sent ended within it.
+            at = self._clock.time() if work.key in self._sent else 0.0
+            self._ledger.record(work.key, Ended.of(batch, state.number, at=at))
 
     # An input that was changed ----------------------------------------------------------------------------
 
@@ -340,6 +343,7 @@ class Submission:
     def _post(self, work: BatchWork, file_id: str, rate_limit_patience: float, adopt_dead: bool) -> Batch:
         def send() -> Batch:
             self._record_intent(work)
+            self._sent.add(work.key)
             return self._confirmed(work, file_id, self._api.create_batch(**work.request(file_id)))
 
         request = Request(
@@ -404,7 +408,7 @@ def _unreadable(work: BatchWork, batch_id: str) -> SubmissionUnknownError:
     return SubmissionUnknownError(
         f"Batch {batch_id} was submitted for {work.label} by an earlier try, and the account neither answers to its id "
         "nor lists it. Nothing was sent, since that would pay twice. Check that the connection leads to the account "
-        "that it was submitted with. A retry reads it again; a manual clear with on_clear='resubmit' submits anew.",
+        f"that it was submitted with. A retry reads it again; {SUBMIT_ANEW}.",
         retryable=True,
     )
 
@@ -415,7 +419,7 @@ def _lost(work: BatchWork, who: str, answer: SiliconFlowError | None) -> Submiss
         f"{who.capitalize()} asked for the batch of {work.label}, the service answered with a success status and "
         "without a usable id, and the account lists no such batch. It is not asked for again, since it may exist and "
         "be paid for: a retry only searches. Look on the console for a batch with the metadata "
-        f"{WORK_KEY}={work.key}; if there is none, a manual clear with on_clear='resubmit' submits anew."
+        f"{WORK_KEY}={work.key}; if there is none, {SUBMIT_ANEW}."
         f"{f' The answer: {answer}' if answer is not None else ''}",
         retryable=True,
     )
@@ -428,7 +432,6 @@ def _changed_input(work: BatchWork, batch_id: str, batch: Batch | None) -> Inval
         f"The input of {work.label} was changed between two tries: batch {batch_id}{status} was made from the earlier "
         "one, and is paid for. Nothing was sent. Either restore the input (rows and their order, completion_window, "
         "endpoint, replace, conn_id) and let the task retry, which takes the batch up; or cancel that batch and let "
-        "the task retry; or submit anew beside it by a manual clear with on_clear='resubmit'. durable=False submits on "
-        "every try.",
+        f"the task retry. To pay for both, {SUBMIT_ANEW} beside it. durable=False submits on every try.",
         retryable=True,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -75,10 +75,6 @@ class TaskStateLedger:
     def _name(key: str) -> str:
         return f"siliconflow.{key}"
 
-    def older_batches(self, key: str) -> Set[str]:
-        """Return none: a task that submits a single batch has no older one."""
-        return frozenset()
-
     def state(self, key: str) -> State:
         """Return what a piece of work is."""
         from airflow_provider_siliconflow.jobs.states import decode
@@ -123,9 +119,9 @@ class TaskStateLedger:
         states = map(decode, stored if isinstance(stored, list) else ())
         return tuple(state for state in states if isinstance(state, Ended))
 
-    def holds(self, batch_id: str) -> bool:
-        """Return that nothing is known: the store cannot be searched."""
-        return False
+    def recorded_batches(self) -> Mapping[str, int]:
+        """Return none: the store cannot be searched, and a task that submits a single batch has no other."""
+        return {}
 
     def earlier_work(self, key: str) -> tuple[str, State] | None:
         """Return the work that a try of this generation recorded last, if it is another."""

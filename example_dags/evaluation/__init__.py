@@ -1,1 +1,1 @@
-"""Scoring of question sets and a leaderboard page. Plain Python: no Airflow import in here."""
+"""Scoring of question sets, and a leaderboard page. Plain Python without Airflow imports."""

@@ -1,4 +1,4 @@
-"""Small charts as inline SVG. Colours are CSS variables of the page, so that light and dark both fit."""
+"""Small charts as inline SVG. Colours are CSS variables of the page, so that they suit light and dark mode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Series:
     """
     A line of the line chart.
 
-    :param values: one per point of the x axis; ``None`` where there is none.
+    :param values: one per point of the x axis; ``None`` for a missing value.
     :param colour: a CSS colour.
     """
 
@@ -29,7 +29,7 @@ def percent(share: float, digits: int = 1) -> str:
 def interval_mark(
     value: float, low: float, high: float, colour: str, *, start: float, width: int = 220, height: int = 22
 ) -> str:
-    """Return a dot with its interval, on an axis from ``start`` to 1 that all rows of a table share."""
+    """Return a dot with its interval. All rows of a table share the axis, from ``start`` to 1."""
 
     def x(share: float) -> float:
         return 6 + (width - 12) * (share - start) / (1 - start)
@@ -49,7 +49,7 @@ def interval_mark(
 
 
 def interval_axis(start: float, *, width: int = 220) -> str:
-    """Return the axis of :func:`interval_mark`, for the head of its column."""
+    """Return the axis of :func:`interval_mark`, for the header of its column."""
     labels = "".join(
         f'<text x="{6 + (width - 12) * (tick - start) / (1 - start):.1f}" y="11" '
         f'text-anchor="{"end" if tick == 1 else "start" if tick == start else "middle"}">{tick * 100:.0f}\u202f%</text>'
@@ -59,7 +59,7 @@ def interval_axis(start: float, *, width: int = 220) -> str:
 
 
 def axis_start(lowest: float) -> float:
-    """Return where an axis of shares up to 1 starts: the ten per cent below the lowest value."""
+    """Return the start of an axis of shares up to 1: the next multiple of 10 % below the lowest value."""
     return max(0.0, math.floor((lowest - 0.01) * 10) / 10)
 
 
@@ -67,9 +67,9 @@ def line_chart(
     labels: Sequence[str], series: Sequence[Series], *, width: int = 1040, height: int = 300
 ) -> str:
     """
-    Return shares over time, each line named at its end.
+    Return a chart of shares over time, with each line labelled at its end.
 
-    :param labels: of the points of the x axis.
+    :param labels: one per point of the x axis.
     """
     known = [value for each in series for value in each.values if value is not None]
     low = max(0.0, math.floor((min(known) - 0.015) * 20) / 20)
@@ -93,7 +93,7 @@ def line_chart(
     parts += [
         f'<text x="{x(index):.1f}" y="{height - 8}" text-anchor="{_anchor(index, count)}">{escape(label)}</text>'
         for index, label in enumerate(labels)
-        # Counted from the end: the newest always has its label.
+        # Counted from the end, so that the latest point always has a label.
         if (count - 1 - index) % every == 0
     ]
     for each in series:
@@ -130,10 +130,10 @@ def line_chart(
 
 def bars(rows: Sequence[tuple[str, str, Sequence[tuple[float, str]]]], *, least: float = 0.0) -> str:
     """
-    Return horizontal bars, all on one scale.
+    Return horizontal bars on a common scale.
 
-    :param rows: name, the value as text, and the parts of the bar: amount and CSS colour.
-    :param least: what a full bar stands for at least, so that a small share does not look like all.
+    :param rows: name, value as text, and the parts of the bar as pairs of amount and CSS colour.
+    :param least: smallest value that a full bar can represent, so that small shares do not fill the bar.
     """
     most = max((sum(amount for amount, _ in parts) for _, _, parts in rows), default=0)
     most = max(most, least) or 1.0
@@ -161,7 +161,7 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def _spread(places: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
-    """Return sorted places moved apart so that labels do not overlap."""
+    """Return the sorted places, moved apart so that labels do not overlap."""
     moved: list[float] = []
     for place in places:
         moved.append(max(place, low, moved[-1] + gap if moved else low))
@@ -177,5 +177,5 @@ def _anchor(index: int, count: int) -> str:
 
 
 def _short(model: str) -> str:
-    """Return a model's name without its owner."""
+    """Return the name of a model without its owner."""
     return model.rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""What is kept of each night, in a JSONL file that grows by a line a night, and the page made from it."""
+"""The history of all nights: a JSONL file with one line per night, from which the page is made."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PAGE_FILE = "leaderboard.html"
 @dataclass
 class Standing:
     """
-    One model in one night: its score, and what the batches' manifest tells of it.
+    One model in one night: its score, and its figures from the job's manifest.
 
-    :param failed: questions without any answer after all attempts.
+    :param failed: questions without an answer after all attempts.
     :param resent: rows that were sent again.
-    :param cost: CNY; ``None`` without a price.
+    :param cost: in CNY; ``None`` if the model has no price.
     """
 
     score: ModelScore
@@ -44,9 +44,9 @@ class Standing:
     @classmethod
     def from_manifest(cls, score: ModelScore, manifest: Mapping[str, Any]) -> Standing:
         """
-        Join a score with the figures of its model.
+        Combine a score with the figures of its model.
 
-        :raises ValueError: the manifest does not know the model.
+        :raises ValueError: the manifest does not contain the model.
         """
         found = [each for each in manifest["models"] if each["model"] == score.model]
         if not found:
@@ -59,7 +59,7 @@ class Standing:
             failed=rows["total"] - rows["ok"],
             resent=sum(each["rows"] for each in figures["rounds"] if each["round"] > 0),
             prompt_tokens=usage["prompt_tokens"],
-            # The service counts what a model thinks as a part of what it answers.
+            # The service includes reasoning tokens in the completion tokens.
             answer_tokens=usage["completion_tokens"] - usage["reasoning_tokens"],
             reasoning_tokens=usage["reasoning_tokens"],
             cost=None if cost is None else cost["total"],
@@ -72,7 +72,7 @@ class Standing:
 
 @dataclass
 class Night:
-    """One run of the evaluation, a line of the history."""
+    """One run of the evaluation: a line of the history."""
 
     date: str
     run_id: str
@@ -80,7 +80,7 @@ class Night:
 
     @property
     def ranked(self) -> list[Standing]:
-        """The models, best first; of equals the cheaper."""
+        """The models, best first. If two have the same accuracy, the cheaper one comes first."""
         return sorted(
             self.standings, key=lambda each: (-each.score.accuracy, each.cost or 0.0, each.score.model)
         )
@@ -95,7 +95,7 @@ class Night:
 
 @dataclass
 class Missed:
-    """A question that models got wrong, with what each answered (``None``: it was right)."""
+    """A question that models got wrong, with the answer of each model (``None`` if it was correct)."""
 
     id: str
     question: str
@@ -108,7 +108,7 @@ class Missed:
 
 
 def read_history(folder: Any) -> list[Night]:
-    """Return the nights kept in a folder, earliest first."""
+    """Return the nights recorded in a folder, earliest first."""
     file = folder / HISTORY_FILE
     if not file.exists():
         return []
@@ -118,9 +118,9 @@ def read_history(folder: Any) -> list[Night]:
 
 def add_night(folder: Any, night: Night) -> list[Night]:
     """
-    Keep a night and return all, earliest first. The same run takes its own earlier place.
+    Record a night and return all nights, earliest first. A repeated run replaces its earlier entry.
 
-    The file is written anew, as object stores do not append: one night at a time.
+    Object stores cannot append, so the whole file is rewritten. Only one night may be added at a time.
     """
     nights = [each for each in read_history(folder) if each.run_id != night.run_id]
     nights = sorted([*nights, night], key=lambda each: (each.date, each.run_id))
@@ -135,7 +135,7 @@ def most_missed(
     """
     Return the questions that most models got wrong.
 
-    :param scored: judged answers by model and question id.
+    :param scored: judged answers, by model and question id.
     """
     missed = [
         Missed(question.id, question.question, question.answer, _wrong_answers(question.id, scored))

@@ -1,4 +1,4 @@
-"""The leaderboard as one HTML page without any other file: it can be mailed, or served from an object store."""
+"""The leaderboard as one self-contained HTML page, which can be mailed or served from an object store."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from html import escape
 from .charts import Series, axis_start, bars, interval_axis, interval_mark, line_chart, percent
 from .leaderboard import Missed, Night, Standing
 
-# Neighbours stay apart for colour-blind readers too; a ninth model and later ones share a grey.
+# Colour-blind readers can tell neighbouring colours apart. From the ninth model on, all models are grey.
 _COLOURS = 8
 
 
@@ -17,11 +17,11 @@ def render_page(
     nights: Sequence[Night], missed: Sequence[Missed] = (), title: str = "Nightly evaluation", note: str = ""
 ) -> str:
     """
-    Return the page for the newest of some nights.
+    Return the page for the latest night.
 
-    :param nights: earliest first, at least one.
-    :param missed: questions that models got wrong in the newest night.
-    :param note: a sentence for the head of the page.
+    :param nights: all nights, earliest first; at least one.
+    :param missed: questions that models got wrong in the latest night.
+    :param note: a sentence for the top of the page.
     """
     night = nights[-1]
     before = nights[-2] if len(nights) > 1 else None
@@ -43,14 +43,14 @@ def render_page(
 <header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p>{remark}</header>
 {_tiles(night)}
 <section class="card"><h2>Leaderboard</h2>{_table(night, before, colour)}
-<p class="note">Accuracy counts every question; one without an answer is wrong. The bar is the 95 % Wilson interval:
-where two overlap widely, the order of the models is not settled.</p></section>
+<p class="note">Accuracy covers every question; a question without an answer counts as wrong. The bar is the 95 %
+Wilson interval. If two intervals overlap widely, the order of their models may be due to chance.</p></section>
 <div class="grid4">{_figures(night, colour)}</div>
 <section class="card"><h2>Accuracy by night</h2>{_history(nights, colour)}</section>
 <section class="card"><h2>Accuracy by subject</h2>{_subjects(night, colour)}</section>
 {_missed(night, missed, colour)}
-<footer>Run {escape(night.run_id)} · cost in CNY, from the prices given to the DAG and all tokens billed,
-rows sent again included</footer>
+<footer>Run {escape(night.run_id)} · cost in CNY, calculated from the DAG's prices and all billed tokens,
+including rows that were sent again</footer>
 </main>
 </body>
 </html>
@@ -61,7 +61,7 @@ Colour = Callable[[str], str]
 
 
 def _colours(nights: Sequence[Night]) -> Colour:
-    # By first appearance, so that a model keeps its colour whatever its rank.
+    # By first appearance, so that a model keeps its colour when its rank changes.
     order: dict[str, int] = {}
     for night in nights:
         for each in night.standings:
@@ -77,14 +77,14 @@ def _tiles(night: Night) -> str:
     failed = sum(each.failed for each in night.standings)
     resent = sum(each.resent for each in night.standings)
     tiles = [
-        ("Best model", best.model.rpartition("/")[2], f"{percent(best.score.accuracy)} right"),
+        ("Best model", best.model.rpartition("/")[2], f"{percent(best.score.accuracy)} correct"),
         (
             "Cost",
             _amounts([sum(known)])[0] if len(known) == len(costs) else "unknown",
-            "this night, all models" if len(known) == len(costs) else "a model has no price",
+            "this night, all models" if len(known) == len(costs) else "at least one model has no price",
         ),
-        ("Tokens", _count(sum(each.tokens for each in night.standings)), "billed, prompts included"),
-        ("Rows answered", f"{rows - failed:,} of {rows:,}", f"{resent:,} sent again after passing errors"),
+        ("Tokens", _count(sum(each.tokens for each in night.standings)), "billed, including prompts"),
+        ("Rows answered", f"{rows - failed:,} of {rows:,}", f"{resent:,} sent again after transient errors"),
     ]
     return (
         '<div class="grid4">'
@@ -118,8 +118,8 @@ def _table(night: Night, before: Night | None, colour: Colour) -> str:
     return (
         '<div class="scroll"><table><thead><tr><th class="number">#</th><th>Model</th>'
         f'<th class="number">Accuracy</th><th class="plot">{interval_axis(start)}</th>'
-        '<th class="number">Since last night</th><th class="number">Right</th><th class="number">Cost</th>'
-        '<th class="number">Per 1,000 right</th></tr></thead>'
+        '<th class="number">Since last night</th><th class="number">Correct</th><th class="number">Cost</th>'
+        '<th class="number">Cost per 1,000 correct</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -172,7 +172,7 @@ def _history(nights: Sequence[Night], colour: Colour) -> str:
         values = [each.score.accuracy if each else None for each in found]
         series.append(Series(model, values, colour(model)))
     chart = line_chart([_date(night.date) for night in nights], series)
-    note = "" if len(nights) > 1 else '<p class="note">The lines begin with the second night.</p>'
+    note = "" if len(nights) > 1 else '<p class="note">Lines appear from the second night on.</p>'
     return f'<div class="scroll">{chart}</div>{note}'
 
 
@@ -189,7 +189,7 @@ def _subjects(night: Night, colour: Colour) -> str:
             depth = 6 + 64 * max(0.0, right / asked - 0.4) / 0.6
             cells.append(
                 f'<td class="heat" style="background:color-mix(in srgb, var(--heat) {depth:.0f}%, var(--surface))"'
-                f' title="{right} of {asked} right">{percent(right / asked, 0)}</td>'
+                f' title="{right} of {asked} correct">{percent(right / asked, 0)}</td>'
             )
         rows.append(f'<tr><th scope="row">{_name(each.model, colour(each.model))}</th>{"".join(cells)}</tr>')
     head = "".join(f'<th class="heat">{escape(subject.capitalize())}</th>' for subject in subjects)
@@ -219,7 +219,7 @@ def _given(answers: Mapping[str, str | None], models: Iterable[str]) -> Iterable
     for model in models:
         answer = answers.get(model)
         if answer is None:
-            yield '<td class="right">right</td>'
+            yield '<td class="right">correct</td>'
         else:
             shown = answer if len(answer) <= 40 else f"{answer[:39]}…"
             yield f"<td>{escape(shown) or '(empty)'}</td>"
@@ -246,7 +246,7 @@ def _per_thousand_right(each: Standing) -> float | None:
 
 
 def _amounts(amounts: Sequence[float | None]) -> list[str]:
-    """Return amounts in CNY, all with the decimals that the smallest needs for two digits that count."""
+    """Return amounts in CNY, all with as many decimals as the smallest needs for two significant digits."""
     smallest = min((amount for amount in amounts if amount), default=1.0)
     digits = min(max(1 - math.floor(math.log10(smallest)), 2), 4)
     return ["–" if amount is None else f"¥{amount:,.{digits}f}" for amount in amounts]

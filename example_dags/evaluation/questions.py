@@ -1,4 +1,4 @@
-"""The question set: what is asked, what is right, and the request rows that ask it."""
+"""The question set: questions, correct answers and the request rows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _SYSTEM = "You answer quiz questions. Today is {date}."
-_USER = (
-    "{question}\n\nThink it through, then write the short answer alone on the last line, as 'Answer: ...'."
-)
+_USER = "{question}\n\nThink it through, then write only the short answer on the last line, as 'Answer: ...'."
 
 
 @dataclass(frozen=True)
@@ -18,8 +16,8 @@ class Question:
     """
     A question with its known answer.
 
-    :param answer: the right answer.
-    :param accept: other answers that are right as well.
+    :param answer: the correct answer.
+    :param accept: other correct answers.
     """
 
     id: str
@@ -31,13 +29,13 @@ class Question:
 
 def read_questions(path: Any) -> list[Question]:
     """
-    Read a JSONL file of ``id``, ``subject``, ``question``, ``answer`` and, optionally, ``accept``.
+    Read a JSONL file of ``id``, ``subject``, ``question``, ``answer`` and optionally ``accept``.
 
     :param path: a ``pathlib.Path`` or Airflow's ``ObjectStoragePath``.
-    :raises ValueError: a line that is no question, or an id that comes twice, with the line's number.
+    :raises ValueError: a line is not a question, or an id appears twice; the message has the line number.
     """
     questions: dict[str, Question] = {}
-    # Not by splitlines(), which also cuts at characters that JSON strings may hold.
+    # splitlines() would also split at characters that JSON strings may contain.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
@@ -53,10 +51,10 @@ def read_questions(path: Any) -> list[Question]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, line {number}: not a question: {error!r}") from None
         if question.id in questions:
-            raise ValueError(f"{path}, line {number}: the id {question.id!r} comes twice")
+            raise ValueError(f"{path}, line {number}: the id {question.id!r} appears twice")
         questions[question.id] = question
     if not questions:
-        raise ValueError(f"{path} holds no question")
+        raise ValueError(f"{path} contains no questions")
     return list(questions.values())
 
 
@@ -64,8 +62,8 @@ def request_rows(questions: Iterable[Question], *, date: str, max_tokens: int) -
     """
     Return one request per question, for any model.
 
-    :param date: of the night, told to the model as chat applications do.
-    :param max_tokens: longest answer; what is longer is cut and counted as truncated.
+    :param date: the date of the night, which goes into the prompt, as in chat applications.
+    :param max_tokens: maximum length of an answer; longer ones are cut and counted as truncated.
     """
     for question in questions:
         yield {

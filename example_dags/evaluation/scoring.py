@@ -1,4 +1,4 @@
-"""From a model's text to right or wrong, and from many of these to an accuracy with its uncertainty."""
+"""Judges answers as right or wrong, and computes accuracies with confidence intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from .questions import Question
 
 _THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
-# "Answer: 42", "**Answer:** 42", "The final answer is: 42"; the last one counts.
+# "Answer: 42", "**Answer:** 42", "The final answer is: 42". The last match counts.
 _MARKED = re.compile(r"\banswer(?:\s+is)?\W{0,3}[:：][ \t*_]*(.*)", re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
@@ -40,7 +40,7 @@ _WORDS = [
 
 
 class Answered(Protocol):
-    """What scoring needs of a result row; ``BatchResult`` has it."""
+    """The attributes of a result row that scoring needs. ``BatchResult`` has them."""
 
     @property
     def custom_id(self) -> str: ...
@@ -54,10 +54,10 @@ class Answered(Protocol):
 
 def extract_answer(text: str) -> str:
     """
-    Return the answer that a text ends in, as written.
+    Return the final answer in a text, as written.
 
-    What follows the last ``Answer:``, on its line or else the next one; without that the last ``\\boxed{}``,
-    and without that the last line.
+    It is what follows the last ``Answer:``, on the same line or the next one. Without ``Answer:`` it is the last
+    ``\\boxed{}``, and otherwise the last line.
     """
     text = _THINKING.sub("", text).strip()
     marked = list(_MARKED.finditer(text))
@@ -71,7 +71,7 @@ def extract_answer(text: str) -> str:
 
 
 def normalise(answer: str) -> str:
-    """Return an answer without what makes no difference: case, accents, markup, articles, a final full stop."""
+    """Return an answer without irrelevant differences: case, accents, markup, articles, a final full stop."""
     answer = _LATEX_TEXT.sub(r"\1", _FRACTION.sub(r"\1/\2", answer))
     decomposed = unicodedata.normalize("NFKD", answer)
     plain = "".join(c for c in decomposed if not unicodedata.combining(c)).casefold()
@@ -85,8 +85,8 @@ def as_number(answer: str) -> Fraction | None:
     """
     Return the number that an answer consists of, or ``None``.
 
-    Thousands separators, a unit and a currency may stand around it: ``1,024``, ``90 km/h``, ``€0.05``. Of an
-    equation the last side counts. Two numbers are no number.
+    The answer may have thousands separators, a unit or a currency: ``1,024``, ``90 km/h``, ``€0.05``. In an
+    equation the last side counts. Several numbers yield ``None``.
     """
     plain = normalise(answer).rpartition("=")[2].strip()
     if plain in _WORDS:
@@ -101,7 +101,7 @@ def as_number(answer: str) -> Fraction | None:
 
 
 def is_right(answer: str, question: Question) -> bool:
-    """Whether an extracted answer is the right one; numbers are compared as numbers, the rest as text."""
+    """Return whether an extracted answer is correct. Numbers are compared as numbers, the rest as text."""
     given = normalise(answer)
     accepted = (question.answer, *question.accept)
     if any(given == normalise(each) for each in accepted):
@@ -114,7 +114,7 @@ def is_right(answer: str, question: Question) -> bool:
 
 def wilson_interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
     """
-    Return the Wilson score interval of a share: honest for few questions and near 0 and 1.
+    Return the Wilson score interval of a share, which stays accurate for few questions and near 0 and 1.
 
     :param z: 1.96 for 95 %.
     """
@@ -129,7 +129,7 @@ def wilson_interval(right: int, asked: int, z: float = 1.96) -> tuple[float, flo
 
 @dataclass
 class ScoredRow:
-    """One answer, judged. ``answer`` is as extracted, or what went wrong for a row without any."""
+    """A judged answer. ``answer`` is the extracted text, or the error if the row has none."""
 
     id: str
     right: bool
@@ -139,10 +139,10 @@ class ScoredRow:
 @dataclass
 class ModelScore:
     """
-    How one model did.
+    The score of one model.
 
-    :param asked: all questions. One without an answer counts as wrong, as it would in use.
-    :param subjects: right and asked by subject.
+    :param asked: all questions. A question without an answer counts as wrong, as it would in use.
+    :param subjects: counts of right answers and of questions, by subject.
     """
 
     model: str
@@ -170,7 +170,7 @@ def score_model(
     """
     Judge a model's results.
 
-    :param results: of these questions, in any order; a question without a result counts as wrong.
+    :param results: results for these questions, in any order. A question without a result counts as wrong.
     """
     by_id = {result.custom_id: result for result in results}
     score = ModelScore(model)
@@ -198,7 +198,7 @@ def write_scored(path: Any, rows: Iterable[ScoredRow]) -> None:
 
 
 def read_scored(path: Any) -> dict[str, ScoredRow]:
-    """Return the judged answers of :func:`write_scored`, by question."""
+    """Return the judged answers that :func:`write_scored` wrote, by question id."""
     rows = (ScoredRow(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line)
     return {row.id: row for row in rows}
 

@@ -1,7 +1,7 @@
 """
-One live Airflow for all system tests: starting it takes longer than most of them.
+One live Airflow for all system tests: starting it takes longer than most of the tests.
 
-`EXHAUSTIVE=1` adds what takes longer than every change should have to wait for.
+`EXHAUSTIVE=1` adds the tests that take too long to run for every change.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from scripts.live_airflow import LiveAirflow
 
 DAGS = Path(__file__).parent / "dags"
-# The cases that a DAG and its test share.
+# For the modules of cases that a DAG shares with its test.
 sys.path.insert(0, str(DAGS))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # What was written by all the others is searched for secrets at the end.
+    # Last, because it searches the output of all other tests for secrets.
     items.sort(key=lambda item: item.path.name == "test_secrets.py")
 
 
 @pytest.fixture(scope="session")
 def live_emulator() -> Iterator[Emulator]:
-    """The SiliconFlow that the default connection leads to; batches take a few seconds.
+    """The emulator of the default connection. Batches take a few seconds.
 
-    Shared by all system tests: tell batches and requests apart by what your DAG run sent.
+    All system tests share it, so select batches and requests by what your DAG run sent.
     """
     from airflow_provider_siliconflow.emulator.server import running_emulator
 
@@ -46,14 +46,15 @@ def live_emulator() -> Iterator[Emulator]:
 def live_airflow(live_emulator: Emulator, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveAirflow]:
     """A running Airflow with the DAGs in `dags/`.
 
-    A test that kills a component starts it again. One that needs other DAGs or settings makes its own LiveAirflow.
+    A test that kills a component must start it again. A test that needs other DAGs or settings makes its own
+    LiveAirflow.
     """
     from scripts.live_airflow import LiveAirflow
 
     env = {
         "AIRFLOW_CONN_SILICONFLOW_DEFAULT": live_emulator.airflow_connection,
         "AIRFLOW__CORE__TEST_CONNECTION": "Enabled",
-        # Tasks wait for the emulator most of their time.
+        # Tasks spend most of their time waiting for the emulator.
         "AIRFLOW__CORE__MAX_ACTIVE_TASKS_PER_DAG": "200",
     }
     if AIRFLOW < (3, 0):
@@ -71,7 +72,7 @@ def accounts(live_emulator: Emulator) -> list[Emulator]:
 
 @pytest.fixture(scope="session")
 def open_account(live_airflow: LiveAirflow, accounts: list[Emulator]) -> Iterator[OpenAccount]:
-    """Opens an account of its own, an emulator with an Airflow connection of the given name."""
+    """Open separate accounts: emulators, each with an Airflow connection of the given name."""
     from airflow_provider_siliconflow.emulator.server import running_emulator
 
     with contextlib.ExitStack() as stack:

@@ -1,11 +1,11 @@
 """
-Runs a create task again and again, each time killed one line of code later than before, and retried.
+Runs a create task repeatedly. Each run is killed one or more lines of code later than the last, and then retried.
 
     python -m tests.system.every_line FOLDER ROWS STRIDE store|nostore
 
-Writes one JSON object per crash to FOLDER/crashes.jsonl: where it died, and what the retry returned. The task's
-process is a fork with an operator, a context and, with `store`, a state store that outlives it; no Airflow runs,
-so that a crash takes a tenth of a second.
+STRIDE is the number of lines between two kills. Writes one JSON object per crash to FOLDER/crashes.jsonl: where the
+process died, and what the retry returned. The task runs in a forked process with an operator, a context and, with
+`store`, a state store that outlives the process. No Airflow runs, so a crash takes only a tenth of a second.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from airflow_provider_siliconflow.jobs import downloads, submission  # noqa: F40
 from airflow_provider_siliconflow.operators.batch import CreateBatchOperator
 
 PACKAGE = str(Path(airflow_provider_siliconflow.__file__).parent)
-#: The code that decides; models and checks of arguments have no effect to be caught in.
+#: Code with side effects. A crash in the models or argument checks cannot leave work half done.
 TRACED = ("operators/", "jobs/submission.py", "task/", "api/client.py", "hooks/")
 
-# The emulator's list shows a batch at once.
+# The emulator lists a batch at once.
 submission.LIST_LAG = 0.1
 
 
 class StateStore:
-    """Airflow's task state store, in a file."""
+    """Airflow's task state store, kept in a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -73,12 +73,12 @@ def run_task(run_id: str, folder: Path, rows: str, try_number: int, store: bool)
     context: Any = {"ti": ti, "task": task, "dag_run": SimpleNamespace(start_date=ti.start_date)}
     if store:
         context["task_state_store"] = StateStore(folder / f"{run_id}.json")
-    # Past Airflow's guard against calling it by hand.
+    # __wrapped__ bypasses Airflow's guard against manual calls.
     return CreateBatchOperator.execute.__wrapped__(task, context)  # type: ignore[attr-defined, no-any-return]
 
 
 def die_at(number: int, note: Path) -> None:
-    """Kill this process when it is about to run the given line of the package, counted from 1."""
+    """Kill this process just before it executes the given line of the package, counted from 1."""
     left = number
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -97,7 +97,7 @@ def die_at(number: int, note: Path) -> None:
 
 
 def in_child(work: Any) -> int:
-    """Run something in a fork; its exit status, negative for the signal that killed it."""
+    """Run a function in a forked process and return its exit status, or minus the signal that killed it."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -113,9 +113,9 @@ def main(folder: Path, rows: str, stride: int, store: bool) -> None:
     note, answer = folder / "note", folder / "answer"
     number = 1
 
-    def say(what: dict[str, Any]) -> None:
+    def record(crash: dict[str, Any]) -> None:
         with (folder / "crashes.jsonl").open("a") as file:
-            file.write(json.dumps(what) + "\n")
+            file.write(json.dumps(crash) + "\n")
 
     while True:
         run_id = f"line-{number}"
@@ -128,12 +128,12 @@ def main(folder: Path, rows: str, stride: int, store: bool) -> None:
             answer.write_text(run_task(run_id, folder, rows, 2, store))
 
         if in_child(first) != -signal.SIGKILL:
-            # The task ran to its end: there are no lines left.
-            say({"lines": number})
+            # The task ran to its end: no lines are left.
+            record({"lines": number})
             return
         status = in_child(second)
         died = {"run_id": run_id, "at": note.read_text(), "status": status}
-        say(died | {"batch_id": answer.read_text() if status == 0 else None})
+        record(died | {"batch_id": answer.read_text() if status == 0 else None})
         number += stride
 
 

@@ -1,4 +1,4 @@
-"""What the system tests have in common beside their fixtures."""
+"""Helpers shared by the system tests."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 #: Airflow's major and minor version.
 AIRFLOW = tuple(map(int, version("apache-airflow").split(".")[:2]))
-#: Adds what takes longer than every change should have to wait for.
+#: Whether to run the tests that take too long to run for every change.
 EXHAUSTIVE = bool(os.environ.get("EXHAUSTIVE"))
-#: Found again wherever it leaks; every emulator accepts this key only.
+#: Unique enough to be found wherever it leaks. Every emulator accepts only this key.
 KEY = "sk-systemtest7Jq2vX9mLr4T"
 ROWS = 5
 
@@ -28,7 +28,7 @@ class OpenAccount(Protocol):
 
 
 def connect(airflow: LiveAirflow, name: str, host: str, extra: dict[str, Any] | None = None) -> None:
-    """Make a connection, as a person does in the web interface; on Airflow 2 in the file of `secrets_file`."""
+    """Create a connection through the REST API, or on Airflow 2 in the file of `secrets_file`."""
     if airflow.is_airflow_2:
         path = Path(
             json.loads(airflow.environment["AIRFLOW__SECRETS__BACKEND_KWARGS"])["connections_file_path"]
@@ -36,7 +36,7 @@ def connect(airflow: LiveAirflow, name: str, host: str, extra: dict[str, Any] | 
         made = {"conn_type": "siliconflow", "host": host, "password": KEY, "extra": extra or {}}
         part = path.with_suffix(".part.json")
         part.write_text(json.dumps(json.loads(path.read_text()) | {name: made}))
-        # Triggers and tasks are reading.
+        # Replaced in one step, because triggers and tasks read it at the same time.
         part.replace(path)
         return
     body = {"connection_id": name, "conn_type": "siliconflow", "host": host, "password": KEY}
@@ -44,7 +44,7 @@ def connect(airflow: LiveAirflow, name: str, host: str, extra: dict[str, Any] | 
 
 
 def secrets_file(folder: Path) -> dict[str, str]:
-    """Settings for a file of connections: the harness of Airflow 2 has no web interface to make them in."""
+    """Settings for a file of connections, because the test setup of Airflow 2 has no REST API to create them."""
     path = folder / "connections.json"
     path.write_text("{}")
     return {
@@ -54,7 +54,7 @@ def secrets_file(folder: Path) -> dict[str, str]:
 
 
 def write_rows(path: Path, *first: str) -> Path:
-    """Write rows; the texts given are the first ones' prompts."""
+    """Write a file of rows; the given texts are the prompts of the first rows."""
     prompts = [*first, *(f"What is {number} + {number}?" for number in range(ROWS - len(first)))]
     with path.open("w") as file:
         for number, prompt in enumerate(prompts):
@@ -80,7 +80,7 @@ def files(emulator: Emulator) -> list[dict[str, Any]]:
 
 
 def cancellations(emulator: Emulator) -> int:
-    """How often the account was asked to cancel a batch."""
+    """Return the number of cancel requests that the account received."""
     return emulator.request_counts.get("POST /batches/*/cancel", 0)
 
 
@@ -96,7 +96,7 @@ def eventually(look: Callable[[], Any], timeout: float = 30.0) -> Any:
 
 
 def worker_starts(airflow: LiveAirflow, dag_id: str, run_id: str, task_id: str, map_index: int = -1) -> int:
-    """How often a worker started (or resumed) a task: Airflow writes each into its audit log, 3.0 and 3.1 do not."""
+    """Count how often a worker started or resumed a task, from the audit log or, on 3.0 and 3.1, the task log."""
     if (3, 0) <= AIRFLOW < (3, 2):
         return airflow.task_log(dag_id, run_id, task_id, map_index).count('"DAG bundles loaded')
     found = airflow.query(
@@ -108,7 +108,7 @@ def worker_starts(airflow: LiveAirflow, dag_id: str, run_id: str, task_id: str, 
 
 
 def add_batch(emulator: Emulator, rows: Path) -> str:
-    """Upload a file and create a batch on the account itself, past every client; the batch's id."""
+    """Upload a file, create a batch directly in the emulated account and return its id."""
     added = emulator.service.add_file("rows.jsonl", "batch", [rows.read_bytes()])
     request = {"input_file_id": added.get("data", added)["id"], "endpoint": "/v1/chat/completions"}
     return str(emulator.service.create_batch(request | {"completion_window": "24h"})["id"])

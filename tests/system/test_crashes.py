@@ -1,4 +1,4 @@
-"""A process that is killed at any point of its work: the retry pays nothing again and loses nothing."""
+"""A task is killed at any point of its work: the retry does not pay again and loses nothing."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.system.live import EXHAUSTIVE, KEY, ROWS, OpenAccount, add_batch, bat
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator.server import Emulator
 
-#: How long a request that outlived its client stays on its way, so that the retry is looking already.
+#: Seconds for which a request is still held after its client died, so that the retry already searches for it.
 LATE = 4.0
 
 
 class Crashes:
-    """One run of the DAG `crashes`, in which every task has died once."""
+    """One run of the DAG `crashes`, in which every task died once."""
 
     def __init__(self, airflow: LiveAirflow, accounts: dict[str, Emulator], output: Path) -> None:
         self.airflow, self.accounts, self.output = airflow, accounts, output
@@ -35,7 +35,7 @@ class Crashes:
         self._over = threading.Event()
 
     def kill_when_held(self, name: str, point: str) -> None:
-        """Kill the task while its emulator holds a request of it."""
+        """Kill the task while its emulator holds one of its requests."""
         account = self.accounts[name]
         while not account.held:
             if self._over.wait(0.1):
@@ -90,7 +90,7 @@ def test_a_killed_create_task_pays_once(crashes: Crashes, case: CrashCase, tmp_p
     airflow, account = crashes.airflow, crashes.accounts[case.name]
     log = airflow.task_log("crashes", crashes.run_id, case.name)
     assert airflow.task_state("crashes", crashes.run_id, case.name) == "success", log[-5000:]
-    # It did die. On a busy machine Airflow takes a quick retry for the end of the try before, and kills it too.
+    # The first try did die. On a busy machine Airflow mistakes a quick retry for the previous try and kills it too.
     assert airflow.try_numbers("crashes", crashes.run_id)[case.name] >= 2
     found = batches(account)
     assert len(found) == 1, log[-5000:]

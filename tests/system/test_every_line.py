@@ -1,4 +1,4 @@
-"""A create task killed before each line of its code in turn: the retry has one batch and one file to show."""
+"""A create task is killed before each line of its code in turn: after the retry there is one batch and one file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_kill_before_any_line_pays_once(
     make_emulator: MakeEmulator, rows: Path, tmp_path: Path, store: str
 ) -> None:
     account = make_emulator(speed=100_000.0, keys=(KEY,))
-    # A prime, so that loops are not always met at the same place.
+    # 23 is a prime, so that kills in a loop do not always hit the same line.
     command = [sys.executable, "-m", "tests.system.every_line", str(tmp_path), str(rows)]
     command += ["1" if EXHAUSTIVE else "23", store]
     env = os.environ | {
@@ -42,6 +42,6 @@ def test_a_kill_before_any_line_pays_once(
         label = f"dag/create/{crash['run_id']}"
         assert made[label] == 1, crash
         assert by_id[crash["batch_id"]]["metadata"]["airflow_task"] == label
-    # The last, undisturbed run has a batch and a file as well.
+    # The last run, which is not killed, also has a batch and a file.
     assert len(made) == len(stored) == len(crashes) + 1
     assert set(stored.values()) == {1}

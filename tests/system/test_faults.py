@@ -1,4 +1,4 @@
-"""A service that fails, loses answers, refuses or falls silent, under real tasks: one batch each, none given up."""
+"""Real tasks against a service that fails, loses answers, refuses or hangs: one batch per task, no task gives up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from fault_cases import LOST_ANSWERS, REFUSALS, WAITS, Account
 
 from airflow_provider_siliconflow.emulator.server import Emulator, running_emulator
-from scripts.live_airflow import _free_port
+from scripts.live_airflow import free_port
 from tests.system.live import OpenAccount, add_batch, batches, cancellations, connect, eventually, files
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def faults(
 ) -> Iterator[Faults]:
     opened: dict[str, Emulator] = {}
     waited_for: dict[str, str] = {}
-    port = _free_port()
+    port = free_port()
     for name, account in (LOST_ANSWERS | REFUSALS | WAITS).items():
         if name == "no-connection":
             connect(live_airflow, name, f"http://127.0.0.1:{port}/v1")
@@ -54,7 +54,7 @@ def faults(
             waited_for[name] = add_batch(emulator, rows)
         for fault in copy.deepcopy(account.faults):
             emulator.faults.add(fault)
-    # From here on its seconds run.
+    # Set last, because the date is only 25 seconds ahead.
     for fault in opened["http-429-date"].faults.rules:
         fault.headers["Retry-After"] = formatdate(time.time() + 25, usegmt=True)
     run_id = live_airflow.trigger("faults", conf={"rows": str(rows), "batches": waited_for})
@@ -78,7 +78,7 @@ def test_a_lost_answer_costs_nothing(faults: Faults, name: str) -> None:
     account, emulator = LOST_ANSWERS[name], faults.accounts[name]
     assert all(rule.hits for rule in emulator.faults.rules)
     assert faults.state(name) == "success", faults.log(name)[-5000:]
-    # The task itself finds what it did: no retry is used up.
+    # The same try finds its batch: no retry is used.
     assert faults.tries(name) == 1
     found = _own(emulator, account)
     assert len(found) == 1
@@ -86,27 +86,27 @@ def test_a_lost_answer_costs_nothing(faults: Faults, name: str) -> None:
     assert faults.airflow.xcom("faults", faults.run_id, name) == found[0]["id"]
     assert emulator.request_counts["POST /batches"] == 1
     assert emulator.request_counts["POST /files"] == 1
-    # Only pages that may hold the batch are read, each once; what is older than the run ends a search.
+    # Only pages that can contain the batch are read, each once. A batch older than the run ends the search.
     recent = account.foreign if account.foreign_age < 3600 else 0
     assert emulator.request_counts.get("GET /batches", 0) <= 5 + recent / 100
     assert cancellations(emulator) == 0
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_a_refusal_is_sat_out(faults: Faults, name: str) -> None:
+def test_a_refused_request_is_sent_again_later(faults: Faults, name: str) -> None:
     emulator = faults.accounts[name]
     assert all(rule.hits for rule in emulator.faults.rules)
     assert faults.state(name) == "success", faults.log(name)[-5000:]
     assert faults.tries(name) == 1
     assert len(batches(emulator)) == 1
     assert len(files(emulator)) == 1
-    # A refusal leaves no doubt: nothing is looked for.
+    # After a refusal the outcome is certain, so the account is not searched.
     assert emulator.request_counts.get("GET /batches", 0) == 0
     refused = [request for request in emulator.requests if request.fault]
     assert len(refused) == sum(rule.hits for rule in emulator.faults.rules)
     for request in refused:
         later = [one for one in emulator.requests if one.route == request.route and one.at > request.at]
-        # Even without Retry-After nobody hammers.
+        # Requests are spaced out even without Retry-After.
         assert later[0].at - request.at >= 0.4
     if name == "http-429-seconds":
         assert later[0].at - refused[0].at >= 4
@@ -116,7 +116,7 @@ def test_a_refusal_is_sat_out(faults: Faults, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in WAITS if "noisy" in name])
-def test_noise_does_not_end_a_wait(faults: Faults, name: str) -> None:
+def test_transient_errors_do_not_end_a_wait(faults: Faults, name: str) -> None:
     emulator = faults.accounts[name]
     assert faults.state(name) == "success", faults.log(name)[-5000:]
     assert faults.tries(name) == 1
@@ -126,7 +126,7 @@ def test_noise_does_not_end_a_wait(faults: Faults, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in WAITS if "401" in name])
-def test_a_revoked_key_ends_a_wait_and_says_what_becomes_of_the_batch(faults: Faults, name: str) -> None:
+def test_a_revoked_key_ends_a_wait_with_an_error_about_the_batch(faults: Faults, name: str) -> None:
     emulator = faults.accounts[name]
     (batch,) = batches(emulator)
     assert faults.state(name) == "failed"

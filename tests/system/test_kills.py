@@ -1,4 +1,4 @@
-"""A person ends or clears a task: what becomes of its batch. And batches that look alike stay apart."""
+"""What happens to the batch when a task is ended or cleared by hand, and that similar tasks do not share batches."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ DEFERRED = ("deferred-failed", "deferred-cleared", "deferred-keep", "sensor")
 RUNNING = ("running-failed", "running-cleared", "running-keep", "running-evicted")
 
 needs_killed_triggers = pytest.mark.skipif(
-    AIRFLOW < (3, 3), reason="Airflow tells a trigger of a kill since 3.3; below, the batch goes on"
+    AIRFLOW < (3, 3), reason="before Airflow 3.3 a trigger is not notified of a kill, and the batch continues"
 )
 
 
 class Kills:
-    """One run of the DAG `kills`, with every task where it is to be ended: its batch runs for hours."""
+    """One run of the DAG `kills`, with every task in the state in which a test ends it."""
 
     def __init__(self, airflow: LiveAirflow, account: Emulator, run_id: str, foreign: str) -> None:
         self.airflow, self.account, self.run_id, self.foreign = airflow, account, run_id, foreign
 
     def batches(self, task_id: str, account: Emulator | None = None) -> list[dict[str, Any]]:
-        """Batches of a task, oldest first."""
+        """Return the batches of a task, oldest first."""
         label = f"kills/{task_id}/{self.run_id}"
         found = batches(account or self.account)
         return [batch for batch in found if (batch["metadata"] or {}).get("airflow_task") == label]
@@ -50,7 +50,7 @@ class Kills:
 
 @pytest.fixture(scope="module")
 def posting(open_account: OpenAccount) -> Emulator:
-    """Holds the request for a batch after it has been carried out."""
+    """An account that holds the request for a batch before it carries it out."""
     account = open_account("posting-failed")
     account.faults.add(match="POST /batches", kind="hold")
     return account
@@ -58,7 +58,7 @@ def posting(open_account: OpenAccount) -> Emulator:
 
 @pytest.fixture(scope="module")
 def uploading(open_account: OpenAccount) -> Emulator:
-    """Holds the answer to an upload."""
+    """An account that holds the response to an upload."""
     account = open_account("uploading-failed")
     account.faults.add(match="POST /files", kind="hold-after")
     return account
@@ -68,14 +68,14 @@ def uploading(open_account: OpenAccount) -> Emulator:
 def kills(
     live_airflow: LiveAirflow, open_account: OpenAccount, posting: Emulator, uploading: Emulator, rows: Path
 ) -> Kills:
-    # Half an hour in the queue: these batches end only when they are cancelled.
+    # Batches queue for half an hour, so they end only if they are cancelled.
     account = open_account("kills", speed=1.0, queue_seconds=1800.0, cancelling_seconds=2.0)
     foreign = add_batch(account, rows)
     run_id = live_airflow.trigger("kills", conf={"rows": str(rows), "batch_id": foreign})
     kills = Kills(live_airflow, account, run_id, foreign)
     for task_id in DEFERRED:
         live_airflow.wait_for_task("kills", run_id, task_id, "deferred", timeout=120)
-    # The first poll shows that the trigger, or the task, is really waiting.
+    # The first poll proves that the trigger or the task is waiting.
     eventually(lambda: all(kills.batches(task_id) for task_id in RUNNING), 60)
     eventually(lambda: uploading.held and posting.held, 60)
     polled = [kills.batches(task_id)[0]["id"] for task_id in (*DEFERRED[:-1], *RUNNING)] + [foreign]
@@ -95,13 +95,11 @@ def _runs(pid: int) -> bool:
 TERMINATING = "Terminating instance" if AIRFLOW < (3, 0) else "Terminating process"
 
 
-def test_a_task_killed_while_its_batch_is_asked_for_leaves_none_running(
-    kills: Kills, posting: Emulator
-) -> None:
+def test_killing_a_task_during_its_post_cancels_the_batch(kills: Kills, posting: Emulator) -> None:
     (held,) = posting.held
     assert held == "POST /v1/batches"
     kills.airflow.mark_failed("kills", kills.run_id, "posting-failed")
-    # The task, told to end, looks for its batch: there is none yet.
+    # The terminating task searches for its batch, which does not exist yet.
     eventually(lambda: posting.request_counts.get("GET /batches", 0) > 0)
     assert batches(posting) == []
     posting.release()
@@ -109,10 +107,10 @@ def test_a_task_killed_while_its_batch_is_asked_for_leaves_none_running(
     assert len(batches(posting)) == 1
 
 
-def test_a_task_killed_while_it_uploads_asks_for_no_batch(kills: Kills, uploading: Emulator) -> None:
+def test_killing_a_task_during_its_upload_creates_no_batch(kills: Kills, uploading: Emulator) -> None:
     pid = kills.airflow.task_pids("kills", kills.run_id, "uploading-failed").task
     kills.airflow.mark_failed("kills", kills.run_id, "uploading-failed")
-    # Airflow leaves it five seconds from here.
+    # From here, Airflow leaves the task five seconds.
     eventually(lambda: TERMINATING in kills.airflow.task_log("kills", kills.run_id, "uploading-failed"))
     uploading.release()
     eventually(lambda: not psutil.pid_exists(pid))
@@ -129,7 +127,7 @@ def test_marking_a_deferred_task_failed_cancels_its_batch(kills: Kills) -> None:
 
 
 @needs_killed_triggers
-def test_clearing_a_deferred_task_cancels_and_starts_afresh(kills: Kills) -> None:
+def test_clearing_a_deferred_task_cancels_its_batch_and_creates_another(kills: Kills) -> None:
     kills.airflow.clear("kills", kills.run_id, "deferred-cleared")
     eventually(lambda: kills.cancelled("deferred-cleared"))
     eventually(lambda: len(kills.batches("deferred-cleared")) == 2, 60)
@@ -138,8 +136,8 @@ def test_clearing_a_deferred_task_cancels_and_starts_afresh(kills: Kills) -> Non
     assert old["metadata"]["airflow_work"] != new["metadata"]["airflow_work"]
 
 
-@pytest.mark.skipif(AIRFLOW >= (3, 3), reason="since Airflow 3.3 the batch is cancelled")
-def test_before_airflow_3_3_the_batch_of_a_deferred_task_goes_on(kills: Kills) -> None:
+@pytest.mark.skipif(AIRFLOW >= (3, 3), reason="from Airflow 3.3 on the batch is cancelled")
+def test_before_airflow_3_3_the_batch_of_a_deferred_task_continues(kills: Kills) -> None:
     airflow, account = kills.airflow, kills.account
     airflow.mark_failed("kills", kills.run_id, "deferred-failed")
     airflow.mark_failed("kills", kills.run_id, "mapped", 1)
@@ -148,23 +146,23 @@ def test_before_airflow_3_3_the_batch_of_a_deferred_task_goes_on(kills: Kills) -
     eventually(lambda: len(kills.batches("deferred-cleared")) == 2, 60)
     (failed,), (old, new) = kills.batches("deferred-failed"), kills.batches("deferred-cleared")
     assert old["metadata"]["airflow_work"] != new["metadata"]["airflow_work"]
-    # Cancelling takes two seconds where it is done.
+    # A cancellation would take two seconds.
     time.sleep(6)
     for task_id in ("deferred-failed", "deferred-cleared", "mapped[1]"):
         assert set(kills.statuses(task_id)) == {"in_queue"}
-    # Nobody waits for them any more.
+    # Nothing polls them any more.
     since = len(account.requests)
     eventually(lambda: f"/v1/batches/{new['id']}" in {one.path for one in account.requests[since:]})
     left = {f"/v1/batches/{batch['id']}" for batch in (failed, old)}
     assert left.isdisjoint(one.path for one in account.requests[since:])
 
 
-def test_cancel_on_kill_can_be_off(kills: Kills) -> None:
+def test_cancel_on_kill_can_be_turned_off(kills: Kills) -> None:
     kills.airflow.mark_failed("kills", kills.run_id, "deferred-keep")
     kills.airflow.mark_failed("kills", kills.run_id, "running-keep")
     kills.airflow.wait_for_task("kills", kills.run_id, "deferred-keep", "failed")
     eventually(lambda: "is left alone" in kills.airflow.task_log("kills", kills.run_id, "running-keep"))
-    # Cancelling takes two seconds where it is done.
+    # A cancellation would take two seconds.
     time.sleep(6)
     assert kills.statuses("deferred-keep") == ["in_queue"]
     assert kills.statuses("running-keep") == ["in_queue"]
@@ -183,11 +181,11 @@ def test_marking_a_running_task_failed_cancels_its_batch(kills: Kills) -> None:
     assert kills.state("running-failed") == "failed"
 
 
-def test_clearing_a_running_task_cancels_and_starts_afresh(kills: Kills) -> None:
+def test_clearing_a_running_task_cancels_its_batch_and_creates_another(kills: Kills) -> None:
     kills.airflow.clear("kills", kills.run_id, "running-cleared")
     eventually(lambda: kills.cancelled("running-cleared"))
     if AIRFLOW == (3, 0):
-        # Airflow 3.0 leaves it `restarting` for good.
+        # On Airflow 3.0 the task stays `restarting` forever.
         eventually(lambda: kills.statuses("running-cleared") == ["cancelled"])
         eventually(lambda: kills.state("running-cleared") == "restarting")
         kills.airflow.mark_failed("kills", kills.run_id, "running-cleared")
@@ -195,17 +193,17 @@ def test_clearing_a_running_task_cancels_and_starts_afresh(kills: Kills) -> None
     eventually(lambda: kills.statuses("running-cleared") == ["cancelled", "in_queue"], 90)
 
 
-def test_the_orderly_end_of_a_worker_cancels_nothing(kills: Kills) -> None:
-    """A deployment or an eviction sends the signal that a person's kill sends, and nobody has touched the task."""
+def test_stopping_a_worker_cancels_nothing(kills: Kills) -> None:
+    """A deployment or an eviction sends the same signal as a manual kill, but nobody ended the task."""
     task_id = "running-evicted"
     pids = kills.airflow.task_pids("kills", kills.run_id, task_id)
     os.kill(pids.supervisor, signal.SIGTERM)
     if AIRFLOW >= (3, 3) or AIRFLOW < (3, 0):
         eventually(lambda: "The worker is ending" in kills.airflow.task_log("kills", kills.run_id, task_id))
     else:
-        # The worker ends without a word to its task, which goes on alone.
+        # The worker ends without stopping its task, which continues alone.
         eventually(lambda: not _runs(pids.supervisor))
-    # Whoever ends workers waits a while, and then ends them for good. On Airflow 2 the task ends by itself.
+    # A deployment kills what is still running after a grace period. On Airflow 2 the task ends by itself.
     with suppress(ProcessLookupError):
         os.kill(pids.task, signal.SIGKILL)
     eventually(lambda: kills.airflow.try_numbers("kills", kills.run_id)[task_id] == 2, 60)
@@ -213,7 +211,7 @@ def test_the_orderly_end_of_a_worker_cancels_nothing(kills: Kills) -> None:
     assert kills.statuses(task_id) == ["in_queue"]
 
 
-def test_mapped_tasks_over_one_file_have_batches_of_their_own(kills: Kills) -> None:
+def test_mapped_tasks_over_one_file_have_separate_batches(kills: Kills) -> None:
     found = [kills.batches(f"mapped[{index}]") for index in (0, 1)]
     assert [len(of_one) for of_one in found] == [1, 1]
     assert found[0][0]["id"] != found[1][0]["id"]
@@ -224,11 +222,11 @@ def test_ending_a_mapped_task_cancels_only_its_own_batch(kills: Kills) -> None:
     kills.airflow.mark_failed("kills", kills.run_id, "mapped", 0)
     eventually(lambda: kills.cancelled("mapped[0]"))
     time.sleep(2)
-    # The neighbour goes on.
+    # The other mapped task continues.
     assert kills.statuses("mapped[1]") == ["in_queue"]
 
 
-def test_two_dags_and_two_runs_over_one_file_have_batches_of_their_own(kills: Kills, rows: Path) -> None:
+def test_two_dags_and_two_runs_over_one_file_have_separate_batches(kills: Kills, rows: Path) -> None:
     airflow = kills.airflow
     runs = [
         (dag_id, airflow.trigger(dag_id, conf={"rows": str(rows)}))
@@ -238,7 +236,7 @@ def test_two_dags_and_two_runs_over_one_file_have_batches_of_their_own(kills: Ki
         assert airflow.wait_for_run(dag_id, run_id) == "success"
     ids = [airflow.xcom(dag_id, run_id, "create") for dag_id, run_id in runs]
     assert len(set(ids)) == 3
-    # A person's clear starts afresh even after a success.
+    # A manual clear creates a new batch even after a success.
     dag_id, run_id = runs[0]
     airflow.clear(dag_id, run_id, "create")
     eventually(lambda: airflow.xcom(dag_id, run_id, "create") not in (None, ids[0]), 60)

@@ -1,4 +1,4 @@
-"""The example DAG and a crash, live, on whichever Airflow is installed."""
+"""The quickstart DAG, and a crash with a retry, on a live Airflow of the installed version."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.every_airflow
 QUICKSTART = "siliconflow_batch_quickstart"
 
 
-def test_the_quickstart(live_airflow: LiveAirflow, rows: Path, tmp_path: Path) -> None:
+def test_the_quickstart_succeeds(live_airflow: LiveAirflow, rows: Path, tmp_path: Path) -> None:
     conf = {"input_path": str(rows), "output_dir": str(tmp_path / "results")}
     run_id = live_airflow.trigger(QUICKSTART, conf=conf)
     assert live_airflow.wait_for_run(QUICKSTART, run_id, timeout=300) == "success"
@@ -27,7 +27,9 @@ def test_the_quickstart(live_airflow: LiveAirflow, rows: Path, tmp_path: Path) -
     assert len((tmp_path / "results" / "results.jsonl").read_text().splitlines()) == ROWS
 
 
-def test_a_crash_and_a_retry(live_airflow: LiveAirflow, live_emulator: Emulator, rows: Path) -> None:
+def test_a_retry_after_a_crash_adopts_the_batch(
+    live_airflow: LiveAirflow, live_emulator: Emulator, rows: Path
+) -> None:
     known = {file["id"] for file in files(live_emulator)}
     run_id = live_airflow.trigger("crash_and_retry", conf={"rows": str(rows)})
     assert live_airflow.wait_for_run("crash_and_retry", run_id, timeout=300) == "success"
@@ -38,5 +40,5 @@ def test_a_crash_and_a_retry(live_airflow: LiveAirflow, live_emulator: Emulator,
         made = [one for one in batches(live_emulator) if (one["metadata"] or {}).get("airflow_task") == label]
         assert len(made) == 1
         assert live_airflow.xcom("crash_and_retry", run_id, task_id) == made[0]["id"]
-    # One each: they differ in their names' identity, not in their content.
+    # One file per task: the contents are equal, but the identities in the file names differ.
     assert len({file["id"] for file in files(live_emulator)} - known) == len(tries)

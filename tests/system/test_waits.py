@@ -1,4 +1,4 @@
-"""Waits that outlive their triggerer, and what a wait costs in worker starts."""
+"""Waits survive their triggerer, and how many worker starts a wait costs."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator.server import Emulator
     from scripts.live_airflow import LiveAirflow
 
-#: Below, a wait begins and ends on a worker, whatever the operator says.
+#: On older versions a wait always begins and ends on a worker.
 TRIGGERS_DO_IT = AIRFLOW >= (3, 3)
-#: A worker that begins a wait ends it as well where the batch has ended already.
+#: A worker that begins a wait also ends it if the batch has already ended.
 STARTS_OF_SENSOR = (1,) if TRIGGERS_DO_IT else (1, 2)
 
 WAITS = 50 if EXHAUSTIVE else 10
 
 
 def triggers(airflow: LiveAirflow, account: Emulator) -> dict[int, tuple[str, Any]]:
-    """The trigger rows of the waits, decrypted: arguments and triggerer by id."""
+    """Return the decrypted trigger rows of the waits: arguments and triggerer by trigger id."""
     ids = [batch["id"] for batch in batches(account)]
     rows = [row for row in airflow.trigger_rows() if any(one in row["kwargs"] for one in ids)]
     return {row["id"]: (row["kwargs"], row["triggerer_id"]) for row in rows}
@@ -46,7 +46,7 @@ def polled_by_all(account: Emulator, since: int) -> bool:
     return all(f"/v1/batches/{batch['id']}" in paths for batch in batches(account))
 
 
-def test_waits_outlive_their_triggerers(
+def test_waits_survive_the_loss_of_their_triggerer(
     live_airflow: LiveAirflow, open_account: OpenAccount, rows: Path
 ) -> None:
     airflow = live_airflow
@@ -67,7 +67,7 @@ def test_waits_outlive_their_triggerers(
         for name in names
     }
 
-    # Killed, and started again.
+    # The triggerer is killed and started again.
     airflow.kill("triggerer")
     since = len(account.requests)
     airflow.start("triggerer")
@@ -78,7 +78,7 @@ def test_waits_outlive_their_triggerers(
     }
     assert {triggerer for _, triggerer in after.values()} != {triggerer for _, triggerer in before.values()}
 
-    # Two of them; the one that holds the waits is stopped in order or, in the long run, killed.
+    # With two triggerers, the one that runs the waits is stopped or, in the exhaustive run, killed.
     airflow.start_extra_triggerer()
     airflow.kill("triggerer", signal.SIGKILL if EXHAUSTIVE else signal.SIGTERM)
     since = len(account.requests)
@@ -92,7 +92,7 @@ def test_waits_outlive_their_triggerers(
         )
         assert found == deadlines[name]
     if EXHAUSTIVE:
-        # The first comes back while the second goes on.
+        # The first triggerer comes back while the second continues.
         airflow.start("triggerer")
 
     account.service.advance(40000)
@@ -101,7 +101,7 @@ def test_waits_outlive_their_triggerers(
     assert len(batches(account)) == len(names)
     for name, batch_id in zip(names, wanted, strict=False):
         assert airflow.xcom("waits", run_id, name)["id"] == batch_id
-        # Begun once, ended once, though its trigger ran three times.
+        # A worker began it once and ended it once, although its trigger ran three times.
         assert worker_starts(airflow, "waits", run_id, name) == 2
         assert airflow.try_numbers("waits", run_id)[name] == 1
         log = airflow.task_log("waits", run_id, name)
@@ -113,7 +113,7 @@ def test_waits_outlive_their_triggerers(
 def started(
     live_airflow: LiveAirflow, live_emulator: Emulator, rows: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
-    """A finished run of the DAG `starts`; its id and its output folder."""
+    """A finished run of the DAG `starts`: its id and its output folder."""
     folder = tmp_path_factory.mktemp("starts")
     imperfect = write_rows(folder / "imperfect.jsonl", "[[emulator:error=400]]")
     conf = {
@@ -135,13 +135,13 @@ def test_creating_and_waiting_costs_one_worker_start(
     batch_id = live_airflow.xcom("starts", run_id, "create")
     assert re.fullmatch(r"batch_\w+", batch_id)
     assert live_airflow.xcom("starts", run_id, "create", key="batch_id") == batch_id
-    # What comes after can use both.
+    # Downstream tasks can use either XCom.
     for name in ("by-return-value", "by-batch-id"):
         assert live_airflow.xcom("starts", run_id, name)["rows"]["ok"] == ROWS
         assert len((folder / name / "results.jsonl").read_text().splitlines()) == ROWS
 
 
-def test_a_batch_that_is_not_flawless_is_judged_on_a_worker(
+def test_a_batch_with_failed_rows_is_judged_on_a_worker(
     live_airflow: LiveAirflow, started: tuple[str, Path]
 ) -> None:
     run_id, _ = started
@@ -151,7 +151,7 @@ def test_a_batch_that_is_not_flawless_is_judged_on_a_worker(
 
 def test_a_sensor_begins_without_a_worker(live_airflow: LiveAirflow, started: tuple[str, Path]) -> None:
     run_id, _ = started
-    # The one start is the end, which brings the return value.
+    # The only worker start is at the end, to push the return value.
     assert worker_starts(live_airflow, "starts", run_id, "sensor") in STARTS_OF_SENSOR
     assert live_airflow.xcom("starts", run_id, "sensor")["status"] == "completed"
 
@@ -166,7 +166,7 @@ def test_a_mapped_sensor_begins_without_a_worker(
         assert live_airflow.xcom("starts", run_id, "mapped", map_index=index)["id"] == batch_id
 
 
-def test_a_sensor_whose_template_no_triggerer_can_render_begins_on_a_worker(
+def test_a_sensor_begins_on_a_worker_if_the_triggerer_cannot_render_its_template(
     live_airflow: LiveAirflow, started: tuple[str, Path]
 ) -> None:
     run_id, _ = started

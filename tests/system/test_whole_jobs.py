@@ -1,4 +1,4 @@
-"""A job of 12,003 rows over two models on a live Airflow, undisturbed and killed at random moments."""
+"""A job of 12,003 rows over two models on a live Airflow: once undisturbed, once killed at random moments."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def sent(account: Emulator) -> tuple[int, int]:
     return counts.get("POST /files", 0), counts.get("POST /batches", 0)
 
 
-def test_a_killed_job_ends_as_an_undisturbed_one(
+def test_a_killed_job_has_the_same_results_as_an_undisturbed_one(
     live_airflow: LiveAirflow, open_account: OpenAccount, requests: Path, tmp_path: Path
 ) -> None:
     settings = {"speed": 60.0, "rows_per_second": 50.0}
     calm = open_account("calm_job", **settings)
     run_id = run_job(live_airflow, "calm_job", requests, tmp_path / "calm")
     assert live_airflow.wait_for_run("whole_jobs", run_id, timeout=180) == "success"
-    # Three shards and then one of the two rows worth another attempt, for each model.
+    # Three shards, then one shard with the two rows to send again; one batch per shard and model.
     assert sent(calm) == (4, 8)
     expected = contents(tmp_path / "calm")
     for model in MODELS:
@@ -77,7 +77,7 @@ def test_a_killed_job_ends_as_an_undisturbed_one(
         for kind in ("hold", "hold-after")
         for skip in range(most)
     ]
-    # One after another, since each retry begins with what the one before left undone.
+    # The faults hit one after another, because each retry continues where the previous try stopped.
     for fault in random.Random(7).sample(faults, 4):
         hurt.faults.add(fault)
     run_id = run_job(live_airflow, "killed_job", requests, tmp_path / "killed")
@@ -86,13 +86,13 @@ def test_a_killed_job_ends_as_an_undisturbed_one(
         if not hurt.held:
             time.sleep(0.05)
             continue
-        # Stopped in the middle of a request, and dead before the answer.
+        # The task is stopped during a request and dies before the response.
         live_airflow.kill_task("whole_jobs", run_id, "run")
         hurt.release()
         eventually(lambda: not hurt.held)
         killed += 1
     assert live_airflow.wait_for_run("whole_jobs", run_id, timeout=240) == "success"
-    assert killed >= 2, "hardly any kill met a running task"
+    assert killed >= 2, "too few kills hit a running task"
     assert sent(hurt) == sent(calm)
     assert contents(tmp_path / "killed") == expected
     assert not list((tmp_path / "killed").glob(".siliconflow"))

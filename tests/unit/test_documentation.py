@@ -77,7 +77,7 @@ def test_code_is_code(page: Path) -> None:
 )
 def test_the_reference_names_every_argument(thing: type) -> None:
     said = section(thing.__name__)
-    shared = section("Arguments that several share")
+    shared = section("Shared arguments")
     own = set(inspect.signature(thing.__init__).parameters) - {"self", "args", "kwargs"}  # type: ignore[misc]
     for argument in sorted(own | {"conn_id", "fail_fast"}):
         assert f"`{argument}`" in said, argument

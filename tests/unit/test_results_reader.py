@@ -128,7 +128,7 @@ def test_a_job_that_was_finished_later_is_the_same_job(tmp_path: Path) -> None:
     assert [row.text for row in read_results(manifest(tmp_path, "a", unfinished="1"))] == ["A"]
 
 
-def test_downloads_are_told_apart_by_their_batches(tmp_path: Path) -> None:
+def test_downloads_differ_by_their_batches(tmp_path: Path) -> None:
     write(tmp_path / "results.jsonl", "A")
     first, second = manifest(tmp_path, None), manifest(tmp_path, None)
     first["models"][0]["batches"] = [{"id": "batch_1"}]

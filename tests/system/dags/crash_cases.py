@@ -1,4 +1,4 @@
-"""Where tasks of the DAG `crashes` die, for the DAG and for the test that runs it."""
+"""The points at which tasks of the DAG `crashes` die. The DAG and its test share them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-#: The process kills itself here, in its first try. Named after what it has just done, or is about to do.
+#: Points at which the process kills itself in its first try, named after its last or next step.
 UPLOAD_POINTS = ("before-upload", "after-upload", "upload-recorded")
 BATCH_POINTS = ("before-post", "after-post", "recorded", "xcom-pushed")
 DEFERRING_POINTS = ("before-defer", "resumed")
-#: The emulator holds this request; the test kills the process, and only then lets the emulator go on.
+#: Requests that the emulator holds until the test has killed the process.
 HELD = {
     "upload-held": ("POST /files", "hold"),
     "upload-answer-held": ("POST /files", "hold-after"),
@@ -23,7 +23,7 @@ HELD = {
 
 @dataclass(frozen=True)
 class CrashCase:
-    """A create task: what it is given, how it waits, with or without the task state store, where it dies."""
+    """A create task: its input, how it waits, whether it uses the task state store, and where it dies."""
 
     source: str
     wait: str
@@ -53,7 +53,7 @@ ALL_CASES = [
     for point in _points(source, wait)
 ]
 
-#: Every point once at least, every combination of input, wait and store once at least.
+#: Covers every point, and every combination of input, wait and store, at least once.
 _ESSENTIAL = [
     "path.deferrable.store.before-upload",
     "path.none.nostore.after-upload",
@@ -79,5 +79,5 @@ _ESSENTIAL = [
 
 CRASH_CASES = [case for case in ALL_CASES if os.environ.get("EXHAUSTIVE") or case.name in _ESSENTIAL]
 
-#: Points of the download task.
+#: Points at which the download task dies.
 DOWNLOAD_POINTS = ("download-held", "before-manifest")

@@ -1,4 +1,4 @@
-"""One task per crash, all at once: `conf` names the file of rows, file ids and batch ids by task, and a folder."""
+"""One task per crash, all in parallel. `conf` has the file of rows, file and batch ids by task, and a folder."""
 
 from __future__ import annotations
 

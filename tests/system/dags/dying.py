@@ -1,4 +1,4 @@
-"""Operators that die in their first try at a given point, by SIGKILL, as when their machine loses power."""
+"""Operators that die by SIGKILL at a given point of their first try, as if their machine lost power."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from airflow_provider_siliconflow.task.state import airflow_version
 
 def _die(*_: Any, **__: Any) -> NoReturn:
     if airflow_version() == (3, 0):
-        # Airflow 3.0 fails a task for good whose process alone is killed; with its supervisor it retries.
+        # Airflow 3.0 fails a task for good if only its process is killed, and retries it if its supervisor dies too.
         os.kill(os.getppid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("unreachable")
@@ -38,8 +38,8 @@ def _then_die(
 
 class DyingCreate(CreateBatchOperator):
     """
-    :param dies_at: a point of `crash_cases`; those in `HELD` are left to the test.
-    :param store: whether to use Airflow's task state store where there is one.
+    :param dies_at: a point of `crash_cases`; the test handles the points in `HELD`.
+    :param store: whether to use Airflow's task state store if it exists.
     """
 
     def __init__(self, *, dies_at: str = "", store: bool = True, **kwargs: Any) -> None:
@@ -55,7 +55,7 @@ class DyingCreate(CreateBatchOperator):
         if not self.store:
             os.environ["AIRFLOW__SILICONFLOW__TASK_STATE_STORE"] = "False"
         if not os.environ.get("EXHAUSTIVE"):
-            # The emulator lists a batch at once; a minute of patience per search is left to the long run.
+            # The emulator lists a batch at once. Only the exhaustive run searches for a full minute.
             submission.LIST_LAG = 15.0
         if context["ti"].try_number > 1:
             return
@@ -88,7 +88,7 @@ class DyingCreate(CreateBatchOperator):
 
 
 class DyingWhenResumed(DyingCreate):
-    """Has an ending of its own, so that no trigger may end it."""
+    """Overrides `execute_complete`, so that the task does not end in the triggerer."""
 
     def execute_complete(self, context: Any, event: Any = None) -> str:
         if context["ti"].try_number == 1:

@@ -1,4 +1,4 @@
-"""Accounts that answer badly, for the DAG `faults` and for the test that runs it."""
+"""Accounts with faulty responses. The DAG `faults` and its test share them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def _refusal(status: int, code: int | None, message: str, **more: Any) -> dict[s
 @dataclass(frozen=True)
 class Account:
     """
-    An account that answers badly.
+    An account with faulty responses.
 
-    :param extra: of the connection.
-    :param settings: of the emulator.
-    :param foreign: batches of other people in the account.
-    :param foreign_age: how many seconds ago they were made.
+    :param extra: the extra of the connection.
+    :param settings: the settings of the emulator.
+    :param foreign: number of batches in the account that belong to others.
+    :param foreign_age: age of those batches in seconds.
     """
 
     faults: tuple[dict[str, Any], ...]
@@ -35,7 +35,7 @@ class Account:
 
 _RESET = _fault("POST /batches", "reset-after")
 
-#: The batch is made, and nobody hears of it.
+#: The batch or file is created, but the response is lost.
 LOST_ANSWERS = {
     "reset": Account((_RESET,)),
     "http-500": Account((_fault("POST /batches", "status-after", status=500),)),
@@ -52,7 +52,7 @@ LOST_ANSWERS = {
     "upload-502": Account((_fault("POST /files", "status-after", status=502),)),
 }
 
-#: Nothing is made, and the account says so. `$DATE` is an HTTP date five seconds ahead.
+#: Nothing is created, and the response says so. The test replaces `$DATE` with an HTTP date.
 REFUSALS = {
     "http-429": Account((_refusal(429, None, "Request was rejected due to rate limiting."),)),
     "http-429-seconds": Account(
@@ -67,7 +67,7 @@ REFUSALS = {
     "no-connection": Account(()),
 }
 
-#: Every other poll goes wrong, each time in another way, while the batch runs for 35 seconds.
+#: Every other poll fails, each in a different way, while the batch runs for 35 seconds.
 _NOISE = tuple(
     _fault("GET /batches/*", skip=number, **fault)
     for number, fault in enumerate(

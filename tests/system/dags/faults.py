@@ -1,4 +1,4 @@
-"""One task per badly answering account, all at once: `conf` names the file of rows, and batches to wait for."""
+"""One task per account with faulty responses, all in parallel. `conf` has the file of rows and batches to wait for."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ with DAG(
             batch_id="{{ dag_run.conf['batches'][ti.task_id] }}",
             deferrable=name.endswith("deferred"),
             mode="reschedule" if name.endswith("reschedule") else "poke",
-            # Rescheduled faster than the scheduler looks, Airflow itself takes a task for killed.
+            # If a task is rescheduled faster than the scheduler polls, Airflow treats it as killed.
             poke_interval=5 if name.endswith("reschedule") else 1,
         )

@@ -1,4 +1,4 @@
-"""Tasks for a person to end. `conf` names the file of rows, and a batch of somebody else's for the sensor."""
+"""Tasks that the tests end by hand. `conf` has the file of rows, and an existing batch for the sensor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ with DAG(
     for task_id in ("running-failed", "running-cleared", "running-evicted"):
         CreateBatchOperator(task_id=task_id, deferrable=False, **COMMON)
     CreateBatchOperator(task_id="running-keep", deferrable=False, **COMMON | {"cancel_on_kill": False})
-    # The request for the batch is held while the task is marked failed.
+    # The emulator holds a request of these tasks while they are marked failed.
     for task_id in ("posting-failed", "uploading-failed"):
         CreateBatchOperator(task_id=task_id, deferrable=False, **COMMON | {"conn_id": task_id})
     CreateBatchOperator.partial(task_id="mapped", deferrable=True, **COMMON).expand(

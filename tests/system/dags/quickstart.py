@@ -1,4 +1,4 @@
-"""What runs on every Airflow: the example, and a task that dies once."""
+"""DAGs for every Airflow version: the quickstart example, and tasks that die once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many waits at once, and tasks of which the worker starts are counted. `conf` names batches and files."""
+"""Many parallel waits, and tasks whose worker starts are counted. `conf` has batches and files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from airflow.triggers.base import StartTriggerArgs
 from airflow_provider_siliconflow.operators.batch import CreateBatchOperator, DownloadBatchResultsOperator
 from airflow_provider_siliconflow.sensors.batch import BatchSensor
 
-#: Each costs a worker start at its begin and one at its end.
+#: Each wait costs one worker start at its beginning and one at its end.
 WAITS = 50 if os.environ.get("EXHAUSTIVE") else 10
 RETRIES = {"retries": 2, "retry_delay": timedelta(seconds=1)}
 
@@ -25,7 +25,7 @@ with DAG("waits", start_date=datetime(2026, 1, 1), schedule=None, default_args=R
             poke_interval=1,
             timeout=1800,
         )
-    # A person's kill would cancel its batch; what happens to its triggerer must not.
+    # A manual kill would cancel its batch; the loss of its triggerer must not.
     CreateBatchOperator(
         task_id="create",
         conn_id="waits",
@@ -67,7 +67,7 @@ with DAG("starts", start_date=datetime(2026, 1, 1), schedule=None, default_args=
         task_id="sensor", batch_id=submit.output, deferrable=True, start_from_trigger=True, poke_interval=1
     )
 
-    # Its template makes the triggerer of 3.3.2 wait for ever; a worker has to begin.
+    # The triggerer of 3.3.2 would hang on this template, so a worker must begin the wait.
     BatchSensor(
         task_id="unfit",
         batch_id="{{ ti.xcom_pull(task_ids='submit') }}",
@@ -79,7 +79,7 @@ with DAG("starts", start_date=datetime(2026, 1, 1), schedule=None, default_args=
     def ids(dag_run=None):  # type: ignore[no-untyped-def]
         return dag_run.conf["batches"]
 
-    # Values of `expand` do not reach a trigger that starts by itself; templates do.
+    # Values of `expand` do not reach a trigger that starts without a worker, but templates do.
     BatchSensor.partial(
         task_id="mapped",
         deferrable=True,

@@ -1,4 +1,4 @@
-"""A job of several shards and models, for tests that kill it."""
+"""A job with several shards and models, which tests kill."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_backoff_doubles_up_to_its_limit() -> None:
     [
         (NotSentError("x"), True, True),
         (RateLimitedError("x", status_code=429), True, True),
-        (ServiceUnavailableError("System is overloaded", status_code=503), True, True),
+        (ServiceUnavailableError("System is overloaded", status_code=503), False, True),
         (ServiceUnavailableError("x", status_code=503, code="50603"), True, True),
         (ServiceUnavailableError("x", status_code=503), False, True),
         (ServiceUnavailableError("overloaded", status_code=502), False, True),

@@ -250,7 +250,7 @@ def test_an_answer_without_a_choice_is_an_error(folder: Folder) -> None:
     assert merged.tally.messages["overloaded (50505)"] == 1
 
 
-def test_a_balance_error_is_told_apart(folder: Folder) -> None:
+def test_a_balance_error_is_counted(folder: Folder) -> None:
     message = "Sorry, your account balance is insufficient"
     merged = folder.merge(folder.batch(None, [failure("a", "30001", message), failure("b", "429", "slow")]))[
         0

@@ -177,7 +177,9 @@ def test_a_line_of_any_shape_is_judged_as_the_model_judges_it(data: Any) -> None
         (None, None, None, False),
     ],
 )
-def test_only_passing_failures_are_worth_a_retry(code: Any, message: Any, status: Any, expected: Any) -> None:
+def test_only_transient_failures_are_worth_a_retry(
+    code: Any, message: Any, status: Any, expected: Any
+) -> None:
     assert worth_retrying(Outcome.ERROR, code=code, message=message, status=status) is expected
 
 

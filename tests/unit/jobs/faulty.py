@@ -27,7 +27,9 @@ from airflow_provider_siliconflow.emulator.config import EmulatorConfig
 from airflow_provider_siliconflow.emulator.service import EmulatedService, ServiceError
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork, Submitter, Upload
 from airflow_provider_siliconflow.jobs.states import (
+    Ended,
     Planned,
+    Sent,
     State,
     UploadState,
     check_transition,
@@ -273,8 +275,9 @@ class FaultyLedger:
     def retired(self, key: str) -> tuple[Any, ...]:
         return self.dead.get(key, ())
 
-    def holds(self, batch_id: str) -> bool:
-        return any(getattr(state, "batch_id", None) == batch_id for state in self.states.values())
+    def recorded_batches(self) -> dict[str, int]:
+        states = [*self.states.values(), *(each for dead in self.dead.values() for each in dead)]
+        return {state.batch_id: state.number for state in states if isinstance(state, Sent | Ended)}
 
     def earlier_work(self, key: str) -> tuple[str, State] | None:
         others = [other for other in self.states if other != key]
@@ -288,9 +291,6 @@ class FaultyLedger:
 
     def record_upload(self, key: str, state: UploadState) -> None:
         self.uploads[key] = state
-
-    def older_batches(self, key: str) -> frozenset[str]:
-        return frozenset()
 
 
 def make_work(service: EmulatedService, task_id: str = "create") -> BatchWork:

@@ -20,6 +20,7 @@ from airflow.providers.common.compat.sdk import (
 from airflow.triggers.base import TriggerEvent
 
 from airflow_provider_siliconflow.api.exceptions import BatchWaitError
+from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.sensors.batch import BatchSensor
 from airflow_provider_siliconflow.triggers import batch as trigger_module
@@ -248,3 +249,27 @@ def test_a_rescheduled_sensor_gives_an_unknown_batch_up_as_any_other_does(
         # Retries are left to it, as nobody knows whether an earlier process had found it.
         with pytest.raises(BatchWaitError, match="batch_unknown is not known to this account"):
             sensor.poke(context)
+
+
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_a_rescheduled_sensor_waits_within_a_poke_for_counts_that_come_late(
+    make_context: MakeContext, mocker: MockerFixture
+) -> None:
+    """The next poke is another process, for which it would be the first look again, and so for ever."""
+    early = Batch(id="batch_1", status="completed", request_counts={"total": 2, "completed": 0})
+    settled = Batch(id="batch_1", status="completed", request_counts={"total": 2, "completed": 2})
+    mocker.patch("airflow_provider_siliconflow.jobs.settled.SETTLE_POLL", 0.05)
+    client = "airflow_provider_siliconflow.api.client.SiliconFlowClient"
+    read = mocker.patch(f"{client}.get_batch", side_effect=[early, early, settled])
+    sensor = BatchSensor(task_id="t", batch_id="batch_1", mode="reschedule")
+    mocker.patch.object(BatchSensor, "_first_poke", return_value=None)
+    done = sensor.poke(make_context(sensor))
+    assert done.xcom_value["request_counts"]["completed"] == 2
+    assert read.call_count == 3
+
+
+def test_a_poll_takes_no_longer_than_the_wait(mocker: MockerFixture, make_batch: Callable[..., str]) -> None:
+    hook = SiliconFlowHook()
+    read = mocker.spy(hook.get_conn(), "get_batch")
+    hook.wait_for_batches([make_batch("Hi")], poll_interval=0.05, deadline=time.time() + 60)
+    assert all(0 < call.kwargs["within"] <= 60 for call in read.call_args_list)

@@ -1,0 +1,148 @@
+"""The key, headers' values and proxies' passwords are shown nowhere, in whichever form an answer repeats them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+import traceback
+from urllib.parse import quote
+
+import pytest
+
+from airflow_provider_siliconflow.api import protocol, redaction
+from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+from airflow_provider_siliconflow.api.models import Batch, BatchResult
+from airflow_provider_siliconflow.api.redaction import brief, redact, shown
+from airflow_provider_siliconflow.api.settings import ClientSettings
+from tests.unit.boundary.hostile import KEY, Ask, answer, make_settings, serving
+
+pytestmark = pytest.mark.usefixtures("no_proxies")
+
+TEAM = "x-team-secret-123456"
+HEADER = 'te/am&"<token>" 0123456789'
+PASSWORD = "pä:ss/w@rd"
+GET = protocol.get_batch("batch_1")
+
+
+@pytest.fixture(autouse=True)
+def known() -> ClientSettings:
+    proxy = f"http://me:{quote(PASSWORD, safe='')}@proxy.example:3128"
+    return ClientSettings(KEY, headers={"X-Team": HEADER}, proxies={"all": proxy})
+
+
+def forms(secret: str) -> list[str]:
+    in_json = json.dumps(secret)[1:-1]
+    return [
+        secret,
+        in_json,
+        json.dumps(secret, ensure_ascii=False)[1:-1],
+        in_json.replace("/", "\\/"),
+        in_json.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"),
+        quote(secret),
+        quote(secret, safe=""),
+        re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), quote(secret, safe="")),
+        html.escape(secret),
+    ]
+
+
+@pytest.mark.parametrize("secret", [KEY, HEADER, PASSWORD])
+def test_a_secret_is_hidden_in_every_form(secret: str) -> None:
+    for form in forms(secret):
+        for text in (form, f"before {form} after", f'{{"x": "{form}"}}', f"/path/{form}/more"):
+            assert form not in redact(text), text
+
+
+def test_a_proxys_credentials_are_hidden_as_they_are_sent() -> None:
+    basic = base64.b64encode(f"me:{PASSWORD}".encode()).decode()
+    assert basic.rstrip("=") not in redact(f"Proxy-Authorization: Basic {basic}")
+
+
+def test_the_last_word_of_a_header_is_a_secret_by_itself() -> None:
+    ClientSettings(KEY, headers={"X-Auth": "Token abcdefghijk"})
+    assert "abcdefghijk" not in redact("who is abcdefghijk?")
+
+
+@pytest.mark.parametrize("before", range(980, 1003))
+def test_no_part_of_a_secret_is_left_where_a_text_is_cut(before: int) -> None:
+    assert KEY[:6] not in brief("x" * before + KEY)
+
+
+@pytest.mark.parametrize("before", range(1970, 2003))
+def test_no_part_of_a_secret_is_left_where_reading_stops(before: int) -> None:
+    """What is redacted before may make room for what was read last."""
+    shrinks = f"https://h/p?{'q' * (before - 13)} "
+    assert len(shrinks) == before
+    assert KEY[:4] not in brief(shrinks + KEY + " " * 100)
+
+
+def test_a_short_word_is_no_secret() -> None:
+    ClientSettings("k", headers={"X-Team": "nlp"})
+    assert redact("ok, nlp") == "ok, nlp"
+
+
+def test_a_word_in_a_header_changes_no_id() -> None:
+    """Airflow rebuilds the batch out of the event: its ids must go on to work."""
+    ClientSettings(KEY, headers={"X-Kind": "batch", "X-State": "completed"})
+    data = Batch(id="batch_1", status="completed", errors=["no batch"]).to_json_dict()
+    assert (data["id"], data["status"], data["errors"]) == ("batch_1", "completed", ["no ***"])
+    assert shown("batch_1") == "batch_1"
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 500, 302])
+def test_an_answer_that_repeats_what_was_sent_shows_no_secret(
+    ask: Ask, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    echoed = {f"f{number}": form for number, form in enumerate([*forms(KEY), *forms(TEAM)])}
+    body = {
+        "code": 20015,
+        "message": f"who is Bearer {KEY}, {forms(HEADER)}?",
+        "error": {"message": KEY},
+        **echoed,
+    }
+    headers = {"x_siliconcloud_trace_id": KEY, "Location": f"https://h/{KEY}"}
+    with serving(answer(body, status, **headers)) as server, pytest.raises(SiliconFlowError) as caught:
+        ask(make_settings(server.url, headers={"X-Team": TEAM}, max_retries=1), GET)
+    told = "".join(traceback.format_exception(caught.value)) + caplog.text + repr(vars(caught.value))
+    for secret in (KEY, TEAM, HEADER):
+        assert secret not in told
+
+
+def test_a_batch_that_repeats_what_was_sent_shows_no_secret(ask: Ask) -> None:
+    body = {
+        "id": "batch_1",
+        "status": KEY,
+        "errors": [f"bad key {KEY}", {"message": KEY, "line": KEY}],
+        "metadata": {KEY: KEY},
+        "file_name": KEY,
+        KEY: {KEY: [KEY]},
+        "output_file_id": f"https://h/{KEY}",
+    }
+    with serving(answer(body)) as server:
+        batch = ask(make_settings(server.url), GET)
+    assert KEY not in repr(batch) + str(batch.to_json_dict()) + str(batch.error_messages) + batch.status
+
+
+def test_a_row_that_repeats_what_was_sent_shows_no_secret() -> None:
+    row = BatchResult(custom_id="r", error={"code": KEY, "message": f"bad key {KEY}"})
+    assert KEY not in f"{row.error_code}{row.error_message}"
+
+
+def test_the_environments_proxy_keeps_its_password(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://me:env-password@127.0.0.1:9")
+    with pytest.raises(SiliconFlowError):
+        ask(make_settings("http://api.invalid"), GET)
+    assert "env-password" not in redact("proxy me:env-password is not there")
+
+
+def test_secrets_are_not_remembered_without_end() -> None:
+    before = redaction._SECRETS
+    redaction._SECRETS = redaction._Secrets()
+    try:
+        for number in range(1100):
+            redaction.remember_secrets(f"secret-{number:06d}")
+        assert "secret-001099" not in redact("secret-001099")
+        assert len(redaction._SECRETS._known) <= 1000
+    finally:
+        redaction._SECRETS = before
