@@ -107,7 +107,7 @@ class Collector:
         by_id = {batch.id: batch for batch in batches}
         for piece in self._job.current:
             state = self._job.state(piece)
-            if not isinstance(state, Sent) or state.terminal_since is None or state.batch_id not in by_id:
+            if not isinstance(state, Sent) or not state.terminal_since or state.batch_id not in by_id:
                 continue
             try:
                 with self._downloaded(

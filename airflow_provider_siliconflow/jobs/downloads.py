@@ -148,7 +148,7 @@ class ResultFiles:
                     )
                 target.write(chunk)
                 lines += chunk.count(b"\n")
-                last = chunk[-1:]
+                last = chunk[-1:] or last
         return lines + (last != b"\n")
 
 

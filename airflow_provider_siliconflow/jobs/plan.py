@@ -96,6 +96,7 @@ class Plan:
     work under another identity would be paid for again.
 
     :param submitter: whose job it is.
+    :param conn_id: the connection that leads to its batches.
     :param models: models by ``replace``, in the order of their indexes.
     :param max_rows: rows per shard at most, as the rows were cut.
     :param max_bytes: bytes per shard at most.
@@ -108,6 +109,7 @@ class Plan:
     completion_window: str
     metadata: Mapping[str, str]
     submitter: Submitter
+    conn_id: str
     models: tuple[str, ...]
     max_rows: int
     max_bytes: int
@@ -122,6 +124,7 @@ class Plan:
             "completion_window": self.completion_window,
             "metadata": dict(self.metadata),
             "task": asdict(self.submitter),
+            "conn_id": self.conn_id,
             "models": list(self.models),
             "max_rows": self.max_rows,
             "max_bytes": self.max_bytes,
@@ -142,6 +145,7 @@ class Plan:
             completion_window=check_completion_window(data["completion_window"]),
             metadata=check_metadata(data["metadata"], identified=True),
             submitter=_checked_submitter(Submitter(**data["task"])),
+            conn_id=str(data["conn_id"]),
             models=tuple(str(model) for model in data["models"]),
             max_rows=int(data["max_rows"]),
             max_bytes=int(data["max_bytes"]),

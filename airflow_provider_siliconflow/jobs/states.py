@@ -73,13 +73,13 @@ class Sent:
 
     :param batch_id: its id.
     :param number: that of the answer that told its id, see :class:`Sending`; 0 if a search found it.
-    :param terminal_since: when it was first seen in a terminal status, in epoch seconds of the worker's clock, if it is
-        not settled yet; see :mod:`~.jobs.settled`.
+    :param terminal_since: when it was first seen in a terminal status that is not settled yet, in epoch seconds of the
+        worker's clock; 0 if it was not. See :mod:`~.jobs.settled`.
     """
 
     batch_id: str
     number: int = 0
-    terminal_since: float | None = None
+    terminal_since: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,11 +243,8 @@ def _decode(entry: dict[str, Any]) -> State:
         case "sending":
             return Sending(_number(entry["number"]), _time(entry["at"]), _flag(entry["accepted"]))
         case "sent":
-            since = entry["terminal_since"]
             return Sent(
-                checked_id(entry["batch_id"]),
-                _number(entry["number"]),
-                None if since is None else _time(since),
+                checked_id(entry["batch_id"]), _number(entry["number"]), _time(entry["terminal_since"])
             )
         case "ended":
             return Ended(

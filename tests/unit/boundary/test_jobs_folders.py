@@ -256,6 +256,17 @@ def test_models_that_were_changed_between_two_tries_are_named(emulator: Emulator
     assert posts(emulator) == (2, 2)
 
 
+def test_a_connection_that_was_changed_between_two_tries_is_named(emulator: Emulator, tmp_path: Path) -> None:
+    """Through the new one the batches of the first try cannot be seen: that is no proof that they do not run."""
+    job = small(emulator, tmp_path)
+    started(job)
+    job.conn_id = "other"
+    emulator.faults.add("GET /batches/*:status=404,times=-1")
+    with pytest.raises(InvalidInputError, match="models, conn_id or output_dir"):
+        job.attempt()
+    assert posts(emulator) == (2, 2)
+
+
 # Generations ------------------------------------------------------------------------------------------------
 
 

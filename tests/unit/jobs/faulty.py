@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from airflow_provider_siliconflow.api.exceptions import (
+    APIError,
     InsufficientBalanceError,
+    InvalidRequestError,
     NoAnswerError,
     NotFoundError,
     NotSentError,
@@ -128,6 +130,14 @@ class FakeListing:
         return next(self._batches)
 
 
+_ERRORS: dict[int, type[APIError]] = {
+    400: InvalidRequestError,
+    402: InsufficientBalanceError,
+    404: NotFoundError,
+    429: RateLimitedError,
+}
+
+
 class FaultyAPI:
     """The emulator's rules behind the calls of a client, with a script of faults."""
 
@@ -171,8 +181,7 @@ class FaultyAPI:
         try:
             answer = work()
         except ServiceError as exc:
-            error = NotFoundError if exc.status == 404 else InsufficientBalanceError
-            raise error(str(exc.body), status_code=exc.status) from exc
+            raise _ERRORS[exc.status](str(exc.body), status_code=exc.status) from exc
         if fault == "crash-after":
             raise Crash
         if fault == "lost-after":
@@ -189,6 +198,9 @@ class FaultyAPI:
 
     def _batch(self, view: dict[str, Any]) -> Batch:
         return Batch.model_validate(self.oddities.of_id(view))
+
+    def cancel_batch(self, batch_id: str) -> Batch:
+        return self._batch(self._run("cancel", lambda: self.service.cancel_batch(batch_id)))
 
     def list_batches(self) -> FakeListing:
         page = self._run("list", lambda: self.service.list_batches(limit=100))
