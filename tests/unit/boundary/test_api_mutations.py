@@ -67,7 +67,9 @@ def check_result(result: Any) -> None:
         if isinstance(item, Batch):
             data = item.to_json_dict()
             # Metadata is the author's own; a URL in it is shown whole.
-            check_value(data | {"metadata": json.loads(json.dumps(data["metadata"]).replace("SIGNATURE", ""))})
+            check_value(
+                data | {"metadata": json.loads(json.dumps(data["metadata"]).replace("SIGNATURE", ""))}
+            )
             check_value(item.error_messages)
             # It comes back as it went.
             again = Batch.model_validate(item.to_json_dict())
