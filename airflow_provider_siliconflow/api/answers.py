@@ -50,6 +50,8 @@ LARGE_ANSWER_BYTES = 256 << 10
 _MAX_FIELD_BYTES = 64 << 10
 #: Bytes of the largest answer that is read again, more patiently, if it is not strictly JSON.
 _MAX_ODD_JSON_BYTES = 1 << 20
+#: Bytes that are decompressed at once.
+_PIECE_BYTES = 64 << 10
 #: Longest wait that a ``Retry-After`` header can ask for, in seconds; after it we ask again.
 RETRY_AFTER_LIMIT = 900.0
 
@@ -85,13 +87,21 @@ def unpack(body: bytes, encoding: str | None, limit: int, *, status: int = 200) 
         raise ValueError(f"it is encoded as {brief(name, 40)!r}, which was not asked for")
     # 32: gzip or zlib, by its head.
     inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
-    try:
-        plain = inflate.decompress(body, limit + 1)
-    except zlib.error as exc:
-        raise ValueError(f"it cannot be decompressed: {exc}") from exc
-    if len(plain) > limit and is_success(status):
-        raise ValueError(f"it has more than {limit} bytes once decompressed")
-    return plain[:limit]
+    pieces: list[bytes] = []
+    size = 0
+    while body and not inflate.eof:
+        try:
+            piece = inflate.decompress(body, _PIECE_BYTES)
+        except zlib.error as exc:
+            raise ValueError(f"it cannot be decompressed: {exc}") from exc
+        body = inflate.unconsumed_tail
+        pieces.append(piece)
+        size += len(piece)
+        if size > limit:
+            if is_success(status):
+                raise ValueError(f"it has more than {limit} bytes once decompressed")
+            break
+    return b"".join(pieces)[:limit]
 
 
 def parse(body: bytes, *, is_list: bool = False) -> Any:

@@ -123,7 +123,7 @@ class AsyncSiliconFlowClient:
         except (TimeoutError, aiohttp.ClientError, OSError) as exc:
             raise self._failure(call, exc, progress, limit) from None
         answer = functools.partial(call.answer, response.status, response.headers, body)
-        if len(body) <= LARGE_ANSWER_BYTES:
+        if len(body) <= LARGE_ANSWER_BYTES and "Content-Encoding" not in response.headers:
             return answer()
         if self._reader is None:
             # One of our own: the triggerer's has a few threads only, and others wait in them.
