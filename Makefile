@@ -5,18 +5,20 @@ NEWEST := 3.3
 OLDEST := 2.11
 VERSIONS := 2.11 3.0 3.1 3.2 3.3
 PYTEST_ARGS ?=
+MUTATION_ARGS ?=
 
 environment = $(PYTHON) scripts/environment.py --airflow $(1) --venv .test/airflow-$(1) --groups $(2)
 python = .test/airflow-$(1)/bin/python
 newest := $(call python,$(NEWEST))
 
-.PHONY: help demo test test-newest test-oldest lint matrix bench clean $(VERSIONS:%=matrix-%)
+.PHONY: help demo test test-newest test-oldest lint matrix mutation bench clean $(VERSIONS:%=matrix-%)
 
 help:
 	@echo "make demo    the example DAG on a real Airflow against a local SiliconFlow: no key, no cost"
 	@echo "make test    lint, types, all tests on Airflow $(NEWEST), the essential ones on $(OLDEST)"
 	@echo "make lint    lint and types only"
 	@echo "make matrix  the essential tests on Airflow $(VERSIONS)"
+	@echo "make mutation  faults put into jobs/ and task/, and which of them the tests notice"
 	@echo "make bench   the benchmarks"
 	@echo "make clean   remove everything that these made"
 
@@ -44,6 +46,10 @@ matrix: $(VERSIONS:%=matrix-%)
 $(VERSIONS:%=matrix-%): matrix-%:
 	@$(call environment,$*,test)
 	$(call python,$*) -m pytest -m "unit or every_airflow" $(PYTEST_ARGS)
+
+mutation:
+	@$(call environment,$(NEWEST),dev)
+	$(newest) -m scripts.mutation $(MUTATION_ARGS)
 
 bench:
 	@$(call environment,$(NEWEST),dev)

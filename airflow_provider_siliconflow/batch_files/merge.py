@@ -418,7 +418,12 @@ def _count_row(verdict: Verdict, model: str | None, round: int, tally: ModelTall
         tally.ok_in_round[round] = tally.ok_in_round.get(round, 0) + 1
         reason = verdict.finish_reason
         if reason is not None:
-            tally.add_finish_reason(reason)
+            reasons = tally.finish_reasons
+            # A call per row is what this saves.
+            if reason in reasons:
+                reasons[reason] += 1
+            else:
+                tally.add_finish_reason(reason)
             if reason == "length":
                 tally.truncated += 1
         if verdict.empty:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 from sys import intern
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -20,6 +21,9 @@ from airflow_provider_siliconflow.api.bounds import MAX_COUNT, MAX_STATUS
 from airflow_provider_siliconflow.api.models import BatchResult, Outcome, has_content, judge
 from airflow_provider_siliconflow.api.redaction import READ_CHARACTERS, brief, valid_text
 from airflow_provider_siliconflow.batch_files.tally import MESSAGE_CHARACTERS, Usage
+
+#: Bytes of the longest error whose verdict is remembered.
+_LONGEST_KNOWN = 1024
 
 #: Characters of the longest model name that is kept.
 _LONGEST_MODEL = 256
@@ -135,6 +139,14 @@ class _Answered(msgspec.Struct, Generic[Choices], gc=False):
     error: None = None
 
 
+class _Failed(msgspec.Struct, gc=False):
+    """The usual failure."""
+
+    custom_id: str
+    error: msgspec.Raw
+    response: None = None
+
+
 class _Named(msgspec.Struct, gc=False):
     custom_id: str | int
 
@@ -142,6 +154,7 @@ class _Named(msgspec.Struct, gc=False):
 _decode_answered = msgspec.json.Decoder(_Answered[list[_Choice]]).decode
 # A list of millions of choices would fill the memory; one is the rule.
 _decode_large = msgspec.json.Decoder(_Answered[tuple[_LargeChoice]]).decode
+_decode_failed = msgspec.json.Decoder(_Failed).decode
 _decode_named = msgspec.json.Decoder(_Named).decode
 
 _REFUSED = (msgspec.DecodeError, ValueError, RecursionError)
@@ -201,14 +214,13 @@ def read_verdict(line: bytes) -> Verdict | None:
 
     :raises UnreadableLineError: it is not JSON, or nested too deeply.
     """
-    decode = _decode_answered if len(line) <= _LARGE_LINE else _decode_large
     try:
-        answered = decode(line)
+        answered = _decode_answered(line) if len(line) <= _LARGE_LINE else _decode_large(line)
         # Only a short text can be blank in earnest.
         content = answered.response.body.choices[0].message.content
         empty = len(content) < 64 and _is_blank(msgspec.json.decode(content))
     except (*_REFUSED, IndexError):
-        return _read_unusual(line)
+        return _read_failure(line) or _read_unusual(line)
     response = answered.response
     body = response.body
     outcome = judge(error_code=None, has_error=False, status_code=response.status_code, has_answer=True)
@@ -216,18 +228,29 @@ def read_verdict(line: bytes) -> Verdict | None:
         return _read_unusual(line)
     choice = body.choices[0]
     reason, model = choice.finish_reason, body.model
-    verdict = Verdict(answered.custom_id, outcome, reason and intern(reason), model and intern(model), empty)
+    metered, prompt, completion, reasoning, total = False, 0, 0, 0, 0
     usage = body.usage
     if usage is not None:
-        prompt, completion = usage.prompt_tokens, usage.completion_tokens
-        verdict.metered = prompt is not None and completion is not None
-        verdict.prompt = prompt or 0
-        verdict.completion = completion or 0
-        verdict.total = usage.total_tokens or verdict.prompt + verdict.completion
+        of_prompt, of_completion = usage.prompt_tokens, usage.completion_tokens
+        metered = of_prompt is not None and of_completion is not None
+        prompt, completion = of_prompt or 0, of_completion or 0
+        total = usage.total_tokens or prompt + completion
         details = usage.completion_tokens_details
         if details is not None:
-            verdict.reasoning = details.reasoning_tokens or 0
-    return verdict
+            reasoning = details.reasoning_tokens or 0
+    # By position, as this is what a million rows wait for.
+    return Verdict(
+        answered.custom_id,
+        outcome,
+        reason and intern(reason),
+        model and intern(model),
+        empty,
+        metered,
+        prompt,
+        completion,
+        reasoning,
+        total,
+    )
 
 
 def read_result(line: bytes) -> BatchResult | None:
@@ -332,10 +355,28 @@ def _loads(text: str) -> Any:
     )
 
 
+def _read_failure(line: bytes) -> Verdict | None:
+    """Judge the usual failure, of which a file may hold thousands that differ in their rows alone."""
+    try:
+        failed = _decode_failed(line)
+        if len(failed.error) > _LONGEST_KNOWN:
+            return None
+        return msgspec.structs.replace(_judge_error(bytes(failed.error)), custom_id=failed.custom_id)
+    except _REFUSED:
+        return None
+
+
+@lru_cache(maxsize=256)
+def _judge_error(error: bytes) -> Verdict:
+    return _verdict_of(BatchResult.model_construct(custom_id="", error=msgspec.json.decode(error)))
+
+
 def _read_unusual(line: bytes) -> Verdict | None:
     result = read_result(line)
-    if result is None:
-        return None
+    return None if result is None else _verdict_of(result)
+
+
+def _verdict_of(result: BatchResult) -> Verdict:
     outcome = result.outcome
     usage = result.usage
     details = usage.get("completion_tokens_details")

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from airflow_provider_siliconflow.api import protocol
-from airflow_provider_siliconflow.api.exceptions import APIError, SiliconFlowError
+from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
 from airflow_provider_siliconflow.api.models import Batch, UploadedFile
 from airflow_provider_siliconflow.jobs.clock import Clock
 from airflow_provider_siliconflow.jobs.identity import (
@@ -124,7 +124,7 @@ class AccountFiles:
             same = _hash_of(self._api.iter_file(file.id, lambda: None), upload.size) == upload.sha256
         except SiliconFlowError as exc:
             # Reading an input file is not documented. If the service knows no such call, it is asked only once.
-            self._contents_readable = not isinstance(exc, APIError)
+            self._contents_readable = protocol.is_transient(exc)
             log.info("The content of file %s cannot be compared: %s", file.id, exc)
             return None
         self._contents[file.id] = same
@@ -188,26 +188,60 @@ class Listed:
 
 
 class _Order:
-    """Whether a list is sorted newest first, as far as it was read."""
+    """
+    Whether a list is sorted newest first, as far as it was read.
+
+    Two things show it: the times of its batches, and the batches of which the ledger knows the order.
+    """
 
     def __init__(self) -> None:
-        self._first: float | None = None
-        self._lowest = float("inf")
-        self._broken = False
+        self._times = _Falling(_ORDER_TOLERANCE)
+        self._numbers = _Falling(0.0)
 
-    def add(self, created_at: float | None) -> None:
-        """Take the time of the next batch."""
-        if created_at is None:
-            return
-        if self._first is None:
-            self._first = created_at
-        self._broken |= created_at > self._lowest + _ORDER_TOLERANCE
-        self._lowest = min(self._lowest, created_at)
+    def add(self, created_at: float | None, number: int | None) -> None:
+        """
+        Take the next batch.
+
+        :param created_at: its time.
+        :param number: its number, if it is recorded and has one.
+        """
+        if created_at is not None:
+            self._times.add(created_at)
+        if number:
+            self._numbers.add(number)
 
     @property
     def newest_first(self) -> bool:
         """Whether it certainly is; a list of batches of one second may be sorted either way."""
-        return not self._broken and self._first is not None and self._lowest < self._first
+        if self._times.is_broken or self._numbers.is_broken:
+            return False
+        return self._times.falls or self._numbers.falls
+
+
+class _Falling:
+    """
+    Whether numbers fall.
+
+    :param tolerance: by which one may be larger than the smallest before it.
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        self._tolerance = tolerance
+        self._first: float | None = None
+        self._lowest = float("inf")
+        self.is_broken = False
+
+    def add(self, value: float) -> None:
+        """Take the next number."""
+        if self._first is None:
+            self._first = value
+        self.is_broken |= value > self._lowest + self._tolerance
+        self._lowest = min(self._lowest, value)
+
+    @property
+    def falls(self) -> bool:
+        """Whether they did, and do not just stay the same."""
+        return not self.is_broken and self._first is not None and self._lowest < self._first
 
 
 class AccountBatches:
@@ -228,6 +262,7 @@ class AccountBatches:
         self._by_submitter: dict[str, dict[str, str]] = {}
         self._seen: set[str] = set()
         self._told: set[str] = set()
+        self._expected: frozenset[str] = frozenset()
         self._warned: set[str] = set()
         self._clocks_agree = True
         self._order = _Order()
@@ -244,21 +279,25 @@ class AccountBatches:
         """Return how many batches were seen."""
         return len(self._seen)
 
-    def read(self, work: BatchWork, anchor: float | None, not_before: float) -> None:
+    def read(
+        self, work: BatchWork, anchor: float | None, not_before: float, recorded: Mapping[str, int]
+    ) -> None:
         """
         Read the list as far as a piece of work needs.
 
         :param anchor: no batch of the work was created before, by the service's clock; ``None`` reads all.
         :param not_before: monotonic time; a list that was read earlier is read again.
+        :param recorded: the batches that the ledger knows, with numbers that tell their order.
         """
         depth = float("-inf") if anchor is None else anchor - ANCHOR_MARGIN
         if self.read_at >= not_before and self._read_to <= depth:
             return
         began = self._clock.monotonic()
+        self._expected = frozenset(recorded)
         order, streak = _Order(), 0
         listing = self._api.list_batches()
         for batch in listing:
-            order.add(batch.created_at)
+            order.add(batch.created_at, recorded.get(batch.id))
             is_old = batch.created_at is not None and batch.created_at < depth
             is_known = batch.id in self._seen and self._read_to <= depth
             self._take(batch, work)
@@ -346,8 +385,9 @@ class AccountBatches:
         :param anchor: as in :meth:`read`.
         :param older: batches that are certainly older than any of the work.
         """
-        # A list that calls itself complete and lacks what is known to exist is not.
-        if not self.cut and (not older or not self._seen.isdisjoint(older)):
+        # A list that calls itself complete and lacks what was known to exist when it was read is not.
+        expected = older & self._expected
+        if not self.cut and (not expected or not self._seen.isdisjoint(expected)):
             return True
         if not self._order.newest_first:
             return False

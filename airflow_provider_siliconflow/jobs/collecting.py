@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from airflow_provider_siliconflow.api.exceptions import (
 )
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus, Outcome
 from airflow_provider_siliconflow.api.protocol import is_transient
-from airflow_provider_siliconflow.batch_files.atomic_files import write_whole
+from airflow_provider_siliconflow.batch_files.atomic_files import temporary_folder, write_whole
 from airflow_provider_siliconflow.batch_files.manifest import (
     BatchSummary,
     ModelRun,
     build_manifest,
-    model_slug,
+    results_folder,
 )
 from airflow_provider_siliconflow.batch_files.merge import BatchFiles, MergedShard, merge_shard, refused_lines
 from airflow_provider_siliconflow.batch_files.shards import Shard, iter_custom_ids, select_rows
@@ -42,7 +42,6 @@ from airflow_provider_siliconflow.jobs.downloads import (
 )
 from airflow_provider_siliconflow.jobs.job import OpenJob
 from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, Piece
-from airflow_provider_siliconflow.jobs.scratch import scratch_folder
 from airflow_provider_siliconflow.jobs.settled import SETTLE_LIMIT
 from airflow_provider_siliconflow.jobs.states import Ended, Sent
 from airflow_provider_siliconflow.jobs.storable import storable, storable_text
@@ -88,15 +87,13 @@ class Collector:
     :param client: the calls.
     :param output_dir: folder of the results.
     :param clock: time.
-    :param owner: hex digits of the job, for the names of temporary folders.
     """
 
-    def __init__(self, job: OpenJob, client: ResultAPI, output_dir: Any, *, clock: Clock, owner: str) -> None:
+    def __init__(self, job: OpenJob, client: ResultAPI, output_dir: Any, *, clock: Clock) -> None:
         self._job = job
         self._client = client
         self._output_dir = output_dir
         self._clock = clock
-        self._owner = owner
         self._short: set[str] = set()
 
     # Before the merge -------------------------------------------------------------------------------------
@@ -110,7 +107,7 @@ class Collector:
         by_id = {batch.id: batch for batch in batches}
         for piece in self._job.current:
             state = self._job.state(piece)
-            if not isinstance(state, Sent) or state.terminal_since is None or state.batch_id not in by_id:
+            if not isinstance(state, Sent) or not state.terminal_since or state.batch_id not in by_id:
                 continue
             try:
                 with self._downloaded(
@@ -207,10 +204,8 @@ class Collector:
         }
 
     def _model_folder(self, model: int) -> Any:
-        name = self._job.options.replacements[model]
-        if name is None or len(self._job.options.models) < 2:
-            return self._output_dir
-        return self._output_dir / model_slug(name)
+        names = self._job.options.replacements
+        return results_folder(self._output_dir, names[model], several=len(names) > 1)
 
     def _merge_model(self, model: int, collected: Collected) -> None:
         job = self._job
@@ -249,17 +244,15 @@ class Collector:
     def _merge_shard(
         self, piece: Piece, files: Sequence[BatchFiles], results: Any, errors: Any, collected: Collected
     ) -> MergedShard:
-        """Merge a shard; a batch with a file that cannot be read is left out and remembered as spoilt."""
+        """Merge a shard. A line that cannot be read costs its own row; its batch is remembered as spoilt."""
         name = self._job.options.replacements[piece.model]
-        while True:
-            usable = [_emptied(each) if each.batch_id in collected.spoilt else each for each in files]
-            try:
-                return merge_shard(self._job.source(piece), usable, results, errors, model=name)
-            except IncompleteResultsError as exc:
-                # It is raised before anything of the shard is written.
-                if exc.batch_id is None or exc.batch_id in collected.spoilt:
-                    raise
-                self._spoil(exc.batch_id, exc, collected)
+        merged = merge_shard(self._job.source(piece), files, results, errors, model=name, strict=False)
+        for spoilt in merged.spoilt:
+            # One whose rows all have a result, from elsewhere or in other lines, withholds nothing.
+            if spoilt.rows and spoilt.batch_id is not None and spoilt.batch_id not in collected.spoilt:
+                log.error("Batch %s cannot be read whole: %s", spoilt.batch_id, spoilt.reason)
+                collected.spoilt[spoilt.batch_id] = spoilt.reason
+        return merged
 
     @contextlib.contextmanager
     def _files(
@@ -277,7 +270,7 @@ class Collector:
                 found.append(self._collected_files(stack, piece, ended, collected, shared=shared))
             elif refused is not None and piece.round == 0:
                 # In a later round the rows have a result already, which says more.
-                folder = stack.enter_context(scratch_folder(self._owner))
+                folder = stack.enter_context(temporary_folder())
                 path = folder / "error.jsonl"
                 lines = refused_lines(job.source(piece), status=refused.status, message=refused.message)
                 _write_lines(path, lines)
@@ -289,20 +282,27 @@ class Collector:
     def _collected_files(
         self, stack: contextlib.ExitStack, piece: Piece, ended: Ended, collected: Collected, *, shared: bool
     ) -> BatchFiles:
-        nothing = BatchFiles(
-            None, None, round=piece.round, shared=shared, batch_id=ended.batch_id, short=True
+        requests = self._job.source(piece) if shared else None
+        if ended.batch_id not in collected.spoilt:
+            try:
+                downloading = self._downloaded(
+                    piece, ended.batch_id, ended_at=ended.at or None, shared=shared
+                )
+                files = stack.enter_context(downloading)[1]
+                if self._job.dead(piece):
+                    collected.unanswered[ended.batch_id] = sum(self._unanswered(piece, ended, files))
+                return files
+            except SiliconFlowError as exc:
+                self._spoil(ended.batch_id, exc, collected)
+        return BatchFiles(
+            None,
+            None,
+            round=piece.round,
+            shared=shared,
+            batch_id=ended.batch_id,
+            spoilt=collected.spoilt[ended.batch_id],
+            requests=requests,
         )
-        if ended.batch_id in collected.spoilt:
-            return nothing
-        try:
-            downloading = self._downloaded(piece, ended.batch_id, ended_at=ended.at or None, shared=shared)
-            files = stack.enter_context(downloading)[1]
-            if self._job.dead(piece):
-                collected.unanswered[ended.batch_id] = sum(self._unanswered(piece, ended, files))
-        except SiliconFlowError as exc:
-            self._spoil(ended.batch_id, exc, collected)
-            return nothing
-        return files
 
     def _opened(
         self, stack: contextlib.ExitStack, piece: Piece, retired: Ended, *, shared: bool
@@ -359,7 +359,7 @@ class Collector:
             rows=piece.shard.rows,
             ended_at=ended_at,
             patience=patience,
-            owner=self._owner,
+            requests=self._job.source(piece) if shared else None,
         ) as found:
             if found[1].short:
                 self._short.add(batch_id)
@@ -378,7 +378,7 @@ class Collector:
                     summary
                     for piece in self._job.pieces
                     if piece.model == model
-                    for summary in self._summaries(piece)
+                    for summary in self._summaries(piece, collected)
                 ],
                 {name: str(self._model_folder(model) / f"{name}.jsonl") for name in ("results", "errors")},
             )
@@ -387,12 +387,10 @@ class Collector:
         paths = {"output_dir": str(self._output_dir), "manifest": str(self._output_dir / "manifest.json")}
         manifest = build_manifest(runs, prices=options.prices, paths=paths)
         manifest["worth_another_attempt"] = collected.worth_another_attempt
-        if collected.spoilt:
-            manifest["spoilt"] = dict(collected.spoilt)
         found: dict[str, Any] = storable(manifest)
         return found
 
-    def _summaries(self, piece: Piece) -> Iterator[BatchSummary]:
+    def _summaries(self, piece: Piece, collected: Collected) -> Iterator[BatchSummary]:
         ended = self._job.ended(piece)
         batches: list[Ended] = [*self._job.retired(piece), *([ended] if ended else [])]
         for batch in batches:
@@ -403,15 +401,12 @@ class Collector:
                 shard=piece.shard.index,
                 round=piece.round,
                 counts=batch.counts,
+                spoilt=collected.spoilt.get(batch.batch_id),
             )
 
 
 class _LeftOut(Exception):  # noqa: N818
     """A batch that the results do without."""
-
-
-def _emptied(files: BatchFiles) -> BatchFiles:
-    return replace(files, output=None, errors=None, short=True)
 
 
 def _write_lines(path: Path, lines: Iterable[bytes]) -> None:

@@ -1,9 +1,7 @@
 """
 Reading what a batch produced: fresh references, patience until it is settled, nothing lost in silence.
 
-Result files come from outside. They are limited in size, by the rows that were sent and by the free disk, and they are
-downloaded into a temporary folder whose name says which process it belongs to, so that the next one can remove what a
-killed one left.
+Result files come from outside: they are limited in size, by the rows that were sent and by the free disk.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any, Literal, Protocol
 from airflow_provider_siliconflow.api.arguments import MAX_FILE_LINES
 from airflow_provider_siliconflow.api.exceptions import BatchError, IncompleteResultsError
 from airflow_provider_siliconflow.api.models import Batch, BatchResult, BatchStatus, Outcome
-from airflow_provider_siliconflow.batch_files.atomic_files import write_json, write_whole
+from airflow_provider_siliconflow.api.sources import Source
+from airflow_provider_siliconflow.batch_files.atomic_files import temporary_folder, write_json, write_whole
 from airflow_provider_siliconflow.batch_files.lines import LineReader
 from airflow_provider_siliconflow.batch_files.manifest import (
     BatchSummary,
@@ -31,7 +31,6 @@ from airflow_provider_siliconflow.batch_files.merge import BatchFiles, merge_bat
 from airflow_provider_siliconflow.batch_files.result_lines import read_lines
 from airflow_provider_siliconflow.batch_files.verdicts import read_result, read_verdict
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
-from airflow_provider_siliconflow.jobs.scratch import free_bytes, scratch_folder
 from airflow_provider_siliconflow.jobs.settled import (
     SETTLE_LIMIT,
     SETTLE_PATIENCE,
@@ -137,7 +136,7 @@ class ResultFiles:
         :raises IncompleteResultsError: the disk has no room for it.
         """
         lines, last, written = 0, b"\n", 0
-        room = free_bytes(path.parent) - _RESERVED_BYTES
+        room = shutil.disk_usage(path.parent).free - _RESERVED_BYTES
         with path.open("wb") as target:
             for chunk in self.chunks(kind):
                 written += len(chunk)
@@ -149,7 +148,7 @@ class ResultFiles:
                     )
                 target.write(chunk)
                 lines += chunk.count(b"\n")
-                last = chunk[-1:]
+                last = chunk[-1:] or last
         return lines + (last != b"\n")
 
 
@@ -191,7 +190,7 @@ def downloaded(
     rows: int | None = None,
     ended_at: float | None = None,
     patience: Sequence[float] = LATE_FILE_PATIENCE,
-    owner: str = "",
+    requests: Source | None = None,
 ) -> Iterator[tuple[Batch, BatchFiles]]:
     """
     Download the result files of a settled batch into a temporary folder, for as long as the block lasts.
@@ -202,11 +201,11 @@ def downloaded(
     :param ended_at: when it was first seen in a terminal status, by our own clock; by default when the service says
         that it ended.
     :param patience: pauses, in seconds, while the batch is not settled.
-    :param owner: part of the folder's name, see :func:`~.scratch.scratch_folder`.
+    :param requests: the request file of a ``shared`` batch.
     :raises IncompleteResultsError: the batch is not settled; a retry downloads it again.
     """
     clock = clock or SystemClock()
-    with scratch_folder(owner) as folder:
+    with temporary_folder() as folder:
         copies = _Copies(folder)
         files = ResultFiles(api, batch_id, rows=rows)
         pauses = iter(patience)
@@ -243,6 +242,7 @@ def downloaded(
                 batch_id=batch_id,
                 # Rows that are counted as answered are paid for, whether or not the files have them.
                 short=held.output < batch.request_counts.completed,
+                requests=requests,
             ),
         )
 
@@ -321,8 +321,8 @@ def download_results(
             write_whole(output_dir / "results.jsonl") as results,
             write_whole(output_dir / "errors.jsonl") as errors,
         ):
-            merged = merge_batch(files, results, errors, rows=min(batch.request_counts.total, MAX_FILE_LINES))
-            tally = merged.tally
+            rows = min(batch.request_counts.total, MAX_FILE_LINES)
+            tally = merge_batch(files, results, errors, rows=rows).tally
         summary = BatchSummary(
             batch.id, batch.status, tally.rows, counts=batch.request_counts.model_dump(mode="json")
         )

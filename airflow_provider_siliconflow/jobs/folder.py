@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import logging
-import os
-from typing import Any, BinaryIO
+from typing import Any
 
-from airflow_provider_siliconflow.batch_files.atomic_files import local_path
+from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+from airflow_provider_siliconflow.batch_files.atomic_files import load_json, local_path
 
 log = logging.getLogger(__name__)
-
 
 #: Largest file of a job's folder that is read as JSON, in bytes.
 MAX_JSON_BYTES = 64 << 20
@@ -29,33 +26,26 @@ def read_json(path: Any, *, or_cut: str, max_bytes: int = MAX_JSON_BYTES) -> dic
     :param max_bytes: a larger one counts as damaged.
     """
     try:
-        with _open(path) as stream:
-            content = stream.read(max_bytes + 1)
-        if len(content) > max_bytes:
-            raise ValueError(f"it has more than {max_bytes} bytes")
-        value = json.loads(content)
-        if not isinstance(value, dict):
-            raise TypeError("it holds no object")
+        return read_object(path, or_cut=or_cut, max_bytes=max_bytes)
     except FileNotFoundError:
         return None
-    except OSError as exc:
-        # Of a link, the system says that there are too many of them.
-        if exc.errno != errno.ELOOP:
-            raise
-        log.warning("%s is a link, which is not followed; %s", path, or_cut)
+
+
+def read_object(path: Any, *, or_cut: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
+    """
+    Return the object in a JSON file; ``None`` if it is damaged. Parameters as for :func:`read_json`.
+
+    :raises FileNotFoundError: there is no file.
+    """
+    try:
+        value = load_json(path, limit=max_bytes)
+    except InvalidInputError as exc:
+        log.warning("%s; %s", exc, or_cut)
         return None
-    except (ValueError, TypeError, RecursionError) as exc:
-        log.warning("%s is cut, or none of ours (%s); %s", path, exc, or_cut)
+    if not isinstance(value, dict):
+        log.warning("%s holds no object; %s", path, or_cut)
         return None
     return value
-
-
-def _open(path: Any) -> BinaryIO:
-    local = local_path(path)
-    if local is None:
-        stream: BinaryIO = path.open("rb")
-        return stream
-    return open(os.open(local, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
 
 
 def remove_tree(folder: Any) -> None:

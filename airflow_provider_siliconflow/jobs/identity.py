@@ -23,6 +23,9 @@ from airflow_provider_siliconflow.api.models import Batch, UploadedFile
 #: Metadata keys of the identity, of the readable name, of the task instance in its generation, and of the deployment.
 WORK_KEY, WORK_LABEL, WORK_SUBMITTER, WORK_DEPLOYMENT = arguments.IDENTITY_KEYS
 
+#: What a person does who wants a batch although an earlier one may exist; for messages.
+SUBMIT_ANEW = "a manual clear of the task submits anew"
+
 
 @dataclass(frozen=True, slots=True)
 class Submitter:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.api.models import DEAD_STATUSES, Batch, UploadedFile
+from airflow_provider_siliconflow.batch_files.atomic_files import OwnFile
 from airflow_provider_siliconflow.batch_files.shards import Shard
 from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, Upload, upload_name
 from airflow_provider_siliconflow.jobs.ledger import FolderLedger
@@ -27,8 +27,6 @@ class OpenJob:
 
     :param options: what is asked; models, window and metadata are taken from the plan.
     :param plan: the plan.
-    :param conn_id: the connection, a part of each identity. Not the host: under another name of the same service the
-        work is the same, and must not be paid again.
     :param plans: the job's folder.
     :param ledger: what each batch is.
     :param submission: submits over that ledger.
@@ -39,7 +37,6 @@ class OpenJob:
         options: RunOptions,
         plan: Plan,
         *,
-        conn_id: str,
         plans: PlanFolder,
         ledger: FolderLedger,
         submission: Submission,
@@ -55,7 +52,8 @@ class OpenJob:
         self.ledger = ledger
         self.submission = submission
         self.submitter: Submitter = plan.submitter
-        self._where = {"conn_id": conn_id}
+        # Not the host: under another name of the same service the work is the same, and must not be paid again.
+        self._where = {"conn_id": plan.conn_id}
         self.rounds = [self._pieces(0, dict.fromkeys(self.models, plan.split.shards))]
         while (shards := plans.read_round(len(self.rounds))) is not None:
             self.rounds.append(self._pieces(len(self.rounds), shards))
@@ -140,9 +138,9 @@ class OpenJob:
         what = "the unanswered rows of a batch that died" if piece.rest_of else f"shard {piece.shard.index}"
         return f"{what} of round {piece.round}{f', {model}' if model else ''}"
 
-    def source(self, piece: Piece) -> Any:
+    def source(self, piece: Piece) -> OwnFile:
         """Return the request file of a batch."""
-        return self.plans.path / piece.path
+        return OwnFile(self.plans.path / piece.path)
 
     def work(self, piece: Piece, send: Callable[[str], UploadedFile]) -> BatchWork:
         """
@@ -151,7 +149,9 @@ class OpenJob:
         :param send: uploads its request file under a name, when it is needed.
         """
         model = self.options.replacements[piece.model]
-        name = upload_name(f"r{piece.round}-{piece.shard.name}", piece.upload_key)
+        # Not its round or index: the same rows in another round are the same upload, and its name is a part of the
+        # proof that a batch over it is ours.
+        name = upload_name(self.submitter.task_id, piece.upload_key)
         upload = Upload(piece.upload_key, name, piece.shard.bytes, piece.shard.sha256, lambda: send(name))
         return BatchWork(
             key=piece.work_key,
@@ -216,7 +216,7 @@ class OpenJob:
     def running(self) -> int:
         """Number of the batches that have not ended."""
         states = map(self.state, self.current)
-        return sum(isinstance(state, Sent) and state.terminal_since is None for state in states)
+        return sum(isinstance(state, Sent) and not state.terminal_since for state in states)
 
     @property
     def has_paid(self) -> bool:
@@ -239,7 +239,7 @@ class OpenJob:
                 continue
             if is_settled(batch):
                 states[piece.work_key] = Ended.of(batch, state.number, at=state.terminal_since or at)
-            elif state.terminal_since is None:
+            elif not state.terminal_since:
                 states[piece.work_key] = replace(state, terminal_since=at)
         self._record(states)
 
@@ -247,7 +247,7 @@ class OpenJob:
         """Record that a batch which was not settled when it was first seen to have ended is so now."""
         state = self.state(piece)
         assert isinstance(state, Sent)
-        assert state.terminal_since is not None
+        assert state.terminal_since
         self._record({piece.work_key: Ended.of(batch, state.number, at=state.terminal_since)})
 
     def _record(self, states: Mapping[str, State]) -> None:

@@ -9,13 +9,13 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol, TypeVar
 
 from airflow_provider_siliconflow.api.exceptions import JobTakenOverError
 from airflow_provider_siliconflow.batch_files.atomic_files import write_json
-from airflow_provider_siliconflow.jobs.folder import read_json, remove_tree
+from airflow_provider_siliconflow.jobs.folder import read_json, read_object, remove_tree
 from airflow_provider_siliconflow.jobs.identity import Submitter
 from airflow_provider_siliconflow.jobs.states import (
     IN_DOUBT,
@@ -48,10 +48,12 @@ class Ledger(Protocol):
     """
     A record that outlives a try: what was about to be sent, and what came of it.
 
-    ``complete`` says that a key without an entry was certainly never sent.
+    ``complete`` says that a key without an entry was certainly never sent; ``damaged``, that entries are lost, so that
+    the account has to be searched for every key that has none.
     """
 
     complete: bool
+    damaged: bool
 
     def state(self, key: str) -> State:
         """Return what a piece of work is; :class:`~.states.Planned` if nothing is recorded."""
@@ -81,8 +83,12 @@ class Ledger(Protocol):
         """Return the batches of a piece of work that died before the present one; rows of theirs may be paid."""
         ...
 
-    def holds(self, batch_id: str) -> bool:
-        """Whether a batch is recorded under any key."""
+    def recorded_batches(self) -> Mapping[str, int]:
+        """
+        Return the batches that are recorded under any key, dead ones included, with their numbers.
+
+        Of two numbers above 0 the larger one is certainly that of the newer batch; 0 says nothing.
+        """
         ...
 
     def earlier_work(self, key: str) -> tuple[str, State] | None:
@@ -94,7 +100,7 @@ class Ledger(Protocol):
         ...
 
     def next_number(self) -> int:
-        """Return the number for the next :class:`~.states.Sending`."""
+        """Return a number for the next intent or answer, larger than all so far."""
         ...
 
     def upload(self, key: str) -> UploadState:
@@ -105,52 +111,70 @@ class Ledger(Protocol):
         """Record what an upload is now; an :class:`~.states.Uploading` survives a crash when this returns."""
         ...
 
-    def older_batches(self, key: str) -> Set[str]:
-        """Return recorded batches that are certainly older than any batch of a key whose intent is recorded."""
-        ...
-
 
 class NoLedger:
-    """Where nothing outlives a try: every retry searches the account."""
+    """
+    What a try knows by itself, if nothing outlives it: every retry searches the account.
+
+    Within the try it is a ledger like the others.
+    """
 
     complete = False
+    damaged = False
+
+    def __init__(self) -> None:
+        self._work: dict[str, State] = {}
+        self._uploads: dict[str, UploadState] = {}
+        self._retired: dict[str, tuple[Ended, ...]] = {}
+        self._number = 0
 
     def state(self, key: str) -> State:
-        """Return that nothing is recorded."""
-        return Planned()
+        """Return what a piece of work is."""
+        return self._work.get(key, Planned())
 
     def record(self, key: str, state: State) -> None:
-        """Keep nothing."""
+        """Record what a piece of work is now."""
+        check_transition(key, self.state(key), state)
+        _put(self._work, key, state)
+        self._number = max(self._number, _number_of(state))
 
     def retire(self, key: str) -> None:
-        """Keep nothing."""
+        """Plan a piece of work anew whose batch died, and keep that batch among the retired."""
+        state = self.state(key)
+        self.record(key, Planned())
+        if isinstance(state, Ended):
+            self._retired[key] = (*self.retired(key), state)
 
     def retired(self, key: str) -> tuple[Ended, ...]:
-        """Return none."""
-        return ()
+        """Return the batches of a piece of work that died before the present one; rows of theirs may be paid."""
+        return self._retired.get(key, ())
 
-    def holds(self, batch_id: str) -> bool:
-        """Return that nothing is recorded."""
-        return False
+    def recorded_batches(self) -> Mapping[str, int]:
+        """Return the batches that are recorded under any key, with their numbers."""
+        return {
+            state.batch_id: state.number for state in self._all_states() if isinstance(state, Sent | Ended)
+        }
+
+    def _all_states(self) -> Iterator[State]:
+        yield from self._work.values()
+        for states in self._retired.values():
+            yield from states
 
     def earlier_work(self, key: str) -> tuple[str, State] | None:
-        """Return none."""
+        """Return none: what another try recorded is not known."""
         return None
 
     def next_number(self) -> int:
-        """Return the only number there is."""
-        return 1
+        """Return a number that is larger than all so far."""
+        return self._number + 1
 
     def upload(self, key: str) -> UploadState:
-        """Return that nothing is recorded."""
-        return Planned()
+        """Return what an upload is."""
+        return self._uploads.get(key, Planned())
 
     def record_upload(self, key: str, state: UploadState) -> None:
-        """Keep nothing."""
-
-    def older_batches(self, key: str) -> Set[str]:
-        """Return none."""
-        return frozenset()
+        """Record what an upload is now."""
+        _put(self._uploads, key, state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +221,7 @@ class Owner:
         return f"try {self.try_number} of {self.task_id} (pid {self.pid} on {self.host}, since {when} UTC)"
 
 
-class FolderLedger:
+class FolderLedger(NoLedger):
     """
     A ledger in a file, written whole at each change.
 
@@ -211,45 +235,48 @@ class FolderLedger:
 
     :param path: the file.
     :param complete: whether a key without an entry was certainly never sent.
+    :param is_new: whether the job begins, so that there is no file to be missed; otherwise a ledger without its file is
+        not complete.
     """
 
-    def __init__(self, path: Any, *, complete: bool) -> None:
+    def __init__(self, path: Any, *, complete: bool, is_new: bool = False) -> None:
+        super().__init__()
         self._path = path
         self._owner_path = path.parent / "owner.json"
         self._expected_complete = complete
+        self._is_new = is_new
         self._token: str | None = None
         self._read()
 
     def _read(self) -> None:
-        stored = read_json(
-            self._path, or_cut="the account is searched for what was sent", max_bytes=_MAX_LEDGER_BYTES
-        )
-        parts = stored or {}
+        parts, is_read = self._stored()
         self._unwritten = False
-        self._work: dict[str, State] = dict(_entries(parts.get("work"), decode))
-        self._uploads: dict[str, UploadState] = dict(_entries(parts.get("uploads"), decode_upload))
-        self._retired: dict[str, tuple[Ended, ...]] = dict(_entries(parts.get("retired"), _decode_retired))
+        self._work = dict(_entries(parts.get("work"), decode))
+        self._uploads = dict(_entries(parts.get("uploads"), decode_upload))
+        self._retired = dict(_entries(parts.get("retired"), _decode_retired))
         self._deadline = _decode_deadline(parts.get("deadline"))
         self._written_by = parts.get("owner")
         self._number = max((_number_of(each) for each in self._all_states()), default=0)
         # Without its file, cut or gone, the account is what is left to ask; also for every try after this one.
         self.complete = (
             self._expected_complete
-            and stored is not None
+            and is_read
             and parts.get("complete", True) is True
             and all(map(_is_whole, (parts.get(name, {}) for name in ("work", "uploads", "retired"))))
         )
+        self.damaged = self._expected_complete and not self.complete
 
-    def _all_states(self) -> Iterator[State]:
-        yield from self._work.values()
-        for states in self._retired.values():
-            yield from states
+    def _stored(self) -> tuple[dict[str, Any], bool]:
+        """Return what the file holds, and whether nothing can be missing in it."""
+        try:
+            found = read_object(
+                self._path, or_cut="the account is searched for what was sent", max_bytes=_MAX_LEDGER_BYTES
+            )
+        except FileNotFoundError:
+            return {}, self._is_new
+        return ({}, False) if found is None else (found, True)
 
     # What is recorded -------------------------------------------------------------------------------------
-
-    def state(self, key: str) -> State:
-        """Return what a piece of work is."""
-        return self._work.get(key, Planned())
 
     def record(self, key: str, state: State) -> None:
         """Record what a piece of work is now; an intent is written before this returns."""
@@ -275,26 +302,8 @@ class FolderLedger:
         self.flush()
 
     def _set(self, key: str, state: State) -> None:
-        check_transition(key, self.state(key), state)
-        if isinstance(state, Planned):
-            self._work.pop(key, None)
-        else:
-            self._work[key] = state
-            self._number = max(self._number, _number_of(state))
+        super().record(key, state)
         self._unwritten = True
-
-    def next_number(self) -> int:
-        """Return a number that is larger than that of every intent so far."""
-        return self._number + 1
-
-    def older_batches(self, key: str) -> Set[str]:
-        """Return batches whose intents came before that of a key."""
-        number = _number_of(self.state(key))
-        return {
-            state.batch_id
-            for state in self._all_states()
-            if isinstance(state, Sent | Ended) and 0 < state.number < number
-        }
 
     def retire(self, key: str) -> None:
         """
@@ -303,25 +312,10 @@ class FolderLedger:
         :raises ImpossibleTransitionError: its batch has not ended, or is completed.
         """
         state = self.state(key)
-        check_transition(key, state, Planned())
+        self._set(key, Planned())
         if isinstance(state, Ended):
             self._retired[key] = (*self.retired(key), state)
-        self._set(key, Planned())
         self._write()
-
-    def retired(self, key: str) -> tuple[Ended, ...]:
-        """Return the batches of a piece of work that died before the present one; rows of theirs may be paid."""
-        return self._retired.get(key, ())
-
-    def holds(self, batch_id: str) -> bool:
-        """Whether a batch is recorded under any key."""
-        return any(
-            isinstance(state, Sent | Ended) and state.batch_id == batch_id for state in self._all_states()
-        )
-
-    def earlier_work(self, key: str) -> tuple[str, State] | None:
-        """Return none: a job has many pieces of work; its plan tells whether its input was changed."""
-        return None
 
     @property
     def deadline(self) -> float | None:
@@ -334,18 +328,11 @@ class FolderLedger:
         self._unwritten = True
         self.flush()
 
-    def upload(self, key: str) -> UploadState:
-        """Return what an upload is."""
-        return self._uploads.get(key, Planned())
-
     def record_upload(self, key: str, state: UploadState) -> None:
         """Record what an upload is now; the intent is written before this returns."""
         if self.upload(key) == state:
             return
-        if isinstance(state, Planned):
-            self._uploads.pop(key, None)
-        else:
-            self._uploads[key] = state
+        super().record_upload(key, state)
         self._unwritten = True
         if not isinstance(state, Uploaded):
             self._write()
@@ -421,11 +408,22 @@ class FolderLedger:
             log.info("This try takes the job over from %s", before)
         write_json(self._owner_path, asdict(owner))
         self._read()
-        if before is not None and self._written_by != before.token:
-            # An older try wrote over what the last one had recorded, or the last one recorded nothing.
-            self.complete = False
+        if before is not None:
+            self._distrust_others(before.token)
         self._token = owner.token
         self._write()
+
+    def _distrust_others(self, token: str) -> None:
+        """
+        Take the record for damaged if an older try wrote over what the last owner had recorded.
+
+        It can, if it was stopped between its check and its write for as long as the other one took.
+        """
+        if self._written_by != token:
+            log.warning(
+                "%s was written by a try that no longer owned it; the account is searched", self._path
+            )
+            self.complete, self.damaged = False, True
 
     def continue_as(self, token: str) -> None:
         """
@@ -436,6 +434,7 @@ class FolderLedger:
         """
         self._token = token
         self.check_owner()
+        self._distrust_others(token)
 
     def check_owner(self) -> None:
         """
@@ -471,10 +470,19 @@ def _entries(stored: Any, read: Callable[[Any], T]) -> Iterator[tuple[str, T]]:
         if not _KEY.fullmatch(key):
             log.warning("The ledger holds a key that is none of ours; it is dropped: %.80r", key)
             continue
-        state = read(entry)
+        # Nothing is kept of what is only planned, so this is damage too.
+        state = read({} if entry is None else entry)
         if state == IN_DOUBT or (isinstance(state, Uploading) and not state.at):
             log.warning("The ledger's entry %s is damaged; the account is searched for it", key)
         yield key, state
+
+
+def _put(entries: dict[str, Any], key: str, state: State | UploadState) -> None:
+    """Keep a state; nothing is kept of what is only planned."""
+    if isinstance(state, Planned):
+        entries.pop(key, None)
+    else:
+        entries[key] = state
 
 
 def _number_of(state: State) -> int:

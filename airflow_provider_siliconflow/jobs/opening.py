@@ -22,7 +22,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     NotFoundError,
     SiliconFlowError,
 )
-from airflow_provider_siliconflow.batch_files.atomic_files import local_path
+from airflow_provider_siliconflow.batch_files.atomic_files import local_path, make_private_folder
 from airflow_provider_siliconflow.jobs.cancelling import cancel
 from airflow_provider_siliconflow.jobs.clock import Clock
 from airflow_provider_siliconflow.jobs.folder import read_json, remove_tree
@@ -38,7 +38,6 @@ from airflow_provider_siliconflow.jobs.plan import (
     plan,
     source_version,
 )
-from airflow_provider_siliconflow.jobs.scratch import remove_leftovers
 from airflow_provider_siliconflow.jobs.states import Ended, Planned, Refused, Sending, Sent
 from airflow_provider_siliconflow.jobs.submission import Submission
 
@@ -140,8 +139,8 @@ class Opening:
         self._refuse_others()
         if (manifest := self.manifest()) and manifest.get("unfinished") != self.key:
             log.warning("%s holds the results of another job; they will be replaced", self._output_dir)
-        remove_leftovers(self.key[:16])
         stored = self._usable_plan(requests, name)
+        make_private_folder(self.plans.path)
         if stored is None:
             job = self._make_plan(requests(), name)
         else:
@@ -192,10 +191,9 @@ class Opening:
         return OpenJob(
             self._options,
             # Whose it is is a part of where it is: the plan of another is not believed to be ours.
-            replace(stored, submitter=self._submitter, models=self._options.models)
+            replace(stored, submitter=self._submitter, models=self._options.models, conn_id=self._conn_id)
             if plans is self.plans
             else stored,
-            conn_id=self._conn_id,
             plans=plans,
             ledger=ledger,
             submission=self._open_submission(ledger),
@@ -235,7 +233,7 @@ class Opening:
         :raises InvalidInputError: they are. A run that was deleted and made again is no reason, if all have ended.
         """
         paid = [piece for piece in job.pieces if not isinstance(job.state(piece), Planned | Refused)]
-        if not paid or (not self._earlier_tries and self._may_run(job.ledger) is None):
+        if not paid or (not self._earlier_tries and self._may_run(job.ledger, self._conn_id) is None):
             return
         ids = ", ".join(job.batch_ids[:5]) or "one whose creation was not recorded"
         raise InvalidInputError(
@@ -248,7 +246,8 @@ class Opening:
 
     def _make_plan(self, requests: Any, name: str) -> OpenJob:
         options = self._options
-        ledger = FolderLedger(self.plans.path / "ledger.json", complete=not self._earlier_tries)
+        path = self.plans.path / "ledger.json"
+        ledger = FolderLedger(path, complete=not self._earlier_tries, is_new=True)
         ledger.claim(self._owner)
         version = source_version(requests)
         try:
@@ -263,6 +262,7 @@ class Opening:
             options.completion_window,
             options.metadata,
             self._submitter,
+            self._conn_id,
             options.models,
             options.max_rows,
             options.max_bytes,
@@ -331,29 +331,36 @@ class Opening:
                         f"{self._output_dir} holds the job of a later clear of this task. This try stops and sends "
                         "nothing."
                     )
-                if (running := self._may_run(ledger)) is not None:
+                if (running := self._may_run(ledger, stored.conn_id)) is not None:
                     raise InvalidInputError(
                         "models, conn_id or output_dir of this task were changed since an earlier try submitted "
                         f"batches: {running} is paid for and may run. Nothing was sent. Restore them and let the task "
                         "retry, which takes the batches up; or cancel them first.",
                         retryable=True,
                     )
-            elif (running := self._may_run(ledger)) is not None:
+            elif (running := self._may_run(ledger, stored.conn_id)) is not None:
                 raise InvalidInputError(
                     _in_use(self._output_dir, theirs.label, f"runs there (batch {running})")
                 )
 
-    def _may_run(self, ledger: FolderLedger) -> str | None:
-        """Return what of a job may run: the id of a batch, or the key of one whose creation was not recorded."""
+    def _may_run(self, ledger: FolderLedger, conn_id: str) -> str | None:
+        """
+        Return what of a job may run: the id of a batch, or the key of one whose creation was not recorded.
+
+        :param conn_id: its connection. Through another one its batches may not be seen, and count as running.
+        """
         for key, state in ledger.work():
             if isinstance(state, Sending) and self._clock.time() - state.at < _OPEN_INTENT:
                 return key
-            if isinstance(state, Sent):
-                try:
-                    if not self._client.get_batch(state.batch_id).is_terminal:
-                        return state.batch_id
-                except NotFoundError:
-                    continue
+            if not isinstance(state, Sent):
+                continue
+            if conn_id != self._conn_id:
+                return state.batch_id
+            try:
+                if not self._client.get_batch(state.batch_id).is_terminal:
+                    return state.batch_id
+            except NotFoundError:
+                continue
         return None
 
     def tidy_older(self, *, cancels: bool) -> None:

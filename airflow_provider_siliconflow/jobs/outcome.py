@@ -19,6 +19,7 @@ from airflow_provider_siliconflow.api.models import Batch, BatchStatus, Outcome,
 from airflow_provider_siliconflow.batch_files.decimals import exceeds
 from airflow_provider_siliconflow.batch_files.result_lines import results_in
 from airflow_provider_siliconflow.batch_files.tally import OTHER_MESSAGES, ModelTally
+from airflow_provider_siliconflow.jobs.clock import Clock
 from airflow_provider_siliconflow.jobs.downloads import ResultAPI, ResultFiles, downloaded, outcomes_in
 from airflow_provider_siliconflow.jobs.options import RunOptions
 from airflow_provider_siliconflow.jobs.settled import is_settled
@@ -42,7 +43,12 @@ def is_flawless(batch: Batch) -> bool:
 
 
 def judge_batch(
-    batch: Batch, *, fail_on_partial_error: bool, allow_all_failed: bool = False, reason: str | None = None
+    batch: Batch,
+    *,
+    fail_on_partial_error: bool,
+    allow_all_failed: bool = False,
+    reason: str | None = None,
+    certain: bool = True,
 ) -> str | None:
     """
     Say whether a terminal batch is a success.
@@ -50,6 +56,8 @@ def judge_batch(
     :param fail_on_partial_error: whether a single failed or expired row is a failure.
     :param allow_all_failed: whether a batch without any successful row may pass.
     :param reason: the most common error of the rows, if it was looked up.
+    :param certain: whether the counts are known to be those of every row. Otherwise a batch without any successful row
+        may have some that are not there yet, and a retry reads it again.
     :returns: ``None`` for a flawless batch, else a sentence to warn with.
     :raises BatchError: it is a failure, by the kind of it.
     """
@@ -76,14 +84,14 @@ def judge_batch(
             f"{story}. The completion window ended before any row did; a retry finds the same batch. Clear "
             "the task to submit anew, with a longer completion_window.",
             batch_id=batch.id,
-            retryable=not counts.total,
+            retryable=not (certain and counts.total),
         )
     if counts.total and counts.completed == 0 and not allow_all_failed:
         raise BatchFailedError(
             f"{story}. Not one row succeeded; a retry finds the same batch. Correct the requests and clear "
             "the task, or set allow_all_failed=True.",
             batch_id=batch.id,
-            retryable=False,
+            retryable=not certain,
         )
     if not counts.total and not batch.output_file_id and not allow_all_failed:
         raise BatchFailedError(
@@ -101,7 +109,12 @@ def judge_batch(
 
 
 def finish_batch(
-    api: ResultAPI, batch: Batch, *, fail_on_partial_error: bool, allow_all_failed: bool
+    api: ResultAPI,
+    batch: Batch,
+    *,
+    fail_on_partial_error: bool,
+    allow_all_failed: bool,
+    clock: Clock | None = None,
 ) -> str | None:
     """
     Judge an ended batch, with the most common error of its rows unless it is flawless.
@@ -110,32 +123,36 @@ def finish_batch(
 
     :param api: the calls.
     :param batch: the batch that a wait ended with.
+    :param clock: time.
     :returns: a sentence to warn with, or ``None``.
     :raises IncompleteResultsError: the batch is not settled yet; a retry reads it again.
     :raises BatchError: the batch is a failure.
     """
     log.info("Batch %s has ended: %s", batch.id, batch.status)
+    certain = True
     if not batch.is_dead and not is_settled(batch):
-        batch = _counted_by_files(api, batch)
-    reason = None if is_flawless(batch) else most_common_error(api, batch)
+        batch, certain = _counted_by_files(api, batch, clock)
     return judge_batch(
-        batch, fail_on_partial_error=fail_on_partial_error, allow_all_failed=allow_all_failed, reason=reason
+        batch,
+        fail_on_partial_error=fail_on_partial_error,
+        allow_all_failed=allow_all_failed,
+        reason=None if is_flawless(batch) else most_common_error(api, batch),
+        certain=certain,
     )
 
 
-def _counted_by_files(api: ResultAPI, batch: Batch) -> Batch:
-    """Return a batch with the counts that its files give."""
-    with downloaded(api, batch.id) as (fresh, files):
+def _counted_by_files(api: ResultAPI, batch: Batch, clock: Clock | None) -> tuple[Batch, bool]:
+    """Return a batch with the counts that its files give, and whether those are known to be of every row."""
+    with downloaded(api, batch.id, clock) as (fresh, files):
         if is_settled(fresh):
-            return fresh
+            return fresh, True
         outcomes = list(outcomes_in(files).values())
-    ok = outcomes.count(Outcome.OK)
-    total = max(fresh.request_counts.total, len(outcomes))
-    counts = RequestCounts(total=total, completed=ok, failed=len(outcomes) - ok)
+    ok, total = outcomes.count(Outcome.OK), fresh.request_counts.total
+    counts = RequestCounts(total=max(total, len(outcomes)), completed=ok, failed=len(outcomes) - ok)
     log.info(
         "The counts of batch %s do not add up; by its files %d of %d rows succeeded", batch.id, ok, total
     )
-    return fresh.model_copy(update={"request_counts": counts})
+    return fresh.model_copy(update={"request_counts": counts}), 0 < total <= len(outcomes)
 
 
 def most_common_error(api: ResultAPI, batch: Batch) -> str | None:

@@ -9,19 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from airflow_provider_siliconflow.api.arguments import check_completion_window, check_metadata
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-from airflow_provider_siliconflow.batch_files.atomic_files import local_path, write_json
+from airflow_provider_siliconflow.batch_files.atomic_files import local_path, temporary_folder, write_json
 from airflow_provider_siliconflow.batch_files.shards import Shard, Split, split_requests
 from airflow_provider_siliconflow.jobs.folder import read_json
 from airflow_provider_siliconflow.jobs.identity import Submitter
 from airflow_provider_siliconflow.jobs.options import RunOptions
-from airflow_provider_siliconflow.jobs.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +96,7 @@ class Plan:
     work under another identity would be paid for again.
 
     :param submitter: whose job it is.
+    :param conn_id: the connection that leads to its batches.
     :param models: models by ``replace``, in the order of their indexes.
     :param max_rows: rows per shard at most, as the rows were cut.
     :param max_bytes: bytes per shard at most.
@@ -110,6 +109,7 @@ class Plan:
     completion_window: str
     metadata: Mapping[str, str]
     submitter: Submitter
+    conn_id: str
     models: tuple[str, ...]
     max_rows: int
     max_bytes: int
@@ -124,6 +124,7 @@ class Plan:
             "completion_window": self.completion_window,
             "metadata": dict(self.metadata),
             "task": asdict(self.submitter),
+            "conn_id": self.conn_id,
             "models": list(self.models),
             "max_rows": self.max_rows,
             "max_bytes": self.max_bytes,
@@ -140,10 +141,11 @@ class Plan:
         :raises ValueError: it was damaged, or others wrote it.
         """
         return cls(
-            split=_checked_split(Split.from_dict(data["split"])),
+            split=Split.from_dict(data["split"]),
             completion_window=check_completion_window(data["completion_window"]),
             metadata=check_metadata(data["metadata"], identified=True),
             submitter=_checked_submitter(Submitter(**data["task"])),
+            conn_id=str(data["conn_id"]),
             models=tuple(str(model) for model in data["models"]),
             max_rows=int(data["max_rows"]),
             max_bytes=int(data["max_bytes"]),
@@ -165,7 +167,7 @@ class Plan:
         if same_params and self.source is not None and self.source == source_version(requests):
             return True
         options = replace(options, max_rows=self.max_rows, max_bytes=self.max_bytes)
-        with scratch_folder() as folder:
+        with temporary_folder() as folder:
             try:
                 split = plan(requests, folder, name=name, options=options)
             except InvalidInputError as exc:
@@ -254,14 +256,6 @@ class PlanFolder:
             return None
 
 
-def _checked_split(split: Split) -> Split:
-    for shard in split.shards:
-        _checked(shard)
-    if not split.shards or split.rows != sum(shard.rows for shard in split.shards):
-        raise ValueError("its rows are not those of its shards")
-    return split
-
-
 def _checked_submitter(submitter: Submitter) -> Submitter:
     texts = (submitter.dag_id, submitter.run_id, submitter.task_id)
     numbers = (submitter.map_index, submitter.generation)
@@ -272,30 +266,13 @@ def _checked_submitter(submitter: Submitter) -> Submitter:
 
 def _rests(stored: dict[str, Any]) -> list[Rest]:
     return [
-        Rest(item["of"], None if item["shard"] is None else _checked(Shard.from_dict(item["shard"])))
+        Rest(item["of"], None if item["shard"] is None else Shard.from_dict(item["shard"]))
         for item in stored["rests"]
     ]
 
 
 def _shards_by_model(stored: dict[str, Any]) -> dict[int, tuple[Shard, ...]]:
-    return {
-        int(model): tuple(_checked(Shard.from_dict(item)) for item in items)
-        for model, items in stored["shards"].items()
-    }
-
-
-def _checked(shard: Shard) -> Shard:
-    """
-    Return a shard that was read from a folder in which others may write.
-
-    :raises ValueError: its name leads elsewhere, or a figure is none.
-    """
-    numbers = (shard.index, shard.first_row, shard.rows, shard.bytes, *shard.sources)
-    if not all(isinstance(number, int) and 0 <= number < 1 << 53 for number in numbers):
-        raise ValueError("a figure of a shard is none")
-    if shard.name != f"shard-{shard.index:05d}.jsonl" or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
-        raise ValueError(f"a shard has the name {shard.name!r:.80}")
-    return shard
+    return {int(model): tuple(map(Shard.from_dict, items)) for model, items in stored["shards"].items()}
 
 
 def plan(requests: Any, folder: Any, *, name: str, options: RunOptions) -> Split:
@@ -331,7 +308,7 @@ def estimate(requests: Any, *, name: str, options: RunOptions) -> dict[str, Any]
     Prompt tokens are estimated at a quarter per ASCII character of the messages and one per other character;
     completions cannot be known, so ``cost`` is that of the prompts alone.
     """
-    with scratch_folder() as folder:
+    with temporary_folder() as folder:
         split = plan(requests, folder, name=name, options=options)
     models = []
     for model in options.replacements:

@@ -241,8 +241,7 @@ class BatchRun:
         return self._opened
 
     def _take(self, job: OpenJob, *, began: float) -> _Opened:
-        owner = self._opening.key[:16]
-        collector = Collector(job, self._client, self._output_dir, clock=self._clock, owner=owner)
+        collector = Collector(job, self._client, self._output_dir, clock=self._clock)
         sender = Sender(job, self._client, collector, clock=self._clock, began=began)
         self._opened = _Opened(job, sender, collector)
         if self._stopped:

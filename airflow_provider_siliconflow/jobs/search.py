@@ -20,9 +20,9 @@ from airflow_provider_siliconflow.api.exceptions import (
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus
 from airflow_provider_siliconflow.jobs.account import AccountAPI, AccountBatches, AccountFiles, Listed
 from airflow_provider_siliconflow.jobs.clock import Clock
-from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork, Proof, Upload, prove
+from airflow_provider_siliconflow.jobs.identity import SUBMIT_ANEW, WORK_KEY, BatchWork, Proof, Upload, prove
 from airflow_provider_siliconflow.jobs.ledger import Ledger
-from airflow_provider_siliconflow.jobs.states import files_of
+from airflow_provider_siliconflow.jobs.states import Planned, Refused, files_of
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class AccountSearch:
         """
         pauses = iter(_LIST_PAUSES)
         while True:
-            self.batches.read(work, self._anchor(work), listed_by)
+            self.batches.read(work, self._anchor(work), listed_by, self._ledger.recorded_batches())
             yield self._look(work, watch=watch)
             left = listed_by - self.batches.read_at
             if left <= 0:
@@ -199,11 +199,11 @@ class AccountSearch:
         """Return the batches that may be the work's by what the list shows, and the ids of those beyond the limits."""
         over_file: list[Listed] = []
         without_file: list[Listed] = []
-        ours = self.our_files(work)
+        ours, recorded = self.our_files(work), self._ledger.recorded_batches()
         for listed in self.batches.unmarked():
             if listed.file_id is not None and listed.file_id not in ours:
                 continue
-            if not self._ledger.holds(listed.id):
+            if listed.id not in recorded:
                 (without_file if listed.file_id is None else over_file).append(listed)
         unread = [*over_file[_MAX_READS_OVER_FILE:], *without_file[_MAX_READS_WITHOUT_FILE:]]
         chosen = [*over_file[:_MAX_READS_OVER_FILE], *without_file[:_MAX_READS_WITHOUT_FILE]]
@@ -271,10 +271,7 @@ class AccountSearch:
 
         :raises SubmissionUnknownError: the work may have a batch all the same.
         """
-        manual = (
-            f"On the console, its batch has the metadata {WORK_KEY}={work.key}. If there is none, a manual clear with "
-            "on_clear='resubmit' submits anew."
-        )
+        manual = f"On the console, its batch has the metadata {WORK_KEY}={work.key}. If there is none, {SUBMIT_ANEW}."
         if found.doubtful:
             raise SubmissionUnknownError(
                 f"An earlier try may have paid for {work.label}: {', '.join(found.doubtful[:5])} may be its batch, and "
@@ -288,12 +285,18 @@ class AccountSearch:
                 f"{work.label}, paid for by an earlier try. Nothing was sent. A retry searches again. {manual}",
                 retryable=True,
             )
-        if not self.batches.shows_all_of(self._anchor(work), self._ledger.older_batches(work.key)):
+        if not self.batches.shows_all_of(self._anchor(work), self._older_batches(work)):
             raise SubmissionUnknownError(
                 f"The account lists its newest {len(self.batches)} batches only, and none is {work.label}: it may be "
                 f"an older one, paid for by an earlier try. Nothing was sent. A retry searches again. {manual}",
                 retryable=True,
             )
+
+    def _older_batches(self, work: BatchWork) -> set[str]:
+        """Return the recorded batches that are certainly older than any of the work, if its intent is recorded."""
+        state = self._ledger.state(work.key)
+        number = 0 if isinstance(state, Planned | Refused) else state.number
+        return {batch_id for batch_id, other in self._ledger.recorded_batches().items() if 0 < other < number}
 
 
 def is_replaceable(batch: Batch) -> bool:

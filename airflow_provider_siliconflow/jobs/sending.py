@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Sequence
 
@@ -101,16 +102,21 @@ class Sender:
         :returns: whether the account has no room for more batches until one of this job ends.
         :raises SiliconFlowError: the service refuses, and has taken no batch of this job.
         """
+        is_full = False
         try:
             # What is adopted may have ended already, and makes room for more.
             while self._replace_dead() or self._submit_some():
                 pass
         except _AccountIsFull as exc:
             log.warning("%s The next batch is submitted when one of the open ones has ended.", exc)
-            return True
-        finally:
-            self._job.ledger.flush()
-        return False
+            is_full = True
+        except SiliconFlowError:
+            # The ids that came before are worth more than the intents that lead to them.
+            with contextlib.suppress(SiliconFlowError):
+                self._job.ledger.flush()
+            raise
+        self._job.ledger.flush()
+        return is_full
 
     # Dead batches -----------------------------------------------------------------------------------------
 

@@ -89,12 +89,15 @@ def judge_files(batch: Batch, held: Held, rows: int | None) -> Settled:
         return Settled.YES
     if lacks:
         return Settled.NO
-    if batch.status == BatchStatus.COMPLETED:
-        # Every row of a completed batch has a result. If nobody knows how many there are, some must be enough.
-        return Settled.PERHAPS if not sent and held.output else Settled.NO
-    if batch.status == BatchStatus.FAILED or counts.total:
+    if batch.status == BatchStatus.FAILED:
         return Settled.PERHAPS
-    return Settled.NO
+    if not sent:
+        # Nobody knows how many rows there are, so some must be enough; of a completed batch, answered ones.
+        named = held.output or (held.errors and batch.status != BatchStatus.COMPLETED)
+        return Settled.PERHAPS if named else Settled.NO
+    # Every row of a completed batch has a result. One that was stopped may leave out rows, if it counts them so.
+    stopped = batch.status != BatchStatus.COMPLETED and counts.total
+    return Settled.PERHAPS if stopped else Settled.NO
 
 
 def _lacks_lines(batch: Batch, held: Held) -> bool:

@@ -54,7 +54,8 @@ class Sending:
     """
     The request was about to leave, so a batch may exist.
 
-    :param number: grows with each intent of a ledger, so that a batch with a smaller one is certainly older.
+    :param number: grows with each intent and with each answer of a ledger: a batch whose number is smaller, and not 0,
+        existed before this request was first about to leave.
     :param at: when it was recorded, in epoch seconds of the worker's clock.
     :param accepted: the service answered in a way that may mean "created": from now on the account is searched, and
         the request is never sent again.
@@ -71,14 +72,14 @@ class Sent:
     The batch exists.
 
     :param batch_id: its id.
-    :param number: that of its intent; 0 if it was found without one.
-    :param terminal_since: when it was first seen in a terminal status, in epoch seconds of the worker's clock, if it is
-        not settled yet; see :mod:`~.jobs.settled`.
+    :param number: that of the answer that told its id, see :class:`Sending`; 0 if a search found it.
+    :param terminal_since: when it was first seen in a terminal status that is not settled yet, in epoch seconds of the
+        worker's clock; 0 if it was not. See :mod:`~.jobs.settled`.
     """
 
     batch_id: str
     number: int = 0
-    terminal_since: float | None = None
+    terminal_since: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Ended:
     The batch is in a status that it never leaves.
 
     :param batch_id: its id.
-    :param number: that of its intent.
+    :param number: as in :class:`Sent`.
     :param status: ``completed``, ``expired``, ``failed`` or ``cancelled``.
     :param counts: ``total``, ``completed`` and ``failed``, in rows.
     :param errors: the first messages of the service about the batch as a whole, at most three.
@@ -106,7 +107,7 @@ class Ended:
         """
         Return what is kept of a batch.
 
-        :param number: that of its intent.
+        :param number: as in :class:`Sent`.
         :param at: when it was first seen in its status; 0 if an earlier try left it, and nobody knows.
         """
         counts = batch.request_counts
@@ -242,11 +243,8 @@ def _decode(entry: dict[str, Any]) -> State:
         case "sending":
             return Sending(_number(entry["number"]), _time(entry["at"]), _flag(entry["accepted"]))
         case "sent":
-            since = entry.get("terminal_since")
             return Sent(
-                checked_id(entry["batch_id"]),
-                _number(entry["number"]),
-                None if since is None else _time(since),
+                checked_id(entry["batch_id"]), _number(entry["number"]), _time(entry["terminal_since"])
             )
         case "ended":
             return Ended(
@@ -259,7 +257,7 @@ def _decode(entry: dict[str, Any]) -> State:
                     if name in _COUNTS
                 },
                 tuple(_text(message, _MAX_MESSAGE) for message in _list(entry["errors"])),
-                _time(entry.get("at", 0.0)),
+                _time(entry["at"]),
             )
         case "refused":
             return Refused(_number(entry["status"]), _text(entry["message"], _MAX_MESSAGE))

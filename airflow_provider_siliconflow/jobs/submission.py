@@ -23,7 +23,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 )
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus, UploadedFile
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
-from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork, Proof, Upload
+from airflow_provider_siliconflow.jobs.identity import SUBMIT_ANEW, WORK_KEY, BatchWork, Proof, Upload
 from airflow_provider_siliconflow.jobs.ledger import Ledger
 from airflow_provider_siliconflow.jobs.posting import REFUSAL_PATIENCE, Request, send_once
 from airflow_provider_siliconflow.jobs.search import (
@@ -84,10 +84,11 @@ class Submission:
         self._uploads = Uploads(
             self._account.files,
             ledger,
-            earlier_tries=earlier_tries != "none",
+            earlier_tries=earlier_tries != "none" or ledger.damaged,
             clock=self._clock,
             check_not_stopped=self.check_not_stopped,
         )
+        self._sent: set[str] = set()
         self._stopped = False
 
     def stop(self) -> None:
@@ -204,7 +205,7 @@ class Submission:
 
     def _must_be_listed_by(self, work: BatchWork, state: State) -> float | None:
         """Return when the account surely lists what an earlier try left; ``None`` if there is nothing to be found."""
-        if not isinstance(state, Planned | Refused):
+        if self._ledger.damaged or not isinstance(state, Planned | Refused):
             return self._started + LIST_LAG
         if self._ledger.complete or self._earlier_tries == "none":
             return None
@@ -216,7 +217,7 @@ class Submission:
     def _search_earlier(self, work: BatchWork, listed_by: float, adopt_dead: bool) -> Batch | None:
         # Searched once only, there is hardly anything to be found, and no first try may fail for what it cannot see.
         has_record = not isinstance(self._ledger.state(work.key), Planned | Refused)
-        is_final = has_record or self._earlier_tries == "patiently"
+        is_final = has_record or self._ledger.damaged or self._earlier_tries == "patiently"
         try:
             return self._search(work, listed_by, adopt_dead, is_final=is_final)
         except SubmissionUnknownError:
@@ -275,13 +276,14 @@ class Submission:
             return
         if isinstance(state, Refused):
             self._ledger.record(work.key, Planned())
-        number = state.number if isinstance(state, Sending | Sent) else 0
-        self._ledger.record(work.key, Sent(batch.id, number))
+        self._ledger.record(work.key, Sent(batch.id))
 
     def _record_ended(self, work: BatchWork, batch: Batch) -> None:
         state = self._ledger.state(work.key)
         if isinstance(state, Sent):
-            self._ledger.record(work.key, Ended.of(batch, state.number))
+            # When a batch of an earlier try ended, nobody knows; one that this try sent ended within it.
+            at = self._clock.time() if work.key in self._sent else 0.0
+            self._ledger.record(work.key, Ended.of(batch, state.number, at=at))
 
     # An input that was changed ----------------------------------------------------------------------------
 
@@ -321,15 +323,13 @@ class Submission:
         """Create the batch; if the service no longer has the input file, upload it again, once."""
         file_id = self._input_file(work)
         try:
-            batch = self._post(work, file_id, rate_limit_patience, adopt_dead)
+            return self._post(work, file_id, rate_limit_patience, adopt_dead)
         except APIError as exc:
             if work.upload is None or not _says_file_is_gone(exc, file_id):
                 raise
             log.warning("The service does not have file %s any more (%s); it is uploaded again", file_id, exc)
             self._uploads.forget(work.upload, file_id)
-            batch = self._post(work, self._input_file(work), rate_limit_patience, adopt_dead)
-        self._record_sent(work, batch)
-        return batch
+            return self._post(work, self._input_file(work), rate_limit_patience, adopt_dead)
 
     def _input_file(self, work: BatchWork) -> str:
         if work.upload is not None:
@@ -340,7 +340,11 @@ class Submission:
     def _post(self, work: BatchWork, file_id: str, rate_limit_patience: float, adopt_dead: bool) -> Batch:
         def send() -> Batch:
             self._record_intent(work)
-            return self._confirmed(work, file_id, self._api.create_batch(**work.request(file_id)))
+            self._sent.add(work.key)
+            batch = self._confirmed(work, file_id, self._api.create_batch(**work.request(file_id)))
+            # Taken anew: the intent may be that of a try which died long ago, and others were sent since.
+            self._ledger.record(work.key, Sent(batch.id, self._ledger.next_number()))
+            return batch
 
         request = Request(
             f"POST /batches for {work.label}",
@@ -404,7 +408,7 @@ def _unreadable(work: BatchWork, batch_id: str) -> SubmissionUnknownError:
     return SubmissionUnknownError(
         f"Batch {batch_id} was submitted for {work.label} by an earlier try, and the account neither answers to its id "
         "nor lists it. Nothing was sent, since that would pay twice. Check that the connection leads to the account "
-        "that it was submitted with. A retry reads it again; a manual clear with on_clear='resubmit' submits anew.",
+        f"that it was submitted with. A retry reads it again; {SUBMIT_ANEW}.",
         retryable=True,
     )
 
@@ -415,7 +419,7 @@ def _lost(work: BatchWork, who: str, answer: SiliconFlowError | None) -> Submiss
         f"{who.capitalize()} asked for the batch of {work.label}, the service answered with a success status and "
         "without a usable id, and the account lists no such batch. It is not asked for again, since it may exist and "
         "be paid for: a retry only searches. Look on the console for a batch with the metadata "
-        f"{WORK_KEY}={work.key}; if there is none, a manual clear with on_clear='resubmit' submits anew."
+        f"{WORK_KEY}={work.key}; if there is none, {SUBMIT_ANEW}."
         f"{f' The answer: {answer}' if answer is not None else ''}",
         retryable=True,
     )
@@ -428,7 +432,6 @@ def _changed_input(work: BatchWork, batch_id: str, batch: Batch | None) -> Inval
         f"The input of {work.label} was changed between two tries: batch {batch_id}{status} was made from the earlier "
         "one, and is paid for. Nothing was sent. Either restore the input (rows and their order, completion_window, "
         "endpoint, replace, conn_id) and let the task retry, which takes the batch up; or cancel that batch and let "
-        "the task retry; or submit anew beside it by a manual clear with on_clear='resubmit'. durable=False submits on "
-        "every try.",
+        f"the task retry. To pay for both, {SUBMIT_ANEW} beside it. durable=False submits on every try.",
         retryable=True,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,9 @@ class TaskStateLedger:
     :param owner: this try, with a fresh token.
     """
 
+    #: A damaged entry is in doubt by itself, and a store that was discarded breaks the chain of tries.
+    damaged = False
+
     def __init__(self, store: Any, *, generation: int, owner: Owner) -> None:
         self._store = store
         self._generation = generation
@@ -74,10 +77,6 @@ class TaskStateLedger:
     @staticmethod
     def _name(key: str) -> str:
         return f"siliconflow.{key}"
-
-    def older_batches(self, key: str) -> Set[str]:
-        """Return none: a task that submits a single batch has no older one."""
-        return frozenset()
 
     def state(self, key: str) -> State:
         """Return what a piece of work is."""
@@ -123,9 +122,9 @@ class TaskStateLedger:
         states = map(decode, stored if isinstance(stored, list) else ())
         return tuple(state for state in states if isinstance(state, Ended))
 
-    def holds(self, batch_id: str) -> bool:
-        """Return that nothing is known: the store cannot be searched."""
-        return False
+    def recorded_batches(self) -> Mapping[str, int]:
+        """Return none: the store cannot be searched, and a task that submits a single batch has no other."""
+        return {}
 
     def earlier_work(self, key: str) -> tuple[str, State] | None:
         """Return the work that a try of this generation recorded last, if it is another."""

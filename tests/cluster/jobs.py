@@ -134,9 +134,11 @@ class Jobs:
                 found[name] = f"{len(got)} results for {len(custom_ids)} rows"
             elif manifest["rows"]["ok"] != len(custom_ids):
                 found[name] = f"the manifest says {manifest['rows']}"
-            elif left := sorted(path.name for path in folder.iterdir() if path.name.startswith(".")):
-                found[name] = f"left behind: {left}"
         return found
+
+    def left_behind(self) -> list[str]:
+        """Folders that jobs keep while they run, and remove when they have ended."""
+        return sorted(str(path.relative_to(self.folder)) for path in self.folder.glob("*/.siliconflow/*"))
 
     def check(self, state: str, report: dict[str, object]) -> None:
         """
@@ -144,11 +146,12 @@ class Jobs:
 
         :param state: the run's.
         """
-        bill, incomplete = self.bill(), self.incomplete()
-        report |= bill.as_dict() | {"run": state, "incomplete": incomplete}
+        bill, incomplete, left_behind = self.bill(), self.incomplete(), self.left_behind()
+        report |= bill.as_dict() | {"run": state, "incomplete": incomplete, "left_behind": left_behind}
         hurt = [name for name in self.names if any(one["id"] in bill.cancelled for one in self.batches(name))]
         assert bill.is_clean, f"{bill}\n{self.log(hurt[0]) if hurt else ''}"
         assert not incomplete
+        assert not left_behind
         assert state == "success"
 
     def log(self, job: str, lines: int = 60) -> str:

@@ -38,11 +38,17 @@ DAMAGES = (
         ),
         max_size=3,
     ),
-    st.sampled_from(["yes", "x" * 90, None]),
+    st.sampled_from(
+        [
+            *(answer("a", text, n=[1, {"k": 1.5}]) for text in ("yes", "x" * 90, None)),
+            failure("a", "batch_expired", "the window ended"),
+            failure("a", 20000, "Ok"),
+        ]
+    ),
 )
-def test_a_damaged_line_is_judged_as_it_is_read_or_not_at_all(damages: Any, text: Any) -> None:
+def test_a_damaged_line_is_judged_as_it_is_read_or_not_at_all(damages: Any, whole: Any) -> None:
     """Otherwise a file of results would hold lines that its reader refuses."""
-    line = json.dumps(answer("a", text, n=[1, {"k": 1.5}])).encode()
+    line = json.dumps(whole).encode()
     for at, gone, put in damages:
         line = line[:at] + put.replace(b"\n", b"") + line[at + gone :]
 
@@ -73,6 +79,17 @@ def test_a_message_that_repeats_its_prompt_is_not_kept_whole() -> None:
         message = judged(line).message
         assert message
         assert len(message) <= 300
+
+
+def test_the_same_failure_of_many_rows_is_that_of_each() -> None:
+    expired = [judged(failure(name, "batch_expired", "too late")) for name in "ab"]
+    assert [(each.custom_id, each.outcome, each.transient) for each in expired] == [
+        ("a", Outcome.EXPIRED, True),
+        ("b", Outcome.EXPIRED, True),
+    ]
+    assert expired[0] is not expired[1]
+    poor = judged(failure("a", "30001", "Sorry, your account balance is insufficient"))
+    assert (poor.out_of_balance, poor.transient, poor.code) == (True, False, "30001")
 
 
 def test_an_answer_says_whether_it_counts_its_tokens() -> None:

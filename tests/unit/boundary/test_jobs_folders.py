@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,6 @@ from airflow_provider_siliconflow.api.exceptions import (
 )
 from airflow_provider_siliconflow.emulator.server import Emulator
 from airflow_provider_siliconflow.jobs.run import BatchRun, Wait
-from airflow_provider_siliconflow.jobs.scratch import scratch_folder
 from tests.unit.jobs.whole_job import MODELS, Job, fail_first_of, options, posts, rows
 
 pytestmark = pytest.mark.emulator(speed=1.0, queue_seconds=0.0, rows_per_second=0.001)
@@ -260,6 +256,17 @@ def test_models_that_were_changed_between_two_tries_are_named(emulator: Emulator
     assert posts(emulator) == (2, 2)
 
 
+def test_a_connection_that_was_changed_between_two_tries_is_named(emulator: Emulator, tmp_path: Path) -> None:
+    """Through the new one the batches of the first try cannot be seen: that is no proof that they do not run."""
+    job = small(emulator, tmp_path)
+    started(job)
+    job.conn_id = "other"
+    emulator.faults.add("GET /batches/*:status=404,times=-1")
+    with pytest.raises(InvalidInputError, match="models, conn_id or output_dir"):
+        job.attempt()
+    assert posts(emulator) == (2, 2)
+
+
 # Generations ------------------------------------------------------------------------------------------------
 
 
@@ -347,26 +354,23 @@ def test_a_plan_is_not_believed(emulator: Emulator, tmp_path: Path, name: str, v
     assert posts(emulator) == (2, 2)
 
 
-def test_what_a_killed_process_downloaded_is_removed_by_the_next(
-    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
-    job = small(emulator, tmp_path / "out")
-    started(job)
-    (folder,) = (tmp_path / "out").glob(".siliconflow/*")
-    ended = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
-    )
-    left = tmp_path / "tmp" / f"siliconflow-{folder.name}-{ended.stdout.strip()}-abc"
-    other = left.with_name(left.name.replace(folder.name, "0" * 16))
-    for each in (left, other):
-        each.mkdir()
-    with scratch_folder(folder.name) as alive:
-        started(job)
-        assert alive.exists()
-    assert not left.exists()
-    assert other.exists()
+def test_nobody_else_can_read_or_write_a_jobs_folder(emulator: Emulator, tmp_path: Path) -> None:
+    started(small(emulator, tmp_path))
+    (folder,) = tmp_path.glob(".siliconflow/*")
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_shard_that_became_a_link_is_not_uploaded(emulator: Emulator, tmp_path: Path) -> None:
+    job = small(emulator, tmp_path, 15, max_in_flight=1)
+    _, wait = started(job)
+    (shard,) = tmp_path.glob(".siliconflow/*/round-0/shard-00001.jsonl")
+    (tmp_path / "secret").write_bytes(shard.read_bytes())
+    shard.unlink()
+    shard.symlink_to(tmp_path / "secret")
+    emulator.service.configure(FAST)
+    with pytest.raises(SiliconFlowError, match="link"):
+        job.carry_out(job.process(), wait)
+    assert len(batches(emulator)) == 1
 
 
 def test_a_plan_without_its_task_is_made_anew(emulator: Emulator, tmp_path: Path) -> None:

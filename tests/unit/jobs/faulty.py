@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from airflow_provider_siliconflow.api.exceptions import (
+    APIError,
     InsufficientBalanceError,
+    InvalidRequestError,
     NoAnswerError,
     NotFoundError,
     NotSentError,
@@ -25,7 +27,9 @@ from airflow_provider_siliconflow.emulator.config import EmulatorConfig
 from airflow_provider_siliconflow.emulator.service import EmulatedService, ServiceError
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork, Submitter, Upload
 from airflow_provider_siliconflow.jobs.states import (
+    Ended,
     Planned,
+    Sent,
     State,
     UploadState,
     check_transition,
@@ -126,6 +130,14 @@ class FakeListing:
         return next(self._batches)
 
 
+_ERRORS: dict[int, type[APIError]] = {
+    400: InvalidRequestError,
+    402: InsufficientBalanceError,
+    404: NotFoundError,
+    429: RateLimitedError,
+}
+
+
 class FaultyAPI:
     """The emulator's rules behind the calls of a client, with a script of faults."""
 
@@ -169,8 +181,7 @@ class FaultyAPI:
         try:
             answer = work()
         except ServiceError as exc:
-            error = NotFoundError if exc.status == 404 else InsufficientBalanceError
-            raise error(str(exc.body), status_code=exc.status) from exc
+            raise _ERRORS[exc.status](str(exc.body), status_code=exc.status) from exc
         if fault == "crash-after":
             raise Crash
         if fault == "lost-after":
@@ -187,6 +198,9 @@ class FaultyAPI:
 
     def _batch(self, view: dict[str, Any]) -> Batch:
         return Batch.model_validate(self.oddities.of_id(view))
+
+    def cancel_batch(self, batch_id: str) -> Batch:
+        return self._batch(self._run("cancel", lambda: self.service.cancel_batch(batch_id)))
 
     def list_batches(self) -> FakeListing:
         page = self._run("list", lambda: self.service.list_batches(limit=100))
@@ -234,6 +248,7 @@ class FaultyLedger:
     """A ledger that survives crashes, and in whose writes a process may die."""
 
     complete = True
+    damaged = False
 
     def __init__(self, script: Iterator[str]) -> None:
         self.script = script
@@ -261,8 +276,9 @@ class FaultyLedger:
     def retired(self, key: str) -> tuple[Any, ...]:
         return self.dead.get(key, ())
 
-    def holds(self, batch_id: str) -> bool:
-        return any(getattr(state, "batch_id", None) == batch_id for state in self.states.values())
+    def recorded_batches(self) -> dict[str, int]:
+        states = [*self.states.values(), *(each for dead in self.dead.values() for each in dead)]
+        return {state.batch_id: state.number for state in states if isinstance(state, Sent | Ended)}
 
     def earlier_work(self, key: str) -> tuple[str, State] | None:
         others = [other for other in self.states if other != key]
@@ -276,9 +292,6 @@ class FaultyLedger:
 
     def record_upload(self, key: str, state: UploadState) -> None:
         self.uploads[key] = state
-
-    def older_batches(self, key: str) -> frozenset[str]:
-        return frozenset()
 
 
 def make_work(service: EmulatedService, task_id: str = "create") -> BatchWork:
@@ -297,9 +310,9 @@ def make_work(service: EmulatedService, task_id: str = "create") -> BatchWork:
     )
 
 
-def make_upload_work(api: FaultyAPI, content: bytes = CONTENT) -> BatchWork:
+def make_upload_work(api: FaultyAPI, content: bytes = CONTENT, *, generation: int = 3) -> BatchWork:
     """Return work whose file is uploaded first."""
-    submitter = Submitter("dag", "run", "create", -1, 3)
+    submitter = Submitter("dag", "run", "create", -1, generation)
     digest = sha256(content).hexdigest()
     key = submitter.key(upload=digest)
 

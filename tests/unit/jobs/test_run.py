@@ -394,3 +394,19 @@ def test_a_404_for_one_model_stops_no_other(emulator: Emulator, tmp_path: Path) 
         job.attempt()
     assert [row["error"] for row in results(tmp_path)] == [None] * 3
     assert job.attempt()["rows"]["ok"] == 6
+
+
+def test_rows_that_are_sent_again_as_they_were_are_one_upload_and_known_to_the_next_try(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    """A file's name is a part of the proof that a batch over it is ours."""
+    job = Job(emulator, tmp_path, rows(10), models=MODELS[:1], max_row_attempts=2)
+    job.after = fail_first_of(emulator)
+    run = job.next_try()
+    wait = run.start(lambda: job.requests, "requests", timeout=None)
+    assert wait is not None
+    wait = run.resume(job.wait(wait))
+    assert wait is not None
+    assert posts(emulator) == (2, 3)
+    assert job.attempt()["rows"]["ok"] == 10
+    assert posts(emulator) == (2, 3)

@@ -1,8 +1,11 @@
-"""A job from its rows to its results, through any sequence of faults, crashes and retries."""
+"""A job from its rows to its results, through any sequence of faults, crashes, late results, tries and retries."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError, SiliconFlowError
+from airflow_provider_siliconflow.api.exceptions import (
+    BatchTimeoutError,
+    JobTakenOverError,
+    SiliconFlowError,
+)
 from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES, Batch
-from airflow_provider_siliconflow.jobs import downloads
+from airflow_provider_siliconflow.batch_files import atomic_files
+from airflow_provider_siliconflow.emulator.service import ServiceError
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY, Submitter
 from airflow_provider_siliconflow.jobs.ledger import FolderLedger, Owner
 from airflow_provider_siliconflow.jobs.options import check_options
@@ -25,16 +33,38 @@ from tests.unit.jobs.faulty import FAULTS, Crash, FakeClock, FaultyAPI, make_ser
 ROWS = 7
 MODELS = ["Qwen/Qwen3-32B", "THUDM/GLM-4-9B-0414"]
 
+#: What may happen while a job waits: a person cancels a batch, the service stops or loses one, another try begins
+#: beside this one, or the task is deferred and resumed elsewhere.
+EVENTS = ("none", "console", "cancelled", "failed", "second try", "deferred")
+
+quickly = settings(deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(autouse=True)
+def _disk_that_keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These processes die, the machine does not."""
+    monkeypatch.setattr(atomic_files.os, "fsync", lambda descriptor: None)
+
 
 class Life:
-    """The tries of one task instance; each knows nothing but the folder and the service."""
+    """
+    The tries of one task instance; each knows nothing but the folder and the service.
 
-    def __init__(self, folder: Any, script: list[str], lag: float) -> None:
+    :param script: what happens at each boundary of a process, see ``FAULTS``.
+    :param events: what happens at each poll, see ``EVENTS``.
+    :param config: of the service.
+    """
+
+    def __init__(self, folder: Any, script: list[str], events: list[str] = [], **config: Any) -> None:  # noqa: B006
         self.clock = FakeClock()
-        self.service = make_service(folder / "service", self.clock, list_lag_seconds=lag)
+        self.service = make_service(folder / "service", self.clock, **config)
         self.api = FaultyAPI(self.service, iter(script), self.clock)
+        self.events = iter(events)
         self.output = folder / "output"
-        self.start = self.clock.time()
+        self.begun = self.clock.time()
+        self.tries = 0
+
+    # The job ----------------------------------------------------------------------------------------------
 
     def _open_submission(self, ledger: FolderLedger, number: int) -> Submission:
         write = ledger._write
@@ -49,21 +79,15 @@ class Life:
             self.api,
             ledger=ledger,
             earlier_tries="none" if number == 1 else "patiently",
-            since=self.start,
+            since=self.begun,
             clock=self.clock,
         )
 
-    def results(self) -> dict[str, bytes]:
-        return {
-            f"{model}/{name}": (self.output / model.replace("/", "--") / f"{name}.jsonl").read_bytes()
-            for model in MODELS
-            for name in ("results", "errors")
-        }
-
-    def attempt(self, number: int) -> dict[str, Any]:
+    def process(self, number: int) -> BatchRun:
+        """Return the job in a process of its own."""
         submitter = Submitter("dag", "run", "task", -1, 3)
         owner = Owner.new(submitter, try_number=number, try_id=str(number))
-        run = BatchRun(
+        return BatchRun(
             check_options(
                 model=None,
                 models=MODELS,
@@ -87,11 +111,44 @@ class Life:
             cancel_on_kill=True,
             clock=self.clock,
         )
+
+    def attempt(self) -> dict[str, Any]:
+        """Make one try, from its start to its end."""
+        self.tries += 1
+        number = self.tries
+        run = self.process(number)
         prompts = [f"Say {i}" + (" [[emulator:once=503]]" if i == 5 else "") for i in range(ROWS)]
         wait = run.start(lambda: prompts, "requests", timeout=None)
         while wait is not None:
-            wait = run.resume(self._wait(wait))
+            event = next(self.events, "none")
+            if event == "second try":
+                with contextlib.suppress(SiliconFlowError):
+                    self.attempt()
+                with pytest.raises(JobTakenOverError):
+                    self._go_on(run, wait)
+                raise JobTakenOverError("and this one fails")
+            self._happen(event)
+            if event == "deferred":
+                run = self.process(number)
+            wait = self._go_on(run, wait)
         return run.finish()
+
+    def _go_on(self, run: BatchRun, wait: Wait) -> Wait | None:
+        ended = self._wait(wait)
+        resumed = run.resume(ended)
+        if resumed is None and run._earlier_manifest is not None:
+            raise JobTakenOverError("the other try has finished")
+        return resumed
+
+    def _happen(self, event: str) -> None:
+        open_ones = [b["id"] for b in self.service.state()["batches"] if b["status"] not in TERMINAL_STATUSES]
+        if not open_ones:
+            return
+        if event == "console":
+            self.service.cancel_batch(open_ones[0])
+        elif event in ("cancelled", "failed"):
+            self.clock.sleep(25.0)
+            self.service.force_status(open_ones[-1], event)
 
     def _wait(self, wait: Wait) -> list[Batch]:
         state = BatchWait(
@@ -110,55 +167,115 @@ class Life:
             state.check_deadline(self.clock.time())
             self.clock.sleep(state.pause(self.clock.time()))
 
+    def live(self, most: int, retry_delay: float) -> dict[str, Any]:
+        """Retry until a try succeeds, and return its manifest."""
+        for _ in range(most):
+            try:
+                return self.attempt()
+            except BatchTimeoutError:
+                raise
+            except (Crash, SiliconFlowError) as exc:
+                if isinstance(exc, SiliconFlowError) and not exc.retryable:
+                    raise
+                self.clock.sleep(retry_delay)
+        pytest.fail("it never came to an end")
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    # What came of it --------------------------------------------------------------------------------------
+
+    def results(self) -> dict[str, bytes]:
+        return {
+            f"{model}/{name}": (self.output / model.replace("/", "--") / f"{name}.jsonl").read_bytes()
+            for model in MODELS
+            for name in ("results", "errors")
+        }
+
+    def answers(self) -> Iterator[dict[str, Any]]:
+        """Yield every answer that the service gave, of dead batches as well: that is what it bills."""
+        for batch in self.service.state()["batches"]:
+            with contextlib.suppress(ServiceError):
+                for line in self.service.open_results(batch["id"], "output").read_bytes().splitlines():
+                    yield json.loads(line)
+
+    def check(self, manifest: dict[str, Any]) -> None:
+        """Every row once and in order, none paid for twice, and the manifest's bill is the service's."""
+        for model in MODELS:
+            text = (self.output / model.replace("/", "--") / "results.jsonl").read_text()
+            found = [json.loads(line)["custom_id"] for line in text.splitlines()]
+            assert found == [f"row-{i:07d}" for i in range(1, ROWS + 1)]
+        assert manifest["rows"] == {
+            "total": 2 * ROWS,
+            "ok": 2 * ROWS,
+            "error": 0,
+            "expired": 0,
+            "missing": 0,
+        }
+        answers = list(self.answers())
+        rows = Counter((answer["custom_id"], answer["response"]["body"]["model"]) for answer in answers)
+        assert set(rows.values()) == {1}
+        tokens = sum(answer["response"]["body"]["usage"]["total_tokens"] for answer in answers)
+        assert manifest["billed_usage"]["total_tokens"] == tokens
+        batches = self.service.state()["batches"]
+        assert all(batch["status"] in TERMINAL_STATUSES for batch in batches)
+        named = {batch["id"] for each in manifest["models"] for batch in each["batches"]}
+        assert named == {batch["id"] for batch in batches}
+        assert not list(self.output.glob(".siliconflow"))
+
+
+@settings(quickly, max_examples=120)
 @given(
     script=st.lists(st.sampled_from(FAULTS), max_size=60),
     lag=st.sampled_from([0.0, 40.0]),
     retry_delay=st.sampled_from([0.0, 300.0]),
 )
 def test_every_row_once_whatever_happens(
+    tmp_path_factory: pytest.TempPathFactory, script: list[str], lag: float, retry_delay: float
+) -> None:
+    life = Life(tmp_path_factory.mktemp("life"), script, list_lag_seconds=lag)
+    life.check(life.live(len(script) + 2, retry_delay))
+    # Two shards over two models, and one batch with the one row worth another attempt for each.
+    keys = [batch["metadata"][WORK_KEY] for batch in life.service.state()["batches"]]
+    assert len(keys) == len(set(keys)) == 6
+
+
+SECONDS = st.sampled_from([0.0, 30.0, 100.0, 400.0])
+
+
+@settings(quickly, max_examples=150)
+@given(
+    script=st.lists(st.sampled_from(("none", *FAULTS)), max_size=30),
+    events=st.lists(st.sampled_from(EVENTS), max_size=8),
+    service=st.fixed_dictionaries(
+        {
+            "list_lag_seconds": st.sampled_from([0.0, 40.0]),
+            "settle_seconds": SECONDS | st.just(1e9),
+            "settle_as": st.sampled_from(["zeros", "null", "empty"]),
+            "late_output_seconds": SECONDS,
+            "late_error_seconds": SECONDS,
+            "partial_output_seconds": SECONDS,
+            "max_open_batches": st.sampled_from([0, 2]),
+        }
+    ),
+    retry_delay=st.sampled_from([0.0, 300.0]),
+)
+def test_no_row_is_paid_twice_or_lost_whatever_comes_late_or_dies(
     tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
     script: list[str],
-    lag: float,
+    events: list[str],
+    service: dict[str, Any],
     retry_delay: float,
 ) -> None:
-    life = Life(tmp_path_factory.mktemp("life"), script, lag)
-    monkeypatch.setattr(downloads, "SystemClock", lambda: life.clock)
-    for number in range(1, len(script) + 3):
-        try:
-            manifest = life.attempt(number)
-            break
-        except BatchTimeoutError:
-            raise
-        except (Crash, SiliconFlowError) as exc:
-            if isinstance(exc, SiliconFlowError) and not exc.retryable:
-                raise
-            life.clock.sleep(retry_delay)
-    else:
-        pytest.fail("it never came to an end")
-    # Two shards over two models, and one batch with the one row worth another attempt for each.
-    batches = life.service.state()["batches"]
-    keys = [batch["metadata"][WORK_KEY] for batch in batches]
-    assert len(keys) == len(set(keys)) == 6
-    assert all(batch["status"] in TERMINAL_STATUSES for batch in batches)
-    assert len(life.service.list_files(purpose="batch")["data"]["data"]) == 3
-    assert manifest["rows"] == {"total": 2 * ROWS, "ok": 2 * ROWS, "error": 0, "expired": 0, "missing": 0}
-    for model in MODELS:
-        text = (life.output / model.replace("/", "--") / "results.jsonl").read_text()
-        found = [json.loads(line)["custom_id"] for line in text.splitlines()]
-        assert found == [f"row-{i:07d}" for i in range(1, ROWS + 1)]
+    life = Life(tmp_path_factory.mktemp("life"), script, events, rows_per_second=0.1, **service)
+    # An hour after the end of a batch nothing is waited for any more: twelve tries for each that died.
+    life.check(life.live(len(script) + 14 * (len(events) + 2), retry_delay))
 
 
-def test_a_crash_at_any_boundary_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_at_any_boundary_changes_no_byte(tmp_path: Path) -> None:
     def live(folder: Path, script: list[str]) -> Life:
-        life = Life(folder, script, lag=30.0)
-        monkeypatch.setattr(downloads, "SystemClock", lambda: life.clock)
+        life = Life(folder, script, list_lag_seconds=30.0)
         if script:
             with pytest.raises(Crash):
-                life.attempt(1)
-        life.attempt(2 if script else 1)
+                life.attempt()
+        life.attempt()
         return life
 
     calm = live(tmp_path / "calm", [])

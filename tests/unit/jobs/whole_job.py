@@ -72,6 +72,7 @@ class Job:
         self.map_index = -1
         self.generation = 5
         self.run_id = "run"
+        self.conn_id = "c"
         self.cancel_on_kill = True
         self.host = emulator.base_url
         self.after: Callable[[str], None] = lambda _: None
@@ -118,7 +119,7 @@ class Job:
             self.options,
             submitter=submitter,
             client=client,
-            conn_id="c",
+            conn_id=self.conn_id,
             output_dir=self.folder,
             open_submission=open_submission,
             earlier_tries=self.tries > 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from airflow.providers.common.compat.sdk import (
     TaskDeferred,
 )
 
+from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
     BatchTimeoutError,
     InvalidInputError,
@@ -282,3 +284,80 @@ def test_an_expired_batch_is_judged_by_counts_that_come_late(
 
     mocker.patch.object(hook, "wait_for_batches", early)
     assert create.execute(make_context(create)) == batches(emulator)[0]["id"]
+
+
+@pytest.mark.emulator(speed=0.001)
+@pytest.mark.parametrize("state", ["failed", "running"])
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_a_batch_whose_answer_comes_after_the_kill_is_cancelled(
+    make_context: MakeContext,
+    make_input: MakeInput,
+    emulator: Emulator,
+    mocker: MockerFixture,
+    set_state: Callable[[str | None], Any],
+    state: str,
+) -> None:
+    """When the signal comes there is no batch to be found yet."""
+    set_state(state)
+    mocker.patch("airflow_provider_siliconflow.operators.base.airflow_version", return_value=(3, 0))
+    create = CreateBatchOperator(task_id="t", input_path=make_input("Hi"))
+    create_batch = SiliconFlowClient.create_batch
+
+    def killed_first(*args: Any, **kwargs: Any) -> Any:
+        create.on_kill()
+        return create_batch(*args, **kwargs)
+
+    mocker.patch.object(SiliconFlowClient, "create_batch", killed_first)
+    create.execute(make_context(create))
+    (batch,) = batches(emulator)
+    assert (batch["status"] == "cancelling") == (state == "failed")
+
+
+@pytest.mark.emulator(speed=0.001)
+@pytest.mark.parametrize("may_end", [True, False])
+@pytest.mark.parametrize("cancels", [True, False])
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_what_a_create_task_hands_to_its_trigger(
+    make_context: MakeContext, make_input: MakeInput, mocker: MockerFixture, may_end: bool, cancels: bool
+) -> None:
+    mocker.patch("airflow_provider_siliconflow.operators.create.may_end_in_trigger", return_value=may_end)
+    create = CreateBatchOperator(
+        task_id="t",
+        input_path=make_input("Hi"),
+        wait_for_completion=True,
+        deferrable=True,
+        poll_interval=7,
+        timeout=3600,
+        cancel_on_kill=cancels,
+    )
+    context = make_context(create)
+    before = time.time()
+    with pytest.raises(TaskDeferred) as deferred:
+        create.execute(context)
+    given, pushed = deferred.value.trigger.serialize()[1], context["ti"].pushed
+    assert given["batch_id"] == [pushed["batch_id"]]
+    assert before + 3600 <= given["deadline"] <= time.time() + 3600
+    assert (given["poll_interval"], given["end_in_trigger"]) == (7.0, may_end)
+    assert (given["cancel_on_kill"], given["wait_token"]) == (cancels, pushed.get("siliconflow_wait"))
+    # If no worker comes to push it.
+    assert pushed.get("return_value") == (pushed["batch_id"] if may_end else None)
+
+
+@pytest.mark.emulator(speed=0.001)
+@pytest.mark.parametrize("durable", [True, False])
+@pytest.mark.usefixtures("siliconflow_connection", "no_pauses")
+def test_an_input_that_changed_between_two_tries_pays_for_nothing_but_with_durable_off(
+    make_context: MakeContext, make_input: MakeInput, store: Any, emulator: Emulator, durable: bool
+) -> None:
+    def run(text: str, **ti: Any) -> str:
+        create = CreateBatchOperator(task_id="t", input_path=make_input(text), retries=2, durable=durable)
+        made: str = create.execute(make_context(create, max_tries=2, **ti) | {"task_state_store": store})
+        return made
+
+    paid = run("Hi", try_number=1)
+    if durable:
+        with pytest.raises(InvalidInputError, match=paid):
+            run("Ho", try_number=2)
+        assert len(batches(emulator)) == 1
+    else:
+        assert run("Ho", try_number=2) != paid

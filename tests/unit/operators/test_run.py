@@ -150,6 +150,7 @@ def test_a_batch_whose_answer_comes_after_the_kill_is_cancelled(
 ) -> None:
     """When the signal comes there is no batch to be found yet."""
     set_state(state)
+    mocker.patch("airflow_provider_siliconflow.operators.base.airflow_version", return_value=(3, 0))
     task = RunBatchOperator(
         task_id="t",
         requests=["a", "b"],

@@ -46,6 +46,18 @@ def test_who_submits_and_since_when(
     assert TaskTry.of(context).store is None
 
 
+@pytest.mark.parametrize("name", ["", "production"])
+def test_two_airflows_on_one_account_are_told_apart_by_their_names(
+    make_context: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    context = make_context(BaseOperator(task_id="t"))
+    unnamed = TaskTry.of(context).submitter
+    monkeypatch.setenv("AIRFLOW__SILICONFLOW__DEPLOYMENT_ID", name)
+    named = TaskTry.of(context).submitter
+    assert named.deployment_id == (name or None)
+    assert (named.key(input="a") == unnamed.key(input="a")) == (not name)
+
+
 def test_a_first_try_looks_once_since_it_may_be_run_again_under_its_number(
     make_context: Callable[..., dict[str, Any]],
 ) -> None:

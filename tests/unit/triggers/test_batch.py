@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from airflow.triggers.base import TaskSuccessEvent, TriggerEvent
 
+from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.triggers import batch as trigger_module
 from airflow_provider_siliconflow.triggers.batch import BatchTrigger
@@ -285,3 +286,29 @@ def test_a_kill_cancels_only_what_is_open(
     killed(trigger, states=["failed"], tokens=["ours"])
     statuses = {batch["id"]: batch["status"] for batch in emulator.service.state()["batches"]}
     assert statuses == {ended: "completed", going[0]: "cancelling", going[1]: "cancelling"}
+
+
+# What the task hands on ---------------------------------------------------------------------------------------
+
+
+def test_a_wait_that_began_long_ago_does_not_begin_anew_in_another_triggerer(
+    mocker: MockerFixture, siliconflow_connection: str
+) -> None:
+    now = time.time()
+    late = Batch(id="batch_1", status="in_progress", expires_at=now - 20 * 86400)
+
+    async def get_batch(*_: Any, **__: Any) -> Batch:
+        return late
+
+    mocker.patch("airflow_provider_siliconflow.api.async_client.AsyncSiliconFlowClient.get_batch", get_batch)
+    event = payload(BatchTrigger(batch_ids=["batch_1"], poll_interval=0.05, began=now - 10 * 86400))
+    assert event["status"] == "timeout"
+
+
+@pytest.mark.parametrize("counts_only", [True, False])
+def test_a_job_is_told_no_more_than_it_asks_for(make_batch: Callable[..., str], counts_only: bool) -> None:
+    """Of hundreds of batches; a sensor returns them whole."""
+    event = payload(BatchTrigger(batch_ids=[make_batch("Hi")], poll_interval=0.05, counts_only=counts_only))
+    (batch,) = event["batches"]
+    assert batch["request_counts"]["completed"] == 1
+    assert ("input_file_id" in batch) != counts_only
