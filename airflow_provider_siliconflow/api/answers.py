@@ -32,7 +32,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     UnexpectedAnswerError,
 )
 from airflow_provider_siliconflow.api.models import has_content, says_success
-from airflow_provider_siliconflow.api.redaction import brief, hide_in_answer, snippet, strip_query
+from airflow_provider_siliconflow.api.redaction import brief, hide_in_answer, shown_word, snippet, strip_query
 
 TRACE_ID_HEADER = "x-siliconcloud-trace-id"
 
@@ -309,7 +309,7 @@ def _code_and_message(data: Any) -> tuple[str | None, str | None]:
     elif isinstance(nested, str):
         data = {"message": nested, **data}
     code, message = text_within(data.get("code"), MAX_STATUS), data.get("message")
-    return code and brief(code), message if isinstance(message, str) else None
+    return code and shown_word(code), message if isinstance(message, str) else None
 
 
 def _is_refusal(code: str | None, data: Any) -> bool:

@@ -118,15 +118,17 @@ class SiliconFlowClient:
 
     # Calls ------------------------------------------------------------------------------------------------
 
-    def create_batch(self, **request: Any) -> Batch:
+    def create_batch(self, *, repeat: bool = True, **request: Any) -> Batch:
         """
-        Create a batch; arguments as :func:`protocol.create_batch`.
+        Create a batch; further arguments as :func:`protocol.create_batch`.
 
+        :param repeat: ``False`` leaves it to the caller to ask again after a refusal such as 429; an answer that leaves
+            open what became of the request is never followed by another one here.
         :returns: the batch, of which an odd answer may name no more than the id.
         :raises TransportError: no answer that names a batch; if it is ``accepted`` there may be one.
         :raises APIError: the service refused.
         """
-        return self.call(protocol.create_batch(**request))
+        return self.call(protocol.create_batch(**request), repeat=repeat)
 
     def get_batch(self, batch_id: str, *, repeat: bool = True, within: float | None = None) -> Batch:
         """

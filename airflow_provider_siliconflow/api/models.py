@@ -11,7 +11,7 @@ the service said.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from functools import cache, partial
 from typing import Annotated, Any, TypeVar
@@ -22,14 +22,19 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     model_validator,
 )
+from pydantic_core import CoreSchema, core_schema
 
 from airflow_provider_siliconflow.api.bounds import (
     MAX_AMOUNT,
     MAX_COUNT,
+    MAX_ID,
     MAX_NAME,
     MAX_STATUS,
+    MAX_TIME,
+    MAX_URL,
     bounded,
     count,
     identifier,
@@ -37,7 +42,7 @@ from airflow_provider_siliconflow.api.bounds import (
     reference,
     text_within,
 )
-from airflow_provider_siliconflow.api.redaction import brief, redact_all, shown, valid_text
+from airflow_provider_siliconflow.api.redaction import brief, redact_all, shown, shown_word, valid_text
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -110,16 +115,20 @@ class _Model(BaseModel):
         for name, value in super().__repr_args__():
             yield name, shown(value)
 
+
+class _Bounded(_Model):
+    """What the API answers, which may travel: of the fields that nobody here knows, a few, and not much of each."""
+
     @model_validator(mode="before")
     @classmethod
     def _bound_unknown_fields(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         known = _names_of(cls)
-        unknown = [name for name in data if name not in known]
-        if not unknown:
+        if known.issuperset(data):
             return data
         kept = {name: value for name, value in data.items() if name in known}
+        unknown = [name for name in data if name not in known]
         for name in unknown[:_MOST_UNKNOWN_FIELDS]:
             kept.setdefault(brief(str(name), MAX_STATUS), bounded(data[name], characters=4000))
         return kept
@@ -201,19 +210,69 @@ def _pairs(value: Any) -> Iterator[tuple[Any, Any]]:
             yield entry[0], entry[1]
 
 
+class _Taken:
+    """
+    Annotates a field: what fits is taken as it is, anything else is what a function makes of it.
+
+    Nearly all values fit, and are then checked without a call of Python: a triggerer reads thousands of answers.
+
+    :param fits: the schema of values that the function would return unchanged.
+    :param otherwise: reads any value, and never fails.
+    :param optional: whether ``None`` fits.
+    """
+
+    def __init__(self, fits: CoreSchema, otherwise: Callable[[Any], Any], *, optional: bool = True) -> None:
+        self._fits = core_schema.nullable_schema(fits) if optional else fits
+        self._otherwise = otherwise
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Return the schema of the field."""
+        otherwise = core_schema.no_info_plain_validator_function(self._otherwise)
+        return core_schema.union_schema(
+            [self._fits, otherwise],
+            mode="left_to_right",
+            serialization=core_schema.simple_ser_schema("any"),
+        )
+
+
+def _ascii(limit: int, first: str = "") -> CoreSchema:
+    """Return the schema of a text of printable ASCII, by far the most common."""
+    return core_schema.str_schema(strict=True, max_length=limit, pattern=f"^{first}[ -~]*$")
+
+
+def _whole(limit: int) -> CoreSchema:
+    return core_schema.int_schema(strict=True, ge=0, le=limit)
+
+
+def _text(limit: int) -> _Taken:
+    return _Taken(_ascii(limit), partial(text_within, limit=limit))
+
+
+_ID = core_schema.str_schema(strict=True, max_length=MAX_ID, pattern="^[A-Za-z0-9_][!-~]*$")
+_URL = core_schema.str_schema(strict=True, max_length=MAX_URL, pattern="^[A-Za-z0-9][!-~]*$")
+_PAIRS = core_schema.dict_schema(
+    _ascii(_LONGEST_KEY), _ascii(_LONGEST_VALUE), strict=True, max_length=_MOST_PAIRS
+)
+
 Id = Annotated[str, BeforeValidator(identifier)]
-OptionalId = Annotated[str | None, BeforeValidator(identifier)]
+OptionalId = Annotated[str | None, _Taken(_ID, identifier)]
 #: A URL or a file id.
-Reference = Annotated[str | None, BeforeValidator(reference)]
-Count = Annotated[int, BeforeValidator(count)]
-OptionalCount = Annotated[int | None, BeforeValidator(_optional_count)]
+Reference = Annotated[str | None, _Taken(_URL, reference)]
+Count = Annotated[int, _Taken(_whole(MAX_COUNT), count, optional=False)]
+OptionalCount = Annotated[int | None, _Taken(_whole(MAX_COUNT), _optional_count)]
 #: Seconds since 1970.
-Moment = Annotated[int | float | None, BeforeValidator(moment)]
-Name = Annotated[str | None, BeforeValidator(partial(text_within, limit=MAX_NAME))]
-Amount = Annotated[str | None, BeforeValidator(partial(text_within, limit=MAX_AMOUNT))]
+Moment = Annotated[int | float | None, _Taken(_whole(MAX_TIME), moment)]
+Name = Annotated[str | None, _text(MAX_NAME)]
+Amount = Annotated[str | None, _text(MAX_AMOUNT)]
+Status = Annotated[str, _Taken(_ascii(MAX_STATUS, "[a-z]"), _status, optional=False)]
+Window = Annotated[str | int | None, _Taken(_ascii(MAX_STATUS), _window)]
+Errors = Annotated[Any, _Taken(core_schema.none_schema(), _errors)]
+Metadata = Annotated[dict[str, str], _Taken(_PAIRS, _metadata, optional=False)]
+#: A text that is empty rather than ``None``.
+Text = Annotated[str, _Taken(_ascii(MAX_NAME), _text_or_empty, optional=False)]
 
 
-class RequestCounts(_Model):
+class RequestCounts(_Bounded):
     """Progress of a batch in rows."""
 
     total: Count = 0
@@ -221,7 +280,7 @@ class RequestCounts(_Model):
     failed: Count = 0
 
 
-class Batch(_Model):
+class Batch(_Bounded):
     """
     A batch as the service describes it. Times are epoch seconds.
 
@@ -230,12 +289,12 @@ class Batch(_Model):
     """
 
     id: Id = Field(validation_alias=AliasChoices("id", "batch_id"))
-    status: Annotated[str, BeforeValidator(_status)] = UNKNOWN_STATUS
+    status: Status = UNKNOWN_STATUS
     object: Name = "batch"
     endpoint: Name = None
-    errors: Annotated[Any, BeforeValidator(_errors)] = None
+    errors: Errors = None
     input_file_id: OptionalId = None
-    completion_window: Annotated[str | int | None, BeforeValidator(_window)] = None
+    completion_window: Window = None
     output_file_id: Reference = None
     error_file_id: Reference = None
     created_at: Moment = None
@@ -248,7 +307,7 @@ class Batch(_Model):
     cancelling_at: Moment = None
     cancelled_at: Moment = None
     request_counts: Annotated[RequestCounts, BeforeValidator(_as_object)] = RequestCounts()
-    metadata: Annotated[dict[str, str], BeforeValidator(_metadata)] = Field(default_factory=dict)
+    metadata: Metadata = Field(default_factory=dict)
     file_name: Name = None
 
     @property
@@ -327,7 +386,7 @@ def _as_sentence(item: Any) -> str:
     return json.dumps(item, ensure_ascii=False, default=str)
 
 
-class UploadedFile(_Model):
+class UploadedFile(_Bounded):
     """A file in the account's store, kept for 30 days. ``bytes`` is its size."""
 
     id: Id
@@ -339,12 +398,12 @@ class UploadedFile(_Model):
     line_count: OptionalCount = None
 
 
-class Account(_Model):
+class Account(_Bounded):
     """The account behind a key. Amounts are strings in CNY, as the service sends them."""
 
-    id: Annotated[str, BeforeValidator(_text_or_empty)] = ""
-    name: Annotated[str, BeforeValidator(_text_or_empty)] = ""
-    status: Annotated[str, BeforeValidator(_text_or_empty)] = ""
+    id: Text = ""
+    name: Text = ""
+    status: Text = ""
     balance: Amount = None
     charge_balance: Amount = Field(
         default=None, validation_alias=AliasChoices("chargeBalance", "charge_balance")
@@ -418,7 +477,7 @@ class BatchResult(_Model):
     def finish_reason(self) -> str | None:
         """``stop``, ``length`` (the answer was cut), ... or ``None``."""
         reason = self._choice.get("finish_reason")
-        return brief(reason, MAX_STATUS) if isinstance(reason, str) else None
+        return shown_word(reason, MAX_STATUS) if isinstance(reason, str) else None
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -430,7 +489,7 @@ class BatchResult(_Model):
     def error_code(self) -> str | None:
         """``error.code`` as text, or ``None``."""
         code = self.error.get("code") if isinstance(self.error, dict) else None
-        return None if code is None else brief(_as_sentence(bounded(code)), MAX_STATUS)
+        return None if code is None else shown_word(_as_sentence(bounded(code)), MAX_STATUS)
 
     @property
     def error_message(self) -> str | None:

@@ -209,6 +209,15 @@ def brief(text: str, limit: int = SHOWN_CHARACTERS) -> str:
     return redact(_start_of(text, READ_CHARACTERS))[:limit]
 
 
+def shown_word(text: str, limit: int = 64) -> str:
+    """
+    Return the start of an id or a word of the service's own: a status, a code, a reason.
+
+    Such a word decides something, so only secrets that are too long to stand in it by chance are taken out.
+    """
+    return hide_secrets(valid_text(_start_of(text, limit)), unmistakable=True)
+
+
 def shown(value: Any) -> Any:
     """
     Return what may be shown of a bounded value: its texts without the queries of URLs and without long secrets.

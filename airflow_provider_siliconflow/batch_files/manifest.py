@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from airflow_provider_siliconflow.api.bounds import MAX_COUNT
-from airflow_provider_siliconflow.api.redaction import brief
+from airflow_provider_siliconflow.api.bounds import MAX_COUNT, MAX_ID
+from airflow_provider_siliconflow.api.redaction import brief, shown_word
 from airflow_provider_siliconflow.batch_files.prices import Price, cost, price_of, rounded
 from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 
@@ -48,8 +48,8 @@ class BatchSummary:
     def to_dict(self) -> dict[str, Any]:
         """Return the batch as JSON types."""
         summary = {
-            "id": brief(self.id),
-            "status": brief(self.status),
+            "id": shown_word(self.id, MAX_ID),
+            "status": shown_word(self.status),
             "counts": {
                 name: _number(self.counts[name])
                 for name in ("total", "completed", "failed")

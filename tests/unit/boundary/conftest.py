@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from airflow_provider_siliconflow.api import redaction
 from tests.unit.boundary.hostile import ASK, Ask
 
 
@@ -19,3 +20,9 @@ def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.fixture
+def own_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the secrets that a test makes known, and those of others meanwhile."""
+    monkeypatch.setattr(redaction, "_SECRETS", redaction._Secrets())

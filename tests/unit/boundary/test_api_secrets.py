@@ -13,12 +13,12 @@ import pytest
 
 from airflow_provider_siliconflow.api import protocol, redaction
 from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
-from airflow_provider_siliconflow.api.models import Batch, BatchResult
-from airflow_provider_siliconflow.api.redaction import brief, redact, shown
+from airflow_provider_siliconflow.api.models import Batch, BatchResult, Outcome
+from airflow_provider_siliconflow.api.redaction import brief, redact, shown, shown_word
 from airflow_provider_siliconflow.api.settings import ClientSettings
 from tests.unit.boundary.hostile import KEY, Ask, answer, make_settings, serving
 
-pytestmark = pytest.mark.usefixtures("no_proxies")
+pytestmark = pytest.mark.usefixtures("no_proxies", "own_secrets")
 
 TEAM = "x-team-secret-123456"
 HEADER = 'te/am&"<token>" 0123456789'
@@ -27,7 +27,7 @@ GET = protocol.get_batch("batch_1")
 
 
 @pytest.fixture(autouse=True)
-def known() -> ClientSettings:
+def known(own_secrets: None) -> ClientSettings:
     proxy = f"http://me:{quote(PASSWORD, safe='')}@proxy.example:3128"
     return ClientSettings(KEY, headers={"X-Team": HEADER}, proxies={"all": proxy})
 
@@ -87,7 +87,8 @@ def test_a_word_in_a_header_changes_no_id() -> None:
     ClientSettings(KEY, headers={"X-Kind": "batch", "X-State": "completed"})
     data = Batch(id="batch_1", status="completed", errors=["no batch"]).to_json_dict()
     assert (data["id"], data["status"], data["errors"]) == ("batch_1", "completed", ["no ***"])
-    assert shown("batch_1") == "batch_1"
+    assert shown("batch_1") == shown_word("batch_1") == "batch_1"
+    assert BatchResult(custom_id="r", error={"code": "batch_expired"}).outcome is Outcome.EXPIRED
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 500, 302])
@@ -137,12 +138,7 @@ def test_the_environments_proxy_keeps_its_password(ask: Ask, monkeypatch: pytest
 
 
 def test_secrets_are_not_remembered_without_end() -> None:
-    before = redaction._SECRETS
-    redaction._SECRETS = redaction._Secrets()
-    try:
-        for number in range(1100):
-            redaction.remember_secrets(f"secret-{number:06d}")
-        assert "secret-001099" not in redact("secret-001099")
-        assert len(redaction._SECRETS._known) <= 1000
-    finally:
-        redaction._SECRETS = before
+    for number in range(1100):
+        redaction.remember_secrets(f"secret-{number:06d}")
+    assert "secret-001099" not in redact("secret-001099")
+    assert len(redaction._SECRETS._known) <= 1000
