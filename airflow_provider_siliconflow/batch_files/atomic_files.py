@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from airflow_provider_siliconflow.api.exceptions import InvalidInputError, SiliconFlowError
+from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +39,6 @@ _WITHOUT_FOLDERS = frozenset(
 
 #: Bytes of the largest JSON file that is read: a job of 10,000,000 rows over ten models needs about 10 MB.
 LARGEST_JSON = 32 << 20
-
-#: Bytes of a local disk that a file must leave free.
-_SPARE_BYTES = 16 << 20
 
 #: How the names of temporary folders begin.
 _TEMPORARY = "siliconflow-files-"
@@ -341,27 +338,6 @@ def _remove_abandoned(parent: str) -> None:
                         log.info("Removed %s, which an earlier process left behind", entry)
                 finally:
                     os.close(descriptor)
-
-
-def check_free_space(folder: Any, size: int, what: str) -> None:
-    """
-    Check that a file fits before it is written to a local disk.
-
-    :param folder: where it goes; need not exist yet. A store that is not local is not checked.
-    :param size: its bytes.
-    :param what: what is written, for the message.
-    :raises SiliconFlowError: it does not fit. Nothing is lost: a retry writes it when there is room.
-    """
-    local = local_path(folder)
-    if local is None:
-        return
-    existing = next((each for each in (local, *local.absolute().parents) if each.exists()), Path("/"))
-    free = shutil.disk_usage(existing).free
-    if free < size + _SPARE_BYTES:
-        raise SiliconFlowError(
-            f"{what} needs {size / 1e6:,.0f} MB, and {local} has {free / 1e6:,.0f} MB left. Nothing was written and "
-            "nothing is lost; make room, and a retry goes on here."
-        )
 
 
 def local_path(target: Any) -> Path | None:

@@ -239,8 +239,8 @@ class Opening:
         raise InvalidInputError(
             f"{name} was changed since an earlier try submitted its rows: {len(paid)} batches are paid for ({ids}"
             f"{', ...' if len(job.batch_ids) > 5 else ''}). Nothing was sent. Restore the rows, their order and "
-            "request_params and let the task retry, which takes the batches up; or submit the new rows beside them by "
-            "a manual clear with on_clear='resubmit'; or give the new rows another output_dir.",
+            "request_params and let the task retry, which takes the batches up; or submit the new rows by a manual "
+            "clear, which pays for all of them; or give the new rows another output_dir.",
             retryable=True,
         )
 

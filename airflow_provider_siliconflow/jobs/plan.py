@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from airflow_provider_siliconflow.api.arguments import check_completion_window, check_metadata
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 from airflow_provider_siliconflow.batch_files.atomic_files import local_path, temporary_folder, write_json
+from airflow_provider_siliconflow.batch_files.prices import cost, price_of, rounded
 from airflow_provider_siliconflow.batch_files.shards import Shard, Split, split_requests
 from airflow_provider_siliconflow.jobs.folder import read_json
 from airflow_provider_siliconflow.jobs.identity import Submitter
@@ -312,13 +313,13 @@ def estimate(requests: Any, *, name: str, options: RunOptions) -> dict[str, Any]
         split = plan(requests, folder, name=name, options=options)
     models = []
     for model in options.replacements:
-        price = (options.prices or {}).get(model or "")
+        price = price_of(model, options.prices)
         models.append(
             {
                 "model": model,
                 "batches": len(split.shards),
                 "prompt_tokens": split.prompt_tokens,
-                "prompt_cost": round(split.prompt_tokens * price["prompt"] / 1e6, 6) if price else None,
+                "prompt_cost": rounded(cost(split.prompt_tokens, price["prompt"])) if price else None,
             }
         )
     return {

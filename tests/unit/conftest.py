@@ -108,3 +108,16 @@ def set_state(mocker: MockerFixture) -> Callable[[str | None], Any]:
         return mocker.patch("airflow_provider_siliconflow.task.state.task_state", return_value=state)
 
     return set_state
+
+
+@pytest.fixture
+def make_batch(siliconflow_connection: str, make_input: Callable[..., str]) -> Callable[..., str]:
+    """Uploads a file of one row per text and creates a batch over it; its id."""
+
+    def make(*texts: str) -> str:
+        from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
+
+        hook = SiliconFlowHook(siliconflow_connection)
+        return hook.create_batch(hook.upload_file(make_input(*texts)).id).id
+
+    return make

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -15,9 +14,7 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
 from airflow_provider_siliconflow.batch_files.atomic_files import (
-    check_free_space,
     load_json,
     temporary_folder,
     write_json,
@@ -142,14 +139,3 @@ def test_without_locks_nothing_is_removed_and_everything_is_written(
     with temporary_folder() as folder:
         assert folder.is_dir()
     assert not folder.exists()
-
-
-def test_a_file_that_does_not_fit_is_refused_before_it_is_written(tmp_path: Path) -> None:
-    check_free_space(tmp_path / "not" / "yet", 1000, "results.jsonl")
-    check_free_space(Store(), 10**18, "results.jsonl")
-    with pytest.raises(
-        SiliconFlowError, match=r"results\.jsonl needs 1,000,000,000,000 MB, and .* MB left"
-    ) as caught:
-        check_free_space(tmp_path / "not" / "yet", 10**18, "results.jsonl")
-    assert caught.value.retryable
-    assert json.dumps(str(caught.value))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections import UserList
@@ -17,14 +16,13 @@ from airflow.providers.common.compat.sdk import (
     AirflowSkipException,
     TaskDeferred,
 )
-from airflow.triggers.base import TriggerEvent
 
 from airflow_provider_siliconflow.api.exceptions import BatchWaitError
 from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.sensors.batch import BatchSensor
 from airflow_provider_siliconflow.triggers import batch as trigger_module
-from airflow_provider_siliconflow.triggers.batch import BatchTrigger
+from tests.support.triggers import payload
 
 if TYPE_CHECKING:
     from pytest_mock import MockerFixture
@@ -37,37 +35,6 @@ MakeContext = Callable[..., dict[str, Any]]
 @pytest.fixture(autouse=True)
 def _no_first_pause(mocker: MockerFixture) -> None:
     mocker.patch.object(trigger_module, "_FIRST_PAUSE", 0)
-
-
-@pytest.fixture
-def make_batch(siliconflow_connection: str, make_input: Callable[..., str]) -> Callable[..., str]:
-    """Uploads a file of one row per text and creates a batch over it; its id."""
-
-    def make(*texts: str) -> str:
-        hook = SiliconFlowHook(siliconflow_connection)
-        return hook.create_batch(hook.upload_file(make_input(*texts)).id).id
-
-    return make
-
-
-def fire(trigger: BatchTrigger) -> TriggerEvent:
-    """Run a trigger as a triggerer does: from what was stored of it; its one event."""
-    path, arguments = trigger.serialize()
-    assert path == "airflow_provider_siliconflow.triggers.batch.BatchTrigger"
-    stored = BatchTrigger(**json.loads(json.dumps(arguments)))
-
-    async def run() -> TriggerEvent:
-        async with asyncio.timeout(30):
-            events = [event async for event in stored.run()]
-        assert len(events) == 1
-        return events[0]
-
-    return asyncio.run(run())
-
-
-def payload(trigger: BatchTrigger) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads(json.dumps(fire(trigger).payload))
-    return read
 
 
 def wait(sensor: BatchSensor, context: dict[str, Any]) -> Any:
