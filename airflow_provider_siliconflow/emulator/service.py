@@ -153,12 +153,17 @@ class EmulatedService:
             return self._view(batch)
 
     def seed_foreign_batches(self, count: int, age_seconds: float = 0.0) -> None:
-        """Add completed batches of another user of the account, without results, created ``age_seconds`` ago."""
+        """
+        Add completed batches of another user of the account, without results, a second between one and the next.
+
+        :param count: how many.
+        :param age_seconds: age of the newest.
+        """
         with self._lock:
-            created = self.now() - age_seconds
-            for _ in range(count):
+            newest = self.now() - age_seconds
+            for younger in reversed(range(count)):
                 batch_id = new_id("batch_", self._batches)
-                self._add(BatchRecord.of_another_user(batch_id, self._next_seq(), created))
+                self._add(BatchRecord.of_another_user(batch_id, self._next_seq(), newest - younger))
 
     def cancel_on_console(self, batch_id: str, *, at_once: bool = False) -> dict[str, Any]:
         """
