@@ -32,16 +32,16 @@ from airflow_provider_siliconflow.api.settings import ClientSettings, is_url, tr
 
 T = TypeVar("T")
 
-#: Calls under way at once within one client; further ones wait their turn.
+#: Calls of one client that run at once; further calls wait.
 MAX_CALLS = 32
-#: Seconds after which a call no longer counts among these: stuck polls must not stop the others.
+#: Seconds after which a call no longer counts as one of these: stuck polls must not block the others.
 _TURN = 5.0
 #: Connections one client opens at most, stuck ones included.
 MAX_CONNECTIONS = 512
 
-#: Bytes of an answer as it travels, and of its head with its interim answers.
+#: Most bytes of an answer on the wire, and of its head including interim answers.
 _MAX_BYTES, _MAX_HEAD_BYTES = 2 * MAX_ANSWER_BYTES, 64 << 10
-#: Lines that may come at once: what the parser makes of each costs microseconds, during which nobody else runs.
+#: Most lines in one read from the socket: the parser spends microseconds on each, and nothing else runs meanwhile.
 _MAX_LINES = 1000
 
 
@@ -73,7 +73,7 @@ class AsyncSiliconFlowClient:
                 # request when it finds credentials there beside the key.
                 trust_env=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
-                # What was compressed unasked may unfold to any size.
+                # Compressed bodies may expand to any size.
                 auto_decompress=False,
                 trace_configs=[_connection_trace()],
             )
@@ -126,7 +126,7 @@ class AsyncSiliconFlowClient:
         if len(body) <= LARGE_ANSWER_BYTES and "Content-Encoding" not in response.headers:
             return answer()
         if self._reader is None:
-            # One of our own: the triggerer's has a few threads only, and others wait in them.
+            # The triggerer's own executor has only a few threads, and other triggers use them.
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="siliconflow-reader")
         return await asyncio.get_running_loop().run_in_executor(self._reader, answer)
 
@@ -144,7 +144,7 @@ class AsyncSiliconFlowClient:
 
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
-        """Wait for a turn, and give it back at the end or after a while, whichever comes first."""
+        """Wait for a slot, and release it at the end or after a while, whichever comes first."""
         await self._turns.acquire()
         given_back = asyncio.get_running_loop().call_later(_TURN, self._turns.release)
         try:
@@ -174,7 +174,7 @@ class AsyncSiliconFlowClient:
         Read a batch.
 
         :param batch_id: the batch.
-        :param repeat: ``False`` leaves it to the caller to ask again after a fault.
+        :param repeat: whether to send it again after a transient fault.
         :param within: seconds that one send may take at most.
         :raises UnexpectedAnswerError: the answer is about another batch, or not what the API documents.
         """
@@ -202,7 +202,7 @@ async def _read(call: Call[Any], response: aiohttp.ClientResponse) -> bytes:
             return b"".join(pieces)
         pieces.append(piece)
         size += len(piece)
-    # Or the rest would be read for the sake of the connection.
+    # Otherwise the rest might be read in order to reuse the connection.
     response.close()
     if success:
         raise UnexpectedAnswerError(
@@ -227,7 +227,7 @@ def _connection_trace() -> aiohttp.TraceConfig:
         context.trace_request_ctx.connected = True
 
     trace = aiohttp.TraceConfig()
-    # To the API, or through a proxy's tunnel to it, TLS included; or to a proxy that passes requests on.
+    # A connection to the API, directly or through a tunnel, TLS included; or to a proxy that forwards requests.
     trace.on_connection_create_end.append(connected)
     trace.on_connection_reuseconn.append(connected)
     return trace
@@ -243,9 +243,9 @@ class _Connector(aiohttp.TCPConnector):
 
 class _BoundedHandler(ResponseHandler):
     """
-    Refuses what would keep the parser, and so the loop, busy: interim answers, headers or pieces without end.
+    Refuses what would keep the parser, and so the loop, busy: endless interim answers, headers or chunks.
 
-    ``aiohttp`` limits the length of a line and, of late, the number of headers.
+    ``aiohttp`` itself limits the length of a line and, in recent versions, the number of headers.
     """
 
     _bytes = _head_bytes = 0
