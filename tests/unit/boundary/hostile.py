@@ -29,6 +29,7 @@ def answer(body: bytes | Any, status: int = 200, **headers: str) -> bytes:
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [
         f"HTTP/1.1 {status} X",
+        "Connection: close",
         *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items()),
     ]
     if "Transfer_Encoding" not in headers and "Content_Length" not in headers:

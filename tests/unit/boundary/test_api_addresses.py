@@ -145,9 +145,10 @@ def test_behind_a_proxy_the_name_is_judged_and_the_proxy_resolves(names: Names) 
         assert download(settings, "http://storage.example/out") == b"whole"
 
 
-def test_a_message_says_what_to_do_and_shows_no_signature(storage: Server) -> None:
+def test_a_message_says_what_to_do_and_shows_no_signature(storage: Server, names: Names) -> None:
+    names["storage.example"] = ["10.0.0.1"]
     with pytest.raises(IncompleteResultsError) as caught:
-        download(PUBLIC, f"{storage.url}/out?sig=SECRET")
+        download(PUBLIC, f"http://storage.example:{storage.port}/out?sig=SECRET")
     assert "proxies" in str(caught.value)
     assert "SECRET" not in str(caught.value)
     assert caught.value.retryable

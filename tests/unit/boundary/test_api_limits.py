@@ -37,6 +37,7 @@ from tests.unit.boundary.hostile import (
     ask_sync,
     creation,
     make_settings,
+    read_request,
     serving,
 )
 
@@ -188,6 +189,34 @@ def test_lines_without_end(ask: Ask, form: Any) -> None:
             ask(make_settings(server.url, timeout=30), GET)
     assert time.monotonic() - began < 20
     assert server.sent < answers.MAX_ANSWER_BYTES * 8 + IN_FLIGHT
+
+
+@pytest.mark.parametrize("ask_all", ["sync", "async"])
+def test_an_honest_connection_is_used_for_any_number_of_polls(ask_all: str) -> None:
+    """The limits are those of one answer, and begin anew with the next."""
+    head = b"HTTP/1.1 200 OK\r\nX-Fill: " + b"x" * 500 + b"\r\n"
+    body = json.dumps(BATCH).encode()
+    connections: list[socket.socket] = []
+
+    def serve(connection: socket.socket, request: bytes) -> None:
+        connections.append(connection)
+        while request:
+            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            request = read_request(connection)
+
+    async def poll(server: Server) -> None:
+        async with AsyncSiliconFlowClient(make_settings(server.url)) as client:
+            for _ in range(1000):
+                await client.get_batch("batch_1")
+
+    with serving(serve) as server:
+        if ask_all == "async":
+            asyncio.run(poll(server))
+        else:
+            with SiliconFlowClient(make_settings(server.url)) as client:
+                for _ in range(1000):
+                    client.get_batch("batch_1")
+    assert len(connections) == 1
 
 
 # Time -------------------------------------------------------------------------------------------------------
