@@ -1,4 +1,4 @@
-# Needs Python 3.11 to 3.13, make, and a package index. Everything is made below .test/ and .demo/.
+# Needs Python 3.11 to 3.13, make, and a package index. Everything is made below .test/, .demo/ and .cache/.
 
 PYTHON ?= python3
 NEWEST := 3.3
@@ -6,21 +6,24 @@ OLDEST := 2.11
 VERSIONS := 2.11 3.0 3.1 3.2 3.3
 PYTEST_ARGS ?=
 MUTATION_ARGS ?=
+XDIST := -n auto --dist worksteal
 
 environment = $(PYTHON) scripts/environment.py --airflow $(1) --venv .test/airflow-$(1) --groups $(2)
 python = .test/airflow-$(1)/bin/python
 newest := $(call python,$(NEWEST))
 
-.PHONY: help demo test test-newest test-oldest lint matrix mutation bench clean $(VERSIONS:%=matrix-%)
+.PHONY: help demo test test-newest test-oldest unit lint format matrix mutation bench clean $(VERSIONS:%=matrix-%)
 
 help:
-	@echo "make demo    the example DAG on a real Airflow against a local SiliconFlow: no key, no cost"
-	@echo "make test    lint, types, all tests on Airflow $(NEWEST), the essential ones on $(OLDEST)"
-	@echo "make lint    lint and types only"
-	@echo "make matrix  the essential tests on Airflow $(VERSIONS)"
-	@echo "make mutation  faults put into jobs/ and task/, and which of them the tests notice"
-	@echo "make bench   the benchmarks"
-	@echo "make clean   remove everything that these made"
+	@echo "make demo      the example DAG on a real Airflow against a local SiliconFlow: no key, no cost"
+	@echo "make test      lint, types, all tests on Airflow $(NEWEST), the essential ones on $(OLDEST)"
+	@echo "make unit      the unit tests on Airflow $(NEWEST)"
+	@echo "make lint      lint, types and the directions of imports"
+	@echo "make format    format the code and fix what can be fixed"
+	@echo "make matrix    the essential tests on Airflow $(VERSIONS)"
+	@echo "make mutation  put faults into jobs/ and task/, and count those that the tests notice"
+	@echo "make bench     the benchmarks"
+	@echo "make clean     remove everything that these made"
 
 demo:
 	@$(PYTHON) -m scripts.demo
@@ -34,6 +37,15 @@ lint:
 	$(dir $(newest))lint-imports --no-logo --cache-dir .cache/import-linter
 	$(newest) -m mypy
 	$(newest) -m mypy scripts tests/conftest.py
+
+format:
+	@$(call environment,$(NEWEST),dev)
+	$(newest) -m ruff check --fix .
+	$(newest) -m ruff format .
+
+unit:
+	@$(call environment,$(NEWEST),dev)
+	MAX_EXAMPLES=25 $(newest) -m pytest tests/unit $(XDIST) $(PYTEST_ARGS)
 
 test-newest:
 	@$(call environment,$(NEWEST),dev)

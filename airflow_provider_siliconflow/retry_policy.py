@@ -17,7 +17,7 @@ def batch_retry_policy() -> ExceptionRetryPolicy:
 
     A wait that timed out goes on after a minute, since its batch does; one that cancelled its batch follows
     ``retry_delay``, since a retry pays for another. An overloaded or unreachable service gets ten minutes. Anything
-    else follows the task's own ``retry_delay``; errors that no retry can mend never get here.
+    else follows the task's own ``retry_delay``; errors that a retry cannot fix never get here.
 
     .. code-block:: python
 

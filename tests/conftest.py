@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
@@ -41,6 +41,12 @@ os.environ |= {
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    from hypothesis import settings
+
+    if settings.get_current_profile_name() == "default":
+        # How long an example takes says more about the machine than about the code.
+        settings.register_profile("no-deadline", deadline=None)
+        settings.load_profile("no-deadline")
     for line in (
         "unit: no Airflow process",
         "integration: runs DAGs with `airflow dags test`; seconds",
@@ -58,8 +64,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(folder)
         if folder in TIMEOUTS and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIMEOUTS[folder]))
+    if examples := os.environ.get("MAX_EXAMPLES"):
+        _limit_examples(items, int(examples))
     # Fast tests first. The system tests come last, so that the live Airflow runs only during them.
     items.sort(key=lambda item: order.index(places[item]) if places[item] in order else -1)
+
+
+def _limit_examples(items: list[pytest.Item], most: int) -> None:
+    """Fewer Hypothesis examples than a test asks for itself, where many runs matter more than any one of them."""
+    from hypothesis import settings
+
+    for item in items:
+        method: Any = getattr(item, "obj", None)
+        function = getattr(method, "__func__", method)
+        own = getattr(function, "_hypothesis_internal_use_settings", None)
+        if own is not None and own.max_examples > most:
+            function._hypothesis_internal_use_settings = settings(own, max_examples=most)
 
 
 class MakeEmulator(Protocol):

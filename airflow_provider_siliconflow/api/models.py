@@ -120,7 +120,8 @@ class _Bounded(_Model):
         kept = {name: value for name, value in data.items() if name in known}
         unknown = [name for name in data if name not in known]
         for name in unknown[:_MOST_UNKNOWN_FIELDS]:
-            kept.setdefault(brief(str(name), MAX_STATUS), bounded(data[name], characters=4000))
+            value = redact_all(bounded(data[name], characters=4000))
+            kept.setdefault(brief(str(name), MAX_STATUS), value)
         return kept
 
 

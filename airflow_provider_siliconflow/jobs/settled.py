@@ -6,10 +6,11 @@ give counts. If it were judged then, rows that are paid for would pass for missi
 settled when its counts add up and its files hold what they promise, or when its files answer every row that was sent.
 Until then nothing is judged, nothing is sent again and nothing fails for good.
 
-A batch that was cancelled, failed or expired may never answer some of its rows. Its counts then need not add up: what
-they promise is enough once :data:`SETTLE_PATIENCE` has passed. After :data:`SETTLE_LIMIT` what the files hold is final
-in any case, so that nothing waits for ever. Both are counted by our own clock, from when the batch was first seen in a
-terminal status: the service's clock may be hours off.
+A batch that was cancelled, failed or expired may never answer some of its rows, and its counts then need not add up. If
+its files hold exactly what they promise, that is enough once :data:`SETTLE_PATIENCE` has passed; but counts of zero may
+be counts that are not there yet. After :data:`SETTLE_LIMIT` what the files hold is final in any case, so that nothing
+waits for ever. Both are counted by our own clock, from when the batch was first seen in a terminal status: that of the
+service may be hours off.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def is_settled(batch: Batch) -> bool:
         return True
     return (
         batch.status in DEAD_STATUSES
-        and not (counts.total or counts.completed or counts.failed)
+        and not (counts.completed or counts.failed)
         and not (batch.output_file_id or batch.error_file_id)
         and batch.in_progress_at is None
     )
@@ -79,28 +80,21 @@ def judge_files(batch: Batch, held: Held, rows: int | None) -> Settled:
     :param held: what its files hold.
     :param rows: rows that were sent in it; ``None`` if that is not known.
     """
-    counts = batch.request_counts
-    lacks = _lacks_lines(batch, held)
+    counts, lines = batch.request_counts, held.output + held.errors
+    promised = counts.completed + counts.failed
+    lacks = held.output < counts.completed or lines < promised
     if not lacks and is_settled(batch):
         return Settled.YES
     sent = rows or counts.total
     # Not counts.total + x: a service that counts a row twice would never be settled.
-    if sent and held.output + held.errors >= sent and held.count_rows() >= sent:
+    if sent and lines >= sent and held.count_rows() >= sent:
         return Settled.YES
-    if lacks:
+    if lacks or (batch.status == BatchStatus.COMPLETED and sent):
+        # Every row of a completed batch has a result.
         return Settled.NO
-    if batch.status == BatchStatus.FAILED:
-        return Settled.PERHAPS
-    if not sent:
+    if not sent and lines:
         # Nobody knows how many rows there are, so some must be enough; of a completed batch, answered ones.
-        named = held.output or (held.errors and batch.status != BatchStatus.COMPLETED)
-        return Settled.PERHAPS if named else Settled.NO
-    # Every row of a completed batch has a result. One that was stopped may leave out rows, if it counts them so.
-    stopped = batch.status != BatchStatus.COMPLETED and counts.total
-    return Settled.PERHAPS if stopped else Settled.NO
-
-
-def _lacks_lines(batch: Batch, held: Held) -> bool:
-    """Whether the files hold fewer lines than the counts promise."""
-    counts = batch.request_counts
-    return held.output < counts.completed or held.output + held.errors < counts.completed + counts.failed
+        return Settled.PERHAPS if held.output or batch.status != BatchStatus.COMPLETED else Settled.NO
+    rejected = batch.status == BatchStatus.FAILED and not lines
+    counted = promised > 0 and (held.output, lines) == (counts.completed, promised)
+    return Settled.PERHAPS if rejected or counted else Settled.NO

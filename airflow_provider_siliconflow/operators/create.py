@@ -46,7 +46,7 @@ _INPUT = ("input_file_id", "input_path")
 
 class CreateBatchOperator(SubmittingOperator):
     """
-    Create a batch exactly once and, if told to, wait until it has ended.
+    Create a batch exactly once and, if asked to, wait until it has ended.
 
     The batch carries the task's identity in its metadata. A retry finds the batch that an earlier try created,
     whatever that try died of, and pays nothing again; a manual clear starts afresh. The batch id is pushed to
@@ -146,7 +146,7 @@ class CreateBatchOperator(SubmittingOperator):
     open_batches = known_batches
 
     def execute(self, context: Context) -> str:
-        """Create the batch or adopt it, and wait if told to."""
+        """Create the batch or adopt it, and wait if asked to."""
         task_try = self._try = TaskTry.of(context)
         with self.errors(earlier_tries=task_try.number > 1):
             given = self._arguments.read(self)

@@ -1,4 +1,4 @@
-"""What OpenLineage is told of a task: the request file it read and the result files it wrote."""
+"""What is reported to OpenLineage of a task: the request file it read and the result files it wrote."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_the_example_uploads_once_creates_once_and_tells_no_secret(
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert {row["custom_id"] for row in rows} == {"r0", "r1", "r2"}
     answered = [row["response"]["body"]["model"] for row in rows if row["response"]]
-    assert answered == ["Qwen/Qwen3-32B"] * 2
+    assert answered == ["deepseek-ai/DeepSeek-V3"] * 2
     (manifest,) = xcom(airflow_home, "download")
     assert manifest["rows"] == {"total": 3, "ok": 2, "error": 1, "expired": 0, "missing": 0}
     assert manifest == json.loads((folder / "manifest.json").read_text())

@@ -29,6 +29,7 @@ def answer(body: bytes | Any, status: int = 200, **headers: str) -> bytes:
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [
         f"HTTP/1.1 {status} X",
+        # As it is: a client that meant to use the connection again would race its end.
         "Connection: close",
         *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items()),
     ]

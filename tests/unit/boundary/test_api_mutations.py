@@ -35,8 +35,14 @@ Case = tuple[str, int, dict[str, str], bytes]
 
 def check_value(value: Any) -> None:
     """A value travels: as JSON into Postgres, as MessagePack to the supervisor, as XCom; and it is bounded."""
-    from airflow.sdk.execution_time.comms import _new_encoder
-    from airflow.sdk.serde import deserialize, serialize
+    try:
+        from airflow.sdk.execution_time.comms import _new_encoder
+        from airflow.sdk.serde import deserialize, serialize
+    except ImportError:
+        # Before 3.2 elsewhere, and on Airflow 2 nothing travels as MessagePack.
+        from airflow.serialization.serde import deserialize, serialize
+
+        _new_encoder = msgspec.msgpack.Encoder
 
     text = json.dumps(value, allow_nan=False, ensure_ascii=False)
     assert len(text.encode()) < 300_000
