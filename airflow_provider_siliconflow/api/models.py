@@ -35,7 +35,7 @@ from airflow_provider_siliconflow.api.fields import (
     Window,
     as_object,
 )
-from airflow_provider_siliconflow.api.redaction import brief, shown, shown_word
+from airflow_provider_siliconflow.api.redaction import brief, redact_all, shown, shown_word
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
