@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from airflow_provider_siliconflow.api import answers, protocol
-from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
+from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient, _Turns
 from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
     APIError,
@@ -332,6 +332,30 @@ def test_stuck_polls_do_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> 
 
     with serving(serve) as server:
         assert asyncio.run(poll(server)) < 3
+
+
+@pytest.mark.parametrize("when", ["waiting", "offered"])
+def test_a_poll_that_is_given_up_passes_its_turn_on(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    monkeypatch.setattr("airflow_provider_siliconflow.api.async_client.MAX_CALLS", 1)
+
+    async def run() -> float:
+        turns = _Turns()
+        first = await turns.take()
+        second, third = (asyncio.ensure_future(turns.take()) for _ in range(2))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if when == "offered":
+            turns.give_back(first)
+            second.cancel()
+        else:
+            second.cancel()
+            await asyncio.sleep(0)
+            turns.give_back(first)
+        began = time.monotonic()
+        await third
+        return time.monotonic() - began
+
+    assert asyncio.run(run()) < 1
 
 
 # Number and depth -------------------------------------------------------------------------------------------
