@@ -1,4 +1,4 @@
-"""Which addresses a result file may be fetched from: the storage's, and none of the worker's own networks."""
+"""Which addresses result files may be fetched from: public ones, and none of the worker's own networks."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from urllib.parse import urlsplit
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-#: Where IPv6 networks translate to IPv4: the last 32 bits are the address.
+#: IPv6 addresses that networks translate to IPv4: the last 32 bits are the address.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def is_public(address: str) -> bool:
     """
-    Whether an IP address is one of the internet.
+    Whether an IP address is public.
 
-    Loopback, link-local, private, shared (100.64.0.0/10, in which a cloud has its metadata service), unspecified,
-    reserved and multicast addresses are not, nor is an IPv6 address that leads to one of these.
+    Loopback, link-local, private, shared (100.64.0.0/10, where some clouds have their metadata service), unspecified,
+    reserved and multicast addresses are not, nor are IPv6 addresses that stand for one of these.
 
-    :param address: as ``getaddrinfo`` and ``getpeername`` give it, perhaps with a zone.
+    :param address: as ``getaddrinfo`` returns it, perhaps with a zone.
     """
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
@@ -42,9 +42,9 @@ def _embedded(address: _Address) -> ipaddress.IPv4Address | None:
 
 def is_private_name(host: str) -> bool:
     """
-    Whether a host is an address outside the internet by its very name, however that is written.
+    Whether a host is itself a private address, however it is written.
 
-    :param host: of a URL: a name, an address, or one that resolvers read as an address (``2130706433``, ``0x7f.1``).
+    :param host: the host of a URL: a name, an address, or what resolvers take for one (``2130706433``, ``0x7f.1``).
     """
     host = host.strip("[]").rstrip(".").lower()
     if host == "localhost" or host.endswith(".localhost"):
@@ -61,10 +61,9 @@ def is_private_name(host: str) -> bool:
 
 def leads_to_private(url: str) -> bool:
     """
-    Whether the host of a URL is, or resolves to, an address outside the internet.
+    Whether the host of a URL is a private address, or resolves to one.
 
-    :param url: of the API, as the connection has it. A name that cannot be resolved here, as behind a proxy, leads to
-        none.
+    :param url: the connection's base URL. A name that cannot be resolved here, as behind a proxy, counts as public.
     """
     host = urlsplit(url).hostname or ""
     if is_private_name(host):

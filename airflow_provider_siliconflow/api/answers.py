@@ -1,7 +1,7 @@
 """
 Reading answers: bodies within their limits, the service's envelopes, and the error an answer stands for.
 
-No I/O. Nothing in an answer is believed to be of a sane size, and no text of one is shown before it went through
+No I/O. No answer is trusted to be of a sane size, and no text of one is shown before it has gone through
 :mod:`~airflow_provider_siliconflow.api.redaction`.
 """
 
@@ -40,52 +40,52 @@ TRACE_ID_HEADER = "x-siliconcloud-trace-id"
 MAX_ANSWER_BYTES = 4 << 20
 #: Bytes of the largest page of a list that is read.
 MAX_LIST_BYTES = 64 << 20
-#: Bytes that are read of an answer with an error status; the rest is left.
+#: Bytes that are read of an answer with an error status; the rest is not read.
 MAX_ERROR_BYTES = 64 << 10
 #: Items of lists and objects in one answer, and in one page of a list.
 MAX_ANSWER_ITEMS, MAX_LIST_ITEMS = 50_000, 1_000_000
-#: Bytes above which an answer is large: an event loop has it read by a thread.
+#: Bytes above which an answer is large: in an event loop, a thread parses it.
 LARGE_ANSWER_BYTES = 256 << 10
-#: Bytes of the largest field that is read of a large answer.
+#: Bytes of the largest field that is kept of a large answer.
 _MAX_FIELD_BYTES = 64 << 10
-#: Bytes of the largest answer that is read again, more patiently, if it is not strictly JSON.
+#: Bytes of the largest answer that is parsed again, more leniently, if it is not strict JSON.
 _MAX_ODD_JSON_BYTES = 1 << 20
 #: Bytes that are decompressed at once.
 _PIECE_BYTES = 64 << 10
-#: Longest wait that a ``Retry-After`` header can ask for, in seconds; after it we ask again.
+#: Longest wait that a ``Retry-After`` header can ask for, in seconds.
 RETRY_AFTER_LIMIT = 900.0
 
 _SUCCESS_CODE = "20000"
 _BALANCE_CODE = "30001"
 #: Codes by which the service refuses for good: no such model, a wrong parameter, no money, a disabled model.
 _REFUSAL_CODES = frozenset({"20012", "20015", _BALANCE_CODE, "30003"})
-#: What the service calls itself when it is overloaded. Such an answer is a refusal: nothing was done.
+#: Codes by which the service says that it is overloaded. Such an answer is a refusal: nothing was done.
 OVERLOADED_CODES = frozenset({"50505", "50603"})
 
 # Bodies -----------------------------------------------------------------------------------------------------
 
 
 def is_success(status: int) -> bool:
-    """Whether an HTTP status says that what was asked is done, or taken in."""
+    """Whether an HTTP status says that the request was accepted."""
     return 200 <= status < 300
 
 
 def unpack(body: bytes, encoding: str | None, limit: int, *, status: int = 200) -> bytes:
     """
-    Return a body as it was before somebody compressed it, though nobody asked for that.
+    Decompress a body. Nobody asked for compression, but a gateway may compress all the same.
 
-    :param body: the bytes that came, perhaps only the first of them.
-    :param encoding: header ``Content-Encoding``.
-    :param limit: bytes of the result at most.
-    :param status: of HTTP; of an error the start will do.
-    :raises ValueError: it is encoded otherwise than by gzip or deflate, is damaged, or exceeds the limit.
+    :param body: the bytes that came; of an error, perhaps only the first of them.
+    :param encoding: the header ``Content-Encoding``.
+    :param limit: most bytes of the result.
+    :param status: the HTTP status. The body of an error is cut at the limit instead of being refused.
+    :raises ValueError: the encoding is neither gzip nor deflate, the body is damaged, or it exceeds the limit.
     """
     name = (encoding or "").strip().lower()
     if name in ("", "identity"):
         return body
     if name not in ("gzip", "x-gzip", "deflate"):
         raise ValueError(f"it is encoded as {brief(name, 40)!r}, which was not asked for")
-    # 32: gzip or zlib, by its head.
+    # 32: gzip or zlib, as its head says.
     inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
     pieces: list[bytes] = []
     size = 0
@@ -106,18 +106,18 @@ def unpack(body: bytes, encoding: str | None, limit: int, *, status: int = 200) 
 
 def parse(body: bytes, *, is_list: bool = False) -> Any:
     """
-    Read JSON.
+    Parse JSON.
 
-    Of a large answer that is no list only the fields of a sane size are read, the others are ``None``: the rest would
-    hold up every other wait of a triggerer, and must not hide the batch.
+    In a large answer that is not a list, fields of an absurd size become ``None``: parsing them would hold up every
+    other wait of a triggerer, and they must not hide the batch.
 
-    :param body: within its limit of bytes.
-    :param is_list: whether many items are what was asked for.
+    :param body: the body, within its limit of bytes.
+    :param is_list: whether the answer is a list, which may have many items.
     :raises ValueError: it is not JSON, has too many items, or is nested beyond reading.
     """
     body = hide_in_answer(body)
     limit = MAX_LIST_ITEMS if is_list else MAX_ANSWER_ITEMS
-    # Each item but the first of its list follows a comma. Marks within texts count as well: no matter.
+    # Each item except the first of its list follows a comma. Commas and brackets in texts count too, which is fine.
     if body.count(b"[") + body.count(b"{") + body.count(b",") > limit:
         raise ValueError(f"it has more than {limit} items")
     try:
@@ -131,7 +131,7 @@ def parse(body: bytes, *, is_list: bool = False) -> Any:
         except (msgspec.DecodeError, UnicodeDecodeError):
             if len(body) > _MAX_ODD_JSON_BYTES:
                 raise
-            # Halves of surrogate pairs, NaN, control characters: json is more patient, and slower.
+            # Lone surrogates, NaN, control characters: json is more lenient, and slower.
             return json.loads(body, strict=False, parse_int=_parse_int)
     except RecursionError as exc:
         raise ValueError("it is nested beyond reading") from exc
@@ -141,7 +141,7 @@ _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def _parse_int(digits: str) -> int | float:
-    # Python refuses to read more than a few thousand digits.
+    # Python refuses to parse more than a few thousand digits.
     return int(digits) if len(digits) < 1000 else float(digits)
 
 
@@ -161,7 +161,7 @@ def unwrap(data: Any) -> Any:
 
 
 def names_batch(data: Any) -> bool:
-    """Whether an answer, under whichever status, is about a batch: it has an id and the fields of one."""
+    """Whether an answer, whatever its status, describes a batch: it has an id and other fields of one."""
     data = unwrap(data)
     return (
         isinstance(data, dict)
@@ -172,9 +172,9 @@ def names_batch(data: Any) -> bool:
 
 def may_have_created(status: int, data: Any, error: SiliconFlowError) -> bool:
     """
-    Whether a refusal may have created something all the same: it names an id, or comes under a success status.
+    Whether something may have been created despite a refusal: it has an id, or comes with a success status.
 
-    Under a success status only what the service surely means as a refusal is one.
+    With a success status, only what the service certainly means as a refusal is one.
 
     :param error: what :func:`error_of` made of the answer.
     """
@@ -204,7 +204,7 @@ def items_of(data: Any) -> list[Any]:
     """
     Return the list of a listing, whether it is bare, under ``data`` or under ``data.data``.
 
-    :raises ValueError: there is none, or an error beside it: a list that could not be read is not an empty one.
+    :raises ValueError: there is no list, or an error beside it. An unreadable list is not an empty one.
     """
     for _ in range(3):
         if isinstance(data, list):
@@ -216,7 +216,7 @@ def items_of(data: Any) -> list[Any]:
 
 
 def has_more(data: Any) -> bool | None:
-    """Return what a listing says of further pages; ``None`` if it says nothing."""
+    """Return whether a listing says that there are further pages; ``None`` if it does not say."""
     said = None
     while isinstance(data, dict):
         if isinstance(data.get("has_more"), bool | int):
@@ -226,7 +226,7 @@ def has_more(data: Any) -> bool | None:
 
 
 def _complains(data: dict[str, Any]) -> bool:
-    """Whether an object says beside its ``data`` that something went wrong."""
+    """Whether an object reports an error beside its ``data``."""
     if has_content(data.get("error")) or data.get("status") is False or data.get("success") is False:
         return True
     code, message = data.get("code"), data.get("message")
@@ -239,7 +239,7 @@ def _complains(data: dict[str, Any]) -> bool:
 
 
 def trace_id(headers: Mapping[str, str]) -> str | None:
-    """Return the trace id of an answer, if it has one that looks like one."""
+    """Return the trace id of an answer, if it has a plausible one."""
     found = headers.get(TRACE_ID_HEADER)
     return brief(found) if found and re.fullmatch(r"[\w.:/+=-]{1,128}", found) else None
 
@@ -258,7 +258,7 @@ def error_from_answer(
 
     :param call: method and path, for the message.
     :param headers: of the answer; looked up without regard to case.
-    :param body: of the answer; the start will do.
+    :param body: the body of the answer, or its start.
     """
     try:
         data = parse(body)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-from collections.abc import AsyncIterator
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+from contextvars import ContextVar
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -32,16 +31,16 @@ from airflow_provider_siliconflow.api.settings import ClientSettings, is_url, tr
 
 T = TypeVar("T")
 
-#: Calls under way at once within one client; further ones wait their turn.
+#: Calls of one client that run at once; further calls wait.
 MAX_CALLS = 32
-#: Seconds after which a call no longer counts among these: stuck polls must not stop the others.
+#: Seconds after which a call no longer counts as one of these: stuck polls must not block the others.
 _TURN = 5.0
 #: Connections one client opens at most, stuck ones included.
 MAX_CONNECTIONS = 512
 
-#: Bytes of an answer as it travels, and of its head with its interim answers.
+#: Most bytes of an answer on the wire, and of its head including interim answers.
 _MAX_BYTES, _MAX_HEAD_BYTES = 2 * MAX_ANSWER_BYTES, 64 << 10
-#: Lines that may come at once: what the parser makes of each costs microseconds, during which nobody else runs.
+#: Most lines in one read from the socket: the parser spends microseconds on each, and nothing else runs meanwhile.
 _MAX_LINES = 1000
 
 
@@ -60,7 +59,7 @@ class AsyncSiliconFlowClient:
         self._timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=settings.connect_timeout, sock_read=settings.timeout
         )
-        self._turns = asyncio.Semaphore(MAX_CALLS)
+        self._turns = _Turns()
         self._reader: ThreadPoolExecutor | None = None
 
     def _open_session(self) -> aiohttp.ClientSession:
@@ -73,9 +72,8 @@ class AsyncSiliconFlowClient:
                 # request when it finds credentials there beside the key.
                 trust_env=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
-                # What was compressed unasked may unfold to any size.
+                # Compressed bodies may expand to any size.
                 auto_decompress=False,
-                trace_configs=[_connection_trace()],
             )
         return self._session
 
@@ -113,12 +111,15 @@ class AsyncSiliconFlowClient:
     async def _send(self, call: Call[T], within: float | None) -> T:
         limit = min(self.settings.call_limit, within or self.settings.call_limit)
         progress = _Progress()
+        _PROGRESS.set(progress)
         try:
-            async with self._turn(), asyncio.timeout(limit):
-                response = await self._request(call, progress)
-                async with response:
+            turn = await self._turns.take()
+            try:
+                async with asyncio.timeout(limit), self._request(call) as response:
                     progress.response = response
                     body = await _read(call, response)
+            finally:
+                self._turns.give_back(turn)
         # "from None": the text of the causes may hold the password of a proxy, and a traceback shows them.
         except (TimeoutError, aiohttp.ClientError, OSError) as exc:
             raise self._failure(call, exc, progress, limit) from None
@@ -126,33 +127,20 @@ class AsyncSiliconFlowClient:
         if len(body) <= LARGE_ANSWER_BYTES and "Content-Encoding" not in response.headers:
             return answer()
         if self._reader is None:
-            # One of our own: the triggerer's has a few threads only, and others wait in them.
+            # The triggerer's own executor has only a few threads, and other triggers use them.
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="siliconflow-reader")
         return await asyncio.get_running_loop().run_in_executor(self._reader, answer)
 
-    async def _request(self, call: Call[Any], progress: _Progress) -> aiohttp.ClientResponse:
+    def _request(self, call: Call[Any]) -> Any:
         data = call.body()
-        return await self._open_session().request(
+        return self._open_session().request(
             call.method,
             URL(call.url(self.settings), encoded=True),
             data=data,
             headers={"Content-Type": "application/json"} if data is not None else None,
             proxy=self._proxy,
             allow_redirects=False,
-            trace_request_ctx=progress,
         )
-
-    @contextlib.asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """Wait for a turn, and give it back at the end or after a while, whichever comes first."""
-        await self._turns.acquire()
-        given_back = asyncio.get_running_loop().call_later(_TURN, self._turns.release)
-        try:
-            yield
-        finally:
-            if given_back.when() > asyncio.get_running_loop().time():
-                given_back.cancel()
-                self._turns.release()
 
     def _failure(
         self, call: Call[Any], exc: BaseException, progress: _Progress, limit: float
@@ -174,7 +162,7 @@ class AsyncSiliconFlowClient:
         Read a batch.
 
         :param batch_id: the batch.
-        :param repeat: ``False`` leaves it to the caller to ask again after a fault.
+        :param repeat: whether to send it again after a transient fault.
         :param within: seconds that one send may take at most.
         :raises UnexpectedAnswerError: the answer is about another batch, or not what the API documents.
         """
@@ -202,7 +190,7 @@ async def _read(call: Call[Any], response: aiohttp.ClientResponse) -> bytes:
             return b"".join(pieces)
         pieces.append(piece)
         size += len(piece)
-    # Or the rest would be read for the sake of the connection.
+    # Otherwise the rest might be read in order to reuse the connection.
     response.close()
     if success:
         raise UnexpectedAnswerError(
@@ -222,15 +210,56 @@ class _Progress:
         self.response: aiohttp.ClientResponse | None = None
 
 
-def _connection_trace() -> aiohttp.TraceConfig:
-    async def connected(_: aiohttp.ClientSession, context: SimpleNamespace, __: Any) -> None:
-        context.trace_request_ctx.connected = True
+#: Of the request that is under way in this task. A trace of aiohttp would tell, too, and cost a tenth of a poll.
+_PROGRESS: ContextVar[_Progress] = ContextVar("_PROGRESS")
 
-    trace = aiohttp.TraceConfig()
-    # To the API, or through a proxy's tunnel to it, TLS included; or to a proxy that passes requests on.
-    trace.on_connection_create_end.append(connected)
-    trace.on_connection_reuseconn.append(connected)
-    return trace
+
+class _Turns:
+    """
+    Lets so many calls run at once, not counting those that have run for a while.
+
+    Calls that get stuck must not keep the others waiting for longer than that.
+    """
+
+    def __init__(self) -> None:
+        #: When each call began that counts, the oldest first.
+        self._running: dict[object, float] = {}
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def take(self) -> object:
+        """Wait for a turn, and return what gives it back."""
+        loop = asyncio.get_running_loop()
+        while True:
+            now = loop.time()
+            while self._running and (oldest := next(iter(self._running.values()))) <= now - _TURN:
+                del self._running[next(iter(self._running))]
+            if len(self._running) < MAX_CALLS:
+                turn = object()
+                self._running[turn] = now
+                return turn
+            waiting = loop.create_future()
+            self._waiting.append(waiting)
+            try:
+                await asyncio.wait([waiting], timeout=oldest + _TURN - now)
+            except asyncio.CancelledError:
+                if waiting.done():
+                    # The turn that was offered is somebody else's now.
+                    self._offer()
+                raise
+            finally:
+                waiting.cancel()
+
+    def give_back(self, turn: object) -> None:
+        """Let the next call run."""
+        self._running.pop(turn, None)
+        self._offer()
+
+    def _offer(self) -> None:
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            if not waiting.done():
+                waiting.set_result(None)
+                return
 
 
 class _Connector(aiohttp.TCPConnector):
@@ -240,12 +269,18 @@ class _Connector(aiohttp.TCPConnector):
         super().__init__(**options)
         self._factory: Any = functools.partial(_BoundedHandler, loop=asyncio.get_running_loop())
 
+    async def connect(self, *args: Any, **options: Any) -> Any:
+        """Return a connection to the API, through a tunnel if need be, or to a proxy that forwards requests."""
+        connection = await super().connect(*args, **options)
+        _PROGRESS.get().connected = True
+        return connection
+
 
 class _BoundedHandler(ResponseHandler):
     """
-    Refuses what would keep the parser, and so the loop, busy: interim answers, headers or pieces without end.
+    Refuses what would keep the parser, and so the loop, busy: endless interim answers, headers or chunks.
 
-    ``aiohttp`` limits the length of a line and, of late, the number of headers.
+    ``aiohttp`` itself limits the length of a line and, in recent versions, the number of headers.
     """
 
     _bytes = _head_bytes = 0

@@ -1,8 +1,8 @@
 """
-How much is taken in of what comes from outside: numbers, times, texts and nested values, each within a limit.
+Limits of values that come from outside: numbers, times, texts and nested values.
 
-What went through here can be encoded by everything it may travel through: JSON, MessagePack (whose numbers have 64
-bits), and Postgres' JSONB (which has no NUL).
+Everything that has passed through here can be encoded wherever it may travel: as JSON, as MessagePack (64-bit numbers)
+and as JSONB in Postgres (no NUL).
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 
 from airflow_provider_siliconflow.api.redaction import valid_text
 
-#: The largest count. Floating-point numbers are exact up to here, and so is JSON in a browser.
+#: The largest count: floating-point numbers, and JSON in a browser, are exact up to here.
 MAX_COUNT = 2**53
-#: The latest time, in seconds since 1970: in 34,000 years, and far below what overflows a calendar's arithmetic.
+#: The latest time, in seconds since 1970: about the year 36,800.
 MAX_TIME = 2**40
-#: Characters of the longest id. A longer one is no id: its start would be another's.
+#: Characters of the longest id. A longer one is refused and not cut: its start could be another id.
 MAX_ID = 512
 #: Characters of the longest status.
 MAX_STATUS = 64
 #: Characters of the longest short text: a name, an endpoint, a window.
 MAX_NAME = 1024
-#: Characters of the longest URL. Signed ones are of two to four thousand.
+#: Characters of the longest URL. Signed URLs have 2,000 to 4,000.
 MAX_URL = 16_384
 #: Characters of the longest amount of money.
 MAX_AMOUNT = 64
@@ -43,7 +43,7 @@ def text_within(value: Any, limit: int) -> str | None:
 
 def identifier(value: Any) -> str | None:
     """
-    Return an id, which is whole or none at all.
+    Return an id, or ``None``; an id is never cut.
 
     :param value: a text of 1 to 512 printable characters without spaces, or a whole number.
     """
@@ -51,14 +51,14 @@ def identifier(value: Any) -> str | None:
         return str(value)
     if not isinstance(value, str) or len(value) > MAX_ID:
         return None
-    # Dots alone would lead to another path.
+    # Dots alone would change the path.
     usable = value.isprintable() and value.strip(".") and not any(map(str.isspace, value))
     return value if usable else None
 
 
 def reference(value: Any) -> str | None:
     """
-    Return a URL or a file id, which is whole or none at all.
+    Return a URL or a file id, or ``None``; neither is ever cut.
 
     :param value: a text of 1 to 16,384 characters, or a whole number.
     """
@@ -104,7 +104,7 @@ def number_within(value: int | float) -> int | float:
 
 
 class _Budget:
-    """What may still be taken of one value."""
+    """How much of one value may still be kept."""
 
     def __init__(self, items: int, characters: int) -> None:
         self.items, self.characters = items, characters
@@ -119,9 +119,9 @@ def bounded(
     value: Any, *, depth: int = 4, items: int = 200, characters: int = 20_000, longest: int = 1000
 ) -> Any:
     """
-    Return what fits of a JSON value.
+    Return as much of a JSON value as fits.
 
-    :param value: anything the service may have sent.
+    :param value: anything that the service may have sent.
     :param depth: levels of lists and objects; what is deeper becomes ``"..."``.
     :param items: items of all lists and objects together; further ones are left out.
     :param characters: characters of all texts together, keys included.

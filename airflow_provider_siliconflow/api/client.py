@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tenacity
 
 from airflow_provider_siliconflow.api import protocol
-from airflow_provider_siliconflow.api.connections import Transport
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 from airflow_provider_siliconflow.api.models import Account, Batch, UploadedFile
 from airflow_provider_siliconflow.api.protocol import CHUNK_SIZE, BatchListing, Call
 from airflow_provider_siliconflow.api.result_files import read_result_file
 from airflow_provider_siliconflow.api.settings import ClientSettings
+from airflow_provider_siliconflow.api.transport import Transport
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.api.sources import Source
 
 T = TypeVar("T")
 
-#: Fewest seconds to wait after a file was sent: the service works on it before it answers.
+#: Seconds to wait at least after a file was sent: the service processes it before it answers.
 _UPLOAD_PATIENCE = 300.0
 
 
@@ -122,10 +122,10 @@ class SiliconFlowClient:
         """
         Create a batch; further arguments as :func:`protocol.create_batch`.
 
-        :param repeat: ``False`` leaves it to the caller to ask again after a refusal such as 429; an answer that leaves
-            open what became of the request is never followed by another one here.
-        :returns: the batch, of which an odd answer may name no more than the id.
-        :raises TransportError: no answer that names a batch; if it is ``accepted`` there may be one.
+        :param repeat: whether to send it again after a refusal such as 429. It is never sent again while it is unknown
+            whether the batch was created.
+        :returns: the batch; after an odd answer, perhaps with no more than its id.
+        :raises TransportError: no answer named a batch. If ``accepted`` is set, there may be one all the same.
         :raises APIError: the service refused.
         """
         return self.call(protocol.create_batch(**request), repeat=repeat)
@@ -135,7 +135,7 @@ class SiliconFlowClient:
         Read a batch.
 
         :param batch_id: the batch.
-        :param repeat: ``False`` leaves it to the caller to ask again after a fault.
+        :param repeat: whether to send it again after a transient fault.
         :param within: seconds that one send may take at most.
         :raises UnexpectedAnswerError: the answer is about another batch, or not what the API documents.
         """
@@ -146,7 +146,7 @@ class SiliconFlowClient:
         return self.call(protocol.cancel_batch(batch_id))
 
     def list_batches(self) -> BatchListing:
-        """Return the account's batches, read page by page as they are asked for, as a rule the newest first."""
+        """Return the account's batches, usually the newest first. Pages are fetched as they are needed."""
         return BatchListing(self.call)
 
     def list_files(self) -> tuple[UploadedFile, ...]:
@@ -181,7 +181,7 @@ class SiliconFlowClient:
         :param refresh: returns the reference anew, for a signature that has aged.
         :param limit: bytes of the largest file that is read; ``None`` reads any.
         :raises IncompleteResultsError: the file changed under the download, stays cut, is larger than ``limit``, or is
-            said to be in a private network.
+            in a private network.
         :raises SiliconFlowError: it cannot be read.
         """
         return read_result_file(self._transport, reference, refresh, limit=limit)

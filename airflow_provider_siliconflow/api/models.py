@@ -1,48 +1,41 @@
 """
 What the service sends, as pydantic models.
 
-They accept every variant the service is known to send (its documentation has some fields in several shapes), take a
-field of an unknown shape for one that is not there, and keep fields they do not know, so that an addition on the other
-side breaks nothing. Only an id is required. Everything is within the limits of
-:mod:`~airflow_provider_siliconflow.api.bounds`, so that a :class:`Batch` can travel as an event or an XCom whatever
-the service said.
+They accept every variant the service is known to send (its documentation shows some fields in several shapes). A field
+of an unknown shape counts as missing, and unknown fields are kept, so an addition by the service breaks nothing. Only
+an id is required. Everything is within :mod:`~airflow_provider_siliconflow.api.bounds`, so a :class:`Batch` can travel
+as a trigger event or an XCom whatever the service sent.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from enum import StrEnum
-from functools import cache, partial
+from functools import cache
 from typing import Annotated, Any, TypeVar
 
-from pydantic import (
-    AliasChoices,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    model_validator,
-)
-from pydantic_core import CoreSchema, core_schema
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from airflow_provider_siliconflow.api.bounds import (
-    MAX_AMOUNT,
-    MAX_COUNT,
-    MAX_ID,
-    MAX_NAME,
-    MAX_STATUS,
-    MAX_TIME,
-    MAX_URL,
-    bounded,
-    count,
-    identifier,
-    moment,
-    reference,
-    text_within,
+from airflow_provider_siliconflow.api.bounds import MAX_STATUS, bounded
+from airflow_provider_siliconflow.api.fields import (
+    UNKNOWN_STATUS,
+    Amount,
+    Count,
+    Errors,
+    Id,
+    Metadata,
+    Moment,
+    Name,
+    OptionalCount,
+    OptionalId,
+    Reference,
+    Status,
+    Text,
+    Window,
+    as_object,
 )
-from airflow_provider_siliconflow.api.redaction import brief, redact_all, shown, shown_word, valid_text
+from airflow_provider_siliconflow.api.redaction import brief, redact_all, shown, shown_word
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -60,9 +53,6 @@ class BatchStatus(StrEnum):
     CANCELLING = "cancelling"
     CANCELLED = "cancelled"
 
-
-#: The status of a batch whose answer names none. Like every status that is not known, it is pending.
-UNKNOWN_STATUS = "unknown"
 
 #: The statuses a batch never leaves. Anything else, known or not, is pending.
 TERMINAL_STATUSES = frozenset(
@@ -117,7 +107,7 @@ class _Model(BaseModel):
 
 
 class _Bounded(_Model):
-    """What the API answers, which may travel: of the fields that nobody here knows, a few, and not much of each."""
+    """What the API answers. Unknown fields are kept, but only a few, and not much of each."""
 
     @model_validator(mode="before")
     @classmethod
@@ -147,130 +137,6 @@ def _names_of(model: type[BaseModel]) -> frozenset[str]:
         if isinstance(field.validation_alias, AliasChoices):
             names.update(str(name) for name in field.validation_alias.choices)
     return frozenset(names)
-
-
-def _status(value: Any) -> str:
-    return (text_within(value, MAX_STATUS) if isinstance(value, str) else None) or UNKNOWN_STATUS
-
-
-def _window(value: Any) -> str | int | None:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value if abs(value) <= MAX_COUNT else None
-    return text_within(value, MAX_STATUS)
-
-
-def _optional_count(value: Any) -> int | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return count(value) if is_number or (isinstance(value, str) and value.isdecimal()) else None
-
-
-def _text_or_empty(value: Any) -> str:
-    return text_within(value, MAX_NAME) or ""
-
-
-def _as_object(value: Any) -> Any:
-    return value if isinstance(value, dict | BaseModel) else {}
-
-
-def _errors(value: Any) -> Any:
-    return None if value is None else redact_all(bounded(value))
-
-
-#: Pairs of metadata that are kept, and characters of a key and of a value: more than the service takes.
-_MOST_PAIRS, _LONGEST_KEY, _LONGEST_VALUE = 64, 128, 1024
-#: Characters of metadata that came as JSON in a text.
-_LONGEST_METADATA = 65_536
-
-
-def _metadata(value: Any) -> dict[str, str]:
-    """Read metadata: an object, a text that holds one as JSON, or a list of pairs or of objects."""
-    if isinstance(value, str) and len(value) <= _LONGEST_METADATA:
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return {}
-    found: dict[str, str] = {}
-    for key, item in _pairs(value):
-        if len(found) >= _MOST_PAIRS:
-            break
-        if isinstance(key, str):
-            text = item if isinstance(item, str) else json.dumps(bounded(item))
-            found[valid_text(key[:_LONGEST_KEY])] = valid_text(text[:_LONGEST_VALUE])
-    return found
-
-
-def _pairs(value: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(value, dict):
-        yield from value.items()
-    for entry in value if isinstance(value, list) else ():
-        if isinstance(entry, dict) and "key" in entry:
-            yield entry["key"], entry.get("value")
-        elif isinstance(entry, dict):
-            yield from entry.items()
-        elif isinstance(entry, list | tuple) and len(entry) == 2:
-            yield entry[0], entry[1]
-
-
-class _Taken:
-    """
-    Annotates a field: what fits is taken as it is, anything else is what a function makes of it.
-
-    Nearly all values fit, and are then checked without a call of Python: a triggerer reads thousands of answers.
-
-    :param fits: the schema of values that the function would return unchanged.
-    :param otherwise: reads any value, and never fails.
-    :param optional: whether ``None`` fits.
-    """
-
-    def __init__(self, fits: CoreSchema, otherwise: Callable[[Any], Any], *, optional: bool = True) -> None:
-        self._fits = core_schema.nullable_schema(fits) if optional else fits
-        self._otherwise = otherwise
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Return the schema of the field."""
-        otherwise = core_schema.no_info_plain_validator_function(self._otherwise)
-        return core_schema.union_schema(
-            [self._fits, otherwise],
-            mode="left_to_right",
-            serialization=core_schema.simple_ser_schema("any"),
-        )
-
-
-def _ascii(limit: int, first: str = "") -> CoreSchema:
-    """Return the schema of a text of printable ASCII, by far the most common."""
-    return core_schema.str_schema(strict=True, max_length=limit, pattern=f"^{first}[ -~]*$")
-
-
-def _whole(limit: int) -> CoreSchema:
-    return core_schema.int_schema(strict=True, ge=0, le=limit)
-
-
-def _text(limit: int) -> _Taken:
-    return _Taken(_ascii(limit), partial(text_within, limit=limit))
-
-
-_ID = core_schema.str_schema(strict=True, max_length=MAX_ID, pattern="^[A-Za-z0-9_][!-~]*$")
-_URL = core_schema.str_schema(strict=True, max_length=MAX_URL, pattern="^[A-Za-z0-9][!-~]*$")
-_PAIRS = core_schema.dict_schema(
-    _ascii(_LONGEST_KEY), _ascii(_LONGEST_VALUE), strict=True, max_length=_MOST_PAIRS
-)
-
-Id = Annotated[str, BeforeValidator(identifier)]
-OptionalId = Annotated[str | None, _Taken(_ID, identifier)]
-#: A URL or a file id.
-Reference = Annotated[str | None, _Taken(_URL, reference)]
-Count = Annotated[int, _Taken(_whole(MAX_COUNT), count, optional=False)]
-OptionalCount = Annotated[int | None, _Taken(_whole(MAX_COUNT), _optional_count)]
-#: Seconds since 1970.
-Moment = Annotated[int | float | None, _Taken(_whole(MAX_TIME), moment)]
-Name = Annotated[str | None, _text(MAX_NAME)]
-Amount = Annotated[str | None, _text(MAX_AMOUNT)]
-Status = Annotated[str, _Taken(_ascii(MAX_STATUS, "[a-z]"), _status, optional=False)]
-Window = Annotated[str | int | None, _Taken(_ascii(MAX_STATUS), _window)]
-Errors = Annotated[Any, _Taken(core_schema.none_schema(), _errors)]
-Metadata = Annotated[dict[str, str], _Taken(_PAIRS, _metadata, optional=False)]
-#: A text that is empty rather than ``None``.
-Text = Annotated[str, _Taken(_ascii(MAX_NAME), _text_or_empty, optional=False)]
 
 
 class RequestCounts(_Bounded):
@@ -307,7 +173,7 @@ class Batch(_Bounded):
     expired_at: Moment = None
     cancelling_at: Moment = None
     cancelled_at: Moment = None
-    request_counts: Annotated[RequestCounts, BeforeValidator(_as_object)] = RequestCounts()
+    request_counts: Annotated[RequestCounts, BeforeValidator(as_object)] = RequestCounts()
     metadata: Metadata = Field(default_factory=dict)
     file_name: Name = None
 

@@ -54,15 +54,15 @@ class Call(Generic[T]):
     """
     One request and how to read its answer.
 
-    :param method: of HTTP.
+    :param method: the HTTP method.
     :param path: below the API's base URL.
     :param read: reads the answer's JSON; raises ``ValueError`` if it is not what the API documents.
     :param query: parameters of the URL.
     :param payload: JSON to send.
-    :param repeatable: whether sending it twice does no more than sending it once. A call that is not
-        repeatable is sent again only if it certainly had no effect.
-    :param is_list: whether the answer may be as large as a list.
-    :param creates: whether the answer may name what was created under whichever status, and must then be read.
+    :param repeatable: whether sending it twice has the effect of sending it once. A call that is not repeatable is
+        only sent again if it certainly had no effect.
+    :param is_list: whether the answer is a list, which may be larger.
+    :param creates: whether it creates a batch: an answer that names one is read whatever its status.
     """
 
     method: str
@@ -100,9 +100,9 @@ class Call(Generic[T]):
         """
         Read an answer.
 
-        :param status: of HTTP.
+        :param status: the HTTP status.
         :param headers: of the answer; looked up without regard to case.
-        :param body: of the answer, of :meth:`limit` bytes at most.
+        :param body: the body, at most :meth:`limit` bytes.
         :raises APIError: the service refused.
         :raises UnexpectedAnswerError: the answer is not what the API documents.
         """
@@ -113,7 +113,7 @@ class Call(Generic[T]):
         except ValueError as exc:
             wrong = exc
         error = answers.error_of(self.name, status, headers, body, data)
-        # What names a batch is one, whatever else it says: taken for a refusal, it would be paid twice.
+        # An answer that names a batch is a batch, whatever else it says: taken for a refusal, it would be paid twice.
         if error is None or (self.creates and answers.names_batch(data)):
             try:
                 if wrong is not None:
@@ -131,8 +131,8 @@ class Call(Generic[T]):
         """
         Return the error for an answer that is not what the API documents.
 
-        :param what: what it is instead.
-        :param accepted: whether the service may have done what was asked; by default if the status is 2xx.
+        :param what: what the answer is.
+        :param accepted: whether the service may have done what was asked; by default whether the status is 2xx.
         """
         return UnexpectedAnswerError(
             f"{self.name} answered HTTP {status}{answers.traced(headers)}, but not what the API documents: {what}",
@@ -165,12 +165,12 @@ def create_batch(
 
 
 def get_batch(batch_id: str) -> Call[Batch]:
-    """Build ``GET /batches/{id}``. An answer about another batch is none."""
+    """Build ``GET /batches/{id}``. An answer about another batch is not accepted."""
     return Call("GET", f"/batches/{quote(batch_id, safe='')}", partial(_read_batch, batch_id=batch_id))
 
 
 def cancel_batch(batch_id: str) -> Call[Batch]:
-    """Build ``POST /batches/{id}/cancel``; asking twice is asking once."""
+    """Build ``POST /batches/{id}/cancel``, which may be repeated."""
     return Call(
         "POST", f"/batches/{quote(batch_id, safe='')}/cancel", partial(_read_batch, batch_id=batch_id)
     )
@@ -235,8 +235,8 @@ def _null_is_empty(data: Any) -> Any:
     """
     Take ``null`` for an empty list of files.
 
-    An account without files may answer so. If it hides one, that is uploaded again, which costs nothing; of batches
-    ``null`` is no list.
+    An account without files may answer so. If ``null`` hides a file, the file is uploaded again, which costs nothing.
+    A list of batches must not be ``null``.
     """
     inner = data.get("data") if isinstance(data, dict) else None
     if isinstance(data, dict) and "data" in data and inner is None:
@@ -267,7 +267,7 @@ def _read_page(data: Any, read: Callable[[Any], T]) -> Page[T]:
         try:
             items.append(read(item))
         except ValidationError as exc:
-            # One odd entry must not hide the others: among them may be the batch that is searched for.
+            # One odd entry must not hide the others: the batch that is searched for may be among them.
             refused.append(exc)
     if refused:
         log.warning(
@@ -279,7 +279,7 @@ def _read_page(data: Any, read: Callable[[Any], T]) -> Page[T]:
 
 
 def _problems(exc: Exception) -> str:
-    """Say in a line what was wrong with an answer."""
+    """Return in one line what was wrong with an answer."""
     if not isinstance(exc, ValidationError):
         return brief(str(exc), 200)
     return brief("; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in exc.errors()), 200)
@@ -291,9 +291,9 @@ MAX_PAGES, MAX_LISTED = 1000, 100_000
 
 class BatchListing(Iterator[Batch]):
     """
-    The account's batches, page by page as they are asked for, each once; as a rule the newest come first.
+    The account's batches, each once, usually the newest first. Pages are fetched as they are needed.
 
-    The service documents a cursor and says that paging is not supported yet: pages may repeat or be missing.
+    The service documents a cursor and also says that paging is not supported yet: pages may repeat or be missing.
 
     :param fetch: carries out the call for one page.
     """
@@ -302,20 +302,20 @@ class BatchListing(Iterator[Batch]):
         self._fetch = fetch
         self._seen: set[str] = set()
         self._batches = self._walk()
-        #: Whether the account has, or may have, batches that the service did not hand out: so until the end is read.
+        #: Whether the account has, or may have, batches that the service did not return. True until the end is reached.
         self.cut = True
-        #: Entries that could not be read so far.
+        #: How many entries could not be read so far.
         self.unreadable = 0
 
     def __iter__(self) -> BatchListing:
-        """Return the listing itself: it is read once."""
+        """Return the listing itself; it can only be read once."""
         return self
 
     def __next__(self) -> Batch:
         """
         Return the next batch.
 
-        :raises UnexpectedAnswerError: a page cannot be read, which is another thing than an empty one.
+        :raises UnexpectedAnswerError: a page cannot be read. It does not count as empty.
         """
         return next(self._batches)
 
@@ -337,7 +337,7 @@ class BatchListing(Iterator[Batch]):
                     new += 1
                     yield batch
             if page.has_more is False or not page.items:
-                # An empty page that promises more keeps it back.
+                # An empty page that promises more withholds it.
                 self.cut = bool(page.has_more)
                 return
             if not new or len(self._seen) >= MAX_LISTED:
@@ -352,7 +352,7 @@ class MultipartFrame:
     """
     What goes around a file in a ``multipart/form-data`` upload.
 
-    The file itself is sent between :attr:`head` and :attr:`tail` piece by piece, never held whole.
+    The file itself is sent piece by piece between :attr:`head` and :attr:`tail`, and never held in memory.
 
     :param filename: name the file gets at the service.
     """
@@ -375,7 +375,7 @@ class MultipartFrame:
 
 def result_url(reference: str, settings: ClientSettings) -> str:
     """
-    Return where a result file is read.
+    Return the URL at which a result file is read.
 
     :param reference: a batch's ``output_file_id`` or ``error_file_id``: a URL, or a file id.
     """
@@ -388,8 +388,8 @@ def redirect_target(url: str, location: str | None) -> str:
     """
     Return the URL an answer to ``url`` points to.
 
-    :raises UnexpectedAnswerError: it names no place, or leaves HTTP.
-    :raises IncompleteResultsError: it leaves HTTPS: who listens would read the results.
+    :raises UnexpectedAnswerError: there is no location, or it is not an HTTP URL.
+    :raises IncompleteResultsError: it leads from https to http, where the results could be read on the way.
     """
     try:
         target = urljoin(url, location or "")

@@ -2,8 +2,8 @@
 What may be shown of texts and URLs from outside: no key, no signature, no password, and only so much of it.
 
 Every message, log line and value that leaves this package goes through here before it is cut. The secrets of all
-connections that this process has read are known, so that a text may come from anywhere: an answer, a result line, an
-error of an HTTP library.
+connections that this process has read are known here, so it does not matter where a text comes from: an answer, a
+result line, or an error of an HTTP library.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ SHOWN_CHARACTERS = 1000
 
 # Secrets ----------------------------------------------------------------------------------------------------
 
-#: Characters of the shortest text that is a secret. Airflow masks no shorter ones either.
+#: Characters of the shortest text that counts as a secret. Airflow does not mask shorter ones either.
 _SHORTEST_SECRET = 5
-#: Characters from which on a secret is also taken out of ids and URLs, in which a short one may stand by chance.
+#: Characters from which a secret is also removed from ids and URLs, which may contain a shorter one by chance.
 _UNMISTAKABLE = 16
 #: Secrets that are remembered.
 _MOST_SECRETS = 1000
@@ -37,7 +37,7 @@ _BEARER = re.compile(r"(?i)bearer\s+[\w.~+/=-]+")
 
 
 class _Secrets:
-    """The secrets of this process, in every form in which an answer may repeat them."""
+    """The secrets of this process, in every form in which an answer may echo them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -67,7 +67,7 @@ def _forms_of(secret: str) -> set[str]:
     forms = {secret, secret.replace("/", "\\/"), html.escape(secret)}
     for ascii_only in (True, False):
         in_json = json.dumps(secret, ensure_ascii=ascii_only)[1:-1]
-        # Go, in which the service seems to be written, escapes what HTML could take for its own.
+        # Go, in which the service seems to be written, escapes what has a meaning in HTML.
         in_go = in_json.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
         forms |= {in_json, in_json.replace("/", "\\/"), in_go}
     for in_url in (quote(secret, safe=""), quote(secret), quote_plus(secret)):
@@ -80,10 +80,10 @@ _SECRETS = _Secrets()
 
 def remember_secrets(*secrets: str) -> None:
     """
-    Take texts out of everything that is shown from now on.
+    Remove texts from everything that is shown from now on.
 
-    :param secrets: keys and values of headers; those of less than five characters are no secrets. Of a header such
-        as ``Bearer abc`` the last word is one by itself.
+    :param secrets: keys and header values; those of less than five characters are not secrets. The last word of a
+        header such as ``Bearer abc`` is a secret by itself.
     """
     words = [secret.split()[-1] for secret in secrets if secret.strip() and " " in secret.strip()]
     _SECRETS.add([*secrets, *(word for word in words if len(word) >= 8)])
@@ -91,9 +91,9 @@ def remember_secrets(*secrets: str) -> None:
 
 def remember_proxy(url: str) -> None:
     """
-    Take the password of a proxy out of everything that is shown from now on.
+    Remove the password of a proxy from everything that is shown from now on.
 
-    :param url: of the proxy; ``user:password@`` may stand in it.
+    :param url: the proxy's URL, with or without ``user:password@``.
     """
     user, has_user, _ = url.partition("://")[2].rpartition("@")
     if not has_user:
@@ -108,8 +108,8 @@ def hide_secrets(text: str, *, unmistakable: bool = False) -> str:
     """
     Return a text without the secrets of this process.
 
-    :param unmistakable: whether the text is an id or a URL that must go on to work: then only secrets that are too
-        long to stand in it by chance.
+    :param unmistakable: whether to hide only secrets that are too long to be in the text by chance: for ids and URLs,
+        which must keep working.
     """
     for form in _SECRETS.forms:
         if unmistakable and len(form) < _UNMISTAKABLE:
@@ -120,7 +120,7 @@ def hide_secrets(text: str, *, unmistakable: bool = False) -> str:
 
 
 def hide_in_answer(body: bytes) -> bytes:
-    """Return the body of an answer without the secrets of this process that no answer holds by chance."""
+    """Return the body of an answer without the secrets that it cannot contain by chance."""
     if any(form in body for form in _SECRETS.unmistakable):
         return hide_secrets(body.decode("utf-8", "surrogateescape"), unmistakable=True).encode(
             "utf-8", "surrogateescape"
@@ -129,7 +129,7 @@ def hide_in_answer(body: bytes) -> bytes:
 
 
 def _start_of(text: str, limit: int) -> str:
-    """Return the start of a text, without a secret's beginning at its end."""
+    """Return the start of a text; the start of a secret is not left at its end."""
     if len(text) <= limit:
         return text
     start = text[:limit]
@@ -187,7 +187,7 @@ def _without_query(found: re.Match[str]) -> str:
 
 
 def valid_text(text: str) -> str:
-    """Return a text that UTF-8 and Postgres can hold: U+FFFD for half of a surrogate pair, and for NUL."""
+    """Return a text that UTF-8 and Postgres can store: lone surrogates and NUL become U+FFFD."""
     if "\0" in text:
         text = text.replace("\0", "\ufffd")
     if text.isascii():
@@ -204,7 +204,7 @@ def brief(text: str, limit: int = SHOWN_CHARACTERS) -> str:
     """
     Return the start of a text from outside as it may be shown and kept.
 
-    :param limit: characters, well below ``READ_CHARACTERS``: a URL that is cut there may still show its user part.
+    :param limit: characters, well below ``READ_CHARACTERS``: a URL cut there could still show its user part.
     """
     return redact(_start_of(text, READ_CHARACTERS))[:limit]
 
@@ -213,16 +213,16 @@ def shown_word(text: str, limit: int = 64) -> str:
     """
     Return the start of an id or a word of the service's own: a status, a code, a reason.
 
-    Such a word decides something, so only secrets that are too long to stand in it by chance are taken out.
+    Code depends on such words, so only secrets that are too long to be there by chance are removed.
     """
     return hide_secrets(valid_text(_start_of(text, limit)), unmistakable=True)
 
 
 def shown(value: Any) -> Any:
     """
-    Return what may be shown of a bounded value: its texts without the queries of URLs and without long secrets.
+    Return what may be shown of a bounded value: its texts without queries of URLs and without long secrets.
 
-    Ids and statuses stay what they are even if a header's value is a word such as "batch".
+    Ids and statuses keep their meaning even if a header's value is a word such as "batch".
     """
     return _with_texts(value, lambda text: strip_queries(hide_secrets(valid_text(text), unmistakable=True)))
 
@@ -249,7 +249,7 @@ def snippet(body: bytes, limit: int = 200) -> str:
     :param body: the start of an answer.
     :param limit: characters.
     """
-    # A character has up to four bytes: what is cut off here is beyond what is read.
+    # A character has up to four bytes, so this is more than is read below.
     text = brief(body[: 8 * READ_CHARACTERS].decode("utf-8", "replace"), READ_CHARACTERS)
     if "<html" in text.lower() or text.lower().startswith("<!doctype"):
         text = "an HTML page: " + re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text)).strip()

@@ -13,7 +13,6 @@ import urllib3
 
 from airflow_provider_siliconflow.api import protocol
 from airflow_provider_siliconflow.api.answers import MAX_ERROR_BYTES, error_from_answer
-from airflow_provider_siliconflow.api.connections import Answer, Transport
 from airflow_provider_siliconflow.api.exceptions import (
     APIError,
     IncompleteResultsError,
@@ -22,17 +21,18 @@ from airflow_provider_siliconflow.api.exceptions import (
     SiliconFlowError,
 )
 from airflow_provider_siliconflow.api.redaction import brief, strip_query
+from airflow_provider_siliconflow.api.transport import Answer, Transport
 
 log = logging.getLogger(__name__)
 
 _MAX_REDIRECTS = 5
-#: Answers that one file may take, besides one for every so many bytes.
+#: Answers that one file may take: so many, and one more for each so many bytes.
 _MAX_ANSWERS, _BYTES_PER_ANSWER = 100, 4096
 
-#: Content encodings that ``urllib3`` takes off; it passes others through.
+#: Content encodings that ``urllib3`` decodes; it passes others through.
 _DECODERS = frozenset(urllib3.response.HTTPResponse.CONTENT_DECODERS)
 
-#: Returns a batch's reference to the file anew.
+#: Returns a fresh reference to the file.
 Refresh: TypeAlias = Callable[[], str | None]
 
 
@@ -45,7 +45,7 @@ def read_result_file(
     :param transport: sends the requests.
     """
     settings = transport.settings
-    file = _RemoteFile(strip_query(reference), limit)
+    file = _RemoteFile(_shown(reference), limit)
     failures = answers = 0
     refreshed = False
     while True:
@@ -62,7 +62,7 @@ def read_result_file(
                     return
                 yield from file.take_body(answer)
                 if answer.status == 206 and file.size is None and file.done > before:
-                    # Whether that was the end, the storage says when it is asked for more.
+                    # Only a request for more shows whether that was the end.
                     continue
                 file.check_end()
                 return
@@ -74,7 +74,7 @@ def read_result_file(
                     reference = refresh() or reference
                     continue
                 if not settings.owns(protocol.result_url(reference, settings)):
-                    # Not the API's word on the key or the request, so another try may well succeed.
+                    # The storage says nothing about the key or the request, so another try may well succeed.
                     raise IncompleteResultsError(
                         f"{exc.summary} The results are kept for 30 days; a retry asks for them again."
                     ) from exc
@@ -95,6 +95,10 @@ def read_result_file(
         reference = refresh() or reference
 
 
+def _shown(url: str) -> str:
+    return brief(strip_query(url), 500)
+
+
 @contextlib.contextmanager
 def _open_file(transport: Transport, reference: str, file: _RemoteFile) -> Iterator[Answer | None]:
     """Ask for a file from where it is; yield ``None`` if that is its end."""
@@ -106,7 +110,7 @@ def _open_file(transport: Transport, reference: str, file: _RemoteFile) -> Itera
         if file.etag and not file.etag.startswith("W/"):
             headers["If-Range"] = file.etag
     for _ in range(_MAX_REDIRECTS + 1):
-        name = f"GET {brief(strip_query(url), 500)}"
+        name = f"GET {_shown(url)}"
         with transport.send("GET", url, name=name, headers=headers) as answer:
             if answer.status in (301, 302, 303, 307, 308):
                 url = protocol.redirect_target(url, answer.headers.get("Location"))
@@ -128,21 +132,21 @@ def _open_file(transport: Transport, reference: str, file: _RemoteFile) -> Itera
                 f"{name} answered HTTP {answer.status} without a file"
             )
     raise ServiceUnavailableError(
-        f"more than {_MAX_REDIRECTS} redirects", status_code=508, call=f"GET {strip_query(reference)}"
+        f"more than {_MAX_REDIRECTS} redirects", status_code=508, call=f"GET {_shown(reference)}"
     )
 
 
 @dataclass
 class _RemoteFile:
     """
-    What the answers so far told of a result file, which may take several of them.
+    What is known of a result file, which may take several answers.
 
     :param name: for messages.
-    :param limit: bytes it may have.
-    :param done: bytes of it that came.
-    :param size: its bytes, if they are known.
-    :param encoded: whether the storage compresses it, though nobody asked for that: its bytes can neither be
-        counted nor asked for from the middle then.
+    :param limit: most bytes that it may have.
+    :param done: bytes that have been yielded.
+    :param size: its size in bytes, if known.
+    :param encoded: whether the storage compresses it unasked. Its bytes can then neither be counted nor requested from
+        the middle.
     """
 
     name: str
@@ -154,13 +158,13 @@ class _RemoteFile:
 
     def take_body(self, answer: Answer) -> Iterator[bytes]:
         """
-        Take in an answer and yield what it has beyond the bytes that came before.
+        Read an answer and yield what it has beyond the bytes yielded before.
 
         :raises IncompleteResultsError: it is another file than before, or larger than it may be.
         :raises NoAnswerError: it is of no use.
         """
         self._take_head(answer)
-        # Without range support the answer starts over: what was yielded already is passed over.
+        # Without range support the answer starts from the beginning: what was already yielded is skipped.
         skip = self.done if answer.status == 200 else 0
         for chunk in answer.pieces(decode=self.encoded):
             if skip >= len(chunk):
@@ -193,8 +197,8 @@ class _RemoteFile:
     def _check_limit(self, size: int) -> None:
         if self.limit is not None and size > self.limit:
             raise IncompleteResultsError(
-                f"{self.name} has at least {size} bytes, more than its batch can have answered ({self.limit} bytes); "
-                "the rest was not read"
+                f"{self.name} has at least {size} bytes, more than the results of its batch can have "
+                f"({self.limit} bytes); the rest was not read"
             )
 
     def _size_in(self, answer: Answer) -> int | None:

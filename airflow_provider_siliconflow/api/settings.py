@@ -25,8 +25,8 @@ class ClientSettings:
 
     :param api_key: the account's key; never shown by ``repr``.
     :param base_url: root of the API, with its version.
-    :param timeout: seconds to wait for (the next bytes of) an answer. A whole call may take twice that besides the
-        connection, however steadily its bytes drip; transfers of files have a least throughput instead.
+    :param timeout: seconds to wait for the next bytes of an answer. A whole call may take twice as long once it is
+        connected, even if bytes keep coming; file transfers have a least throughput instead.
     :param connect_timeout: seconds to wait for a connection.
     :param max_retries: how often a call that may be repeated is sent again.
     :param proxies: ``http://`` or ``https://`` URL of a proxy, by what it is for: ``https``, ``all``,
@@ -55,7 +55,7 @@ class ClientSettings:
                 "the connection's password is not an API key: it has spaces or non-ASCII characters"
             )
         object.__setattr__(self, "api_key", self.api_key.strip())
-        # Neither this value nor that of a proxy is shown: it may hold a password.
+        # Neither this value nor that of a proxy is shown: it may contain a password.
         if "@" in self.base_url or "?" in self.base_url or "#" in self.base_url:
             raise InvalidInputError("the connection's host must be a URL without user, query and fragment")
         wrong = _url_problem(self.base_url) if is_url(self.base_url) else "it is no http:// or https:// URL"
@@ -76,7 +76,7 @@ class ClientSettings:
             ):
                 raise InvalidInputError(f"headers: {name!r} or its value is not what a header may be")
         for scheme, proxy in (self.proxies or {}).items():
-            # The triggerer can use no others, and would find out when the batch is paid for.
+            # The triggerer cannot use others, and would find out when the batch is paid for.
             wrong = _url_problem(proxy) if is_url(proxy) else "it is no http:// or https:// URL"
             if not wrong and re.search(r"[/?#].", proxy.partition("://")[2]):
                 wrong = "more follows its host and port; in a password, '/', '?' and '#' must be escaped"
@@ -101,7 +101,7 @@ class ClientSettings:
 
     @property
     def call_limit(self) -> float:
-        """Seconds one call may take in all, from its first byte to the last of its answer."""
+        """Seconds that one call may take in total, from connecting to the last byte of its answer."""
         return self.connect_timeout + 2 * self.timeout
 
     @property

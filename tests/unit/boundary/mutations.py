@@ -119,8 +119,9 @@ values = st.recursive(
 @st.composite
 def deep(draw: st.DrawFn) -> Any:
     value: Any = draw(scalars)
-    for _ in range(draw(st.sampled_from([5, 60, 500, 800]))):
-        value = [value] if draw(st.booleans()) else {"a": value}
+    kind = draw(st.integers(1, 3))
+    for level in range(draw(st.sampled_from([5, 60, 500, 800]))):
+        value = [value] if level % kind else {"a": value}
     return value
 
 

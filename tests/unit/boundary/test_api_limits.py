@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from airflow_provider_siliconflow.api import answers, protocol
-from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
+from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient, _Turns
 from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
     APIError,
@@ -37,6 +37,7 @@ from tests.unit.boundary.hostile import (
     ask_sync,
     creation,
     make_settings,
+    read_request,
     serving,
 )
 
@@ -190,6 +191,34 @@ def test_lines_without_end(ask: Ask, form: Any) -> None:
     assert server.sent < answers.MAX_ANSWER_BYTES * 8 + IN_FLIGHT
 
 
+@pytest.mark.parametrize("ask_all", ["sync", "async"])
+def test_an_honest_connection_is_used_for_any_number_of_polls(ask_all: str) -> None:
+    """The limits are those of one answer, and begin anew with the next."""
+    head = b"HTTP/1.1 200 OK\r\nX-Fill: " + b"x" * 500 + b"\r\n"
+    body = json.dumps(BATCH).encode()
+    connections: list[socket.socket] = []
+
+    def serve(connection: socket.socket, request: bytes) -> None:
+        connections.append(connection)
+        while request:
+            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            request = read_request(connection)
+
+    async def poll(server: Server) -> None:
+        async with AsyncSiliconFlowClient(make_settings(server.url)) as client:
+            for _ in range(1000):
+                await client.get_batch("batch_1")
+
+    with serving(serve) as server:
+        if ask_all == "async":
+            asyncio.run(poll(server))
+        else:
+            with SiliconFlowClient(make_settings(server.url)) as client:
+                for _ in range(1000):
+                    client.get_batch("batch_1")
+    assert len(connections) == 1
+
+
 # Time -------------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +332,30 @@ def test_stuck_polls_do_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> 
 
     with serving(serve) as server:
         assert asyncio.run(poll(server)) < 3
+
+
+@pytest.mark.parametrize("when", ["waiting", "offered"])
+def test_a_poll_that_is_given_up_passes_its_turn_on(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    monkeypatch.setattr("airflow_provider_siliconflow.api.async_client.MAX_CALLS", 1)
+
+    async def run() -> float:
+        turns = _Turns()
+        first = await turns.take()
+        second, third = (asyncio.ensure_future(turns.take()) for _ in range(2))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if when == "offered":
+            turns.give_back(first)
+            second.cancel()
+        else:
+            second.cancel()
+            await asyncio.sleep(0)
+            turns.give_back(first)
+        began = time.monotonic()
+        await third
+        return time.monotonic() - began
+
+    assert asyncio.run(run()) < 1
 
 
 # Number and depth -------------------------------------------------------------------------------------------

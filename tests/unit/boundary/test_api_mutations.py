@@ -98,7 +98,7 @@ def check_creation(status: int, outcome: Any) -> None:
         assert leaves_effect_open(outcome)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(mutations.answers())
 @example(
     ("get", 200, {}, json.dumps(BATCH | {"created_at": 10**400, "request_counts": {"total": 2**70}}).encode())

@@ -7,8 +7,11 @@ The proxies are real, with TLS through a tunnel and with plain HTTP.
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 import pytest
 
 from airflow_provider_siliconflow.api import protocol
+from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import NoAnswerError, NotSentError
 from tests.unit.boundary.hostile import (
     BATCH,
@@ -209,3 +213,25 @@ def test_a_connection_that_is_reset_after_the_request_may_have_counted(
     with pytest.raises(NoAnswerError):
         ask(make_settings(origin.url, verify=str(pem)), creation())
     assert len(origin.requests) == 1
+
+
+def test_a_request_that_a_signal_interrupts_is_judged_by_itself(origin: Server, pem: Path) -> None:
+    """``on_kill`` may come while a batch is created, and use the same client."""
+    with SiliconFlowClient(make_settings(origin.url, verify=str(pem))) as client:
+
+        def lose(connection: socket.socket, request: bytes) -> None:
+            if request.startswith(b"POST"):
+                os.kill(os.getpid(), signal.SIGUSR1)
+                time.sleep(0.3)
+                reset(connection)
+            else:
+                connection.sendall(answer(BATCH))
+
+        origin.serve = lose
+        before = signal.signal(signal.SIGUSR1, lambda *_: client.get_batch("batch_1") and None)
+        try:
+            with pytest.raises(NoAnswerError):
+                client.call(creation())
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+    assert [request[:4] for request in origin.requests] == [b"POST", b"GET "]
