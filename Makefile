@@ -12,7 +12,7 @@ environment = $(PYTHON) scripts/environment.py --airflow $(1) --venv .test/airfl
 python = .test/airflow-$(1)/bin/python
 newest := $(call python,$(NEWEST))
 
-.PHONY: help demo test test-newest test-oldest unit lint format matrix mutation bench clean $(VERSIONS:%=matrix-%)
+.PHONY: help demo test test-newest test-oldest unit lint format matrix cluster mutation bench clean $(VERSIONS:%=matrix-%)
 
 help:
 	@echo "make demo      the example DAG on a real Airflow against a local SiliconFlow: no key, no cost"
@@ -21,6 +21,7 @@ help:
 	@echo "make lint      lint, types and the directions of imports"
 	@echo "make format    format the code and fix what can be fixed"
 	@echo "make matrix    the essential tests on Airflow $(VERSIONS)"
+	@echo "make cluster   Postgres, two triggerers and faults in both; needs PostgreSQL's programs on this machine"
 	@echo "make mutation  put faults into jobs/ and task/, and count those that the tests notice"
 	@echo "make bench     the benchmarks"
 	@echo "make clean     remove everything that these made"
@@ -58,6 +59,10 @@ matrix: $(VERSIONS:%=matrix-%)
 $(VERSIONS:%=matrix-%): matrix-%:
 	@$(call environment,$*,test)
 	$(call python,$*) -m pytest -m "unit or every_airflow" $(PYTEST_ARGS)
+
+cluster:
+	@$(PYTHON) scripts/environment.py --airflow $(NEWEST) --venv .test/cluster --groups test,cluster
+	.test/cluster/bin/python -m pytest tests/cluster -s $(PYTEST_ARGS)
 
 mutation:
 	@$(call environment,$(NEWEST),dev)

@@ -142,7 +142,7 @@ class Opening:
         stored = self._usable_plan(requests, name)
         make_private_folder(self.plans.path)
         if stored is None:
-            job = self._make_plan(requests(), name)
+            job = self._make_plan(requests, name)
         else:
             job = self._open(stored)
             job.ledger.claim(self._owner)
@@ -244,15 +244,17 @@ class Opening:
             retryable=True,
         )
 
-    def _make_plan(self, requests: Any, name: str) -> OpenJob:
+    def _make_plan(self, requests: Callable[[], Any], name: str) -> OpenJob:
         options = self._options
         path = self.plans.path / "ledger.json"
         ledger = FolderLedger(path, complete=not self._earlier_tries, is_new=True)
+        # Before the rows are made, which may take long: from now on others see that a job starts here.
         ledger.claim(self._owner)
-        version = source_version(requests)
         try:
-            split = plan(requests, self.plans.path / FIRST_ROUND, name=name, options=options)
-        except InvalidInputError:
+            rows = requests()
+            version = source_version(rows)
+            split = plan(rows, self.plans.path / FIRST_ROUND, name=name, options=options)
+        except Exception:
             ledger.remove_folder()
             raise
         self._warn_of_unknown_models()

@@ -238,6 +238,21 @@ def test_a_batch_that_cannot_be_read_costs_its_own_rows_alone(
 
 
 @pytest.mark.emulator(speed=2000.0)
+def test_no_row_is_sent_again_while_a_batch_cannot_be_read(emulator: Emulator, tmp_path: Path) -> None:
+    """Another round would use up an attempt of rows that are not there yet."""
+    requests = rows(10, lambda i: "[[emulator:once=429]]" if i == 1 else "")
+    job = Job(emulator, tmp_path, requests, models=MODELS[:1], max_row_attempts=2)
+    # Output and errors of the first batch are read, and the output of the second is not.
+    emulator.faults.add("GET storage:status=404,skip=2,times=-1")
+    with pytest.raises(IncompleteResultsError):
+        job.attempt()
+    assert len(batches(emulator)) == 2
+    emulator.faults.clear()
+    assert job.attempt()["rows"]["ok"] == 10
+    assert len(batches(emulator)) == 3
+
+
+@pytest.mark.emulator(speed=2000.0)
 def test_a_storage_that_is_away_fails_the_try_without_asking_for_every_file(
     emulator: Emulator, tmp_path: Path
 ) -> None:

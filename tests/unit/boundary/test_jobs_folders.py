@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,56 @@ def test_an_output_folder_has_one_owner_at_a_time(
     assert posts(emulator) == (2, 2)
     if "run_id" in other:
         assert second.attempt()["rows"]["ok"] == 10
+
+
+def test_a_retry_does_not_begin_where_another_job_runs_by_now(emulator: Emulator, tmp_path: Path) -> None:
+    emulator.service.configure(FAST)
+    first = small(emulator, tmp_path)
+    first.after = fail_first_of(emulator)
+    with pytest.raises(BatchFailedError):
+        first.attempt()
+    emulator.service.configure({"speed": 1.0})
+    second = small(emulator, tmp_path)
+    second.run_id = "other"
+    started(second)
+    sent = posts(emulator)
+    with pytest.raises(InvalidInputError, match="runs there"):
+        first.attempt()
+    assert posts(emulator) == sent
+
+
+def test_of_two_jobs_that_start_at_once_none_writes_over_the_other(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    """Each may have looked before the other had left anything in the folder."""
+    second = small(emulator, tmp_path / "elsewhere")
+    second.run_id = "other"
+    started(second)
+    (theirs,) = (tmp_path / "elsewhere").glob(".siliconflow/*")
+    first = small(emulator, tmp_path / "out")
+
+    def requests() -> Any:
+        shutil.copytree(theirs, tmp_path / "out" / ".siliconflow" / theirs.name)
+        return first.requests
+
+    sent = posts(emulator)
+    with pytest.raises(InvalidInputError, match="dag/task/other runs there"):
+        first.next_try().start(requests, "requests", timeout=None)
+    assert posts(emulator) == sent
+    assert [path.name for path in (tmp_path / "out" / ".siliconflow").iterdir()] == [theirs.name]
+
+
+def test_a_job_that_starts_keeps_others_from_its_folder(emulator: Emulator, tmp_path: Path) -> None:
+    first, second = small(emulator, tmp_path), small(emulator, tmp_path)
+    second.run_id = "other"
+
+    def requests() -> Any:
+        with pytest.raises(InvalidInputError, match="starts there") as caught:
+            second.attempt()
+        assert caught.value.retryable
+        return first.requests
+
+    assert first.next_try().start(requests, "requests", timeout=None) is not None
 
 
 def test_a_job_that_failed_for_good_does_not_keep_its_folder_from_others(

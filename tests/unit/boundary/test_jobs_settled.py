@@ -116,3 +116,37 @@ def test_a_cancelled_batch_is_not_replaced_before_what_it_answered_is_known(
     first, rest = batches(emulator)
     assert rest["request_counts"]["total"] == 20 - len(answered)
     assert first["status"] == "cancelled"
+
+
+def test_a_batch_that_is_not_settled_keeps_no_other_from_being_sent(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    emulator.service.configure({"settle_seconds": NEVER, "partial_output_seconds": 1000.0})
+    job = Job(
+        emulator,
+        tmp_path,
+        rows(12),
+        models=MODELS[:1],
+        max_rows_per_batch=4,
+        max_in_flight=1,
+        max_row_attempts=2,
+    )
+    assert job.attempt()["rows"]["ok"] == 12
+    sent = [len(wait.batch_ids) for wait in job.waits]
+    assert max(sent) == 3, "those that wait for their counts are not in flight"
+    assert len(batches(emulator)) == 3
+
+
+def test_what_cannot_be_read_for_an_hour_is_named_and_not_waited_for_longer(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    emulator.service.configure({"settle_seconds": NEVER, "settle_as": "null"})
+    emulator.faults.add("GET storage:status=404,times=-1")
+    job = Job(emulator, tmp_path, rows(4), models=MODELS[:1])
+    began = job.clock.time()
+    with pytest.raises(IncompleteResultsError, match="cannot be read"):
+        job.attempt()
+    assert SETTLE_LIMIT <= job.clock.time() - began <= 1.2 * SETTLE_LIMIT
+    emulator.faults.clear()
+    assert job.attempt()["rows"]["ok"] == 4
+    assert len(batches(emulator)) == 1

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -201,10 +202,12 @@ def test_32_stuck_polls_do_not_stop_the_other_waits_of_the_connection(
     mocker.patch("airflow_provider_siliconflow.api.async_client._TURN", 0.2)
     request = AsyncSiliconFlowClient._request
 
-    async def some_hang(self: Any, call: Any, *rest: Any) -> Any:
+    @contextlib.asynccontextmanager
+    async def some_hang(self: Any, call: Any) -> AsyncIterator[Any]:
         if "stuck" in call.name:
             await asyncio.sleep(60)
-        return await request(self, call, *rest)
+        async with request(self, call) as response:
+            yield response
 
     mocker.patch.object(AsyncSiliconFlowClient, "_request", some_hang)
 

@@ -240,15 +240,19 @@ def left_by_a_try(world: World, work: BatchWork) -> str:
 @pytest.mark.parametrize(
     "oddities",
     [
-        Oddities(without=frozenset({"metadata"})),
-        Oddities(without=frozenset({"metadata", "input_file_id", "file_name", "created_at"})),
-        Oddities(order="oldest"),
-        Oddities(clock_off=-7200.0),
-        Oddities(clock_off=-30 * 86400.0),
-        Oddities(clock_off=7200.0),
-        Oddities(never_told=frozenset({"created_at", "endpoint", "completion_window"})),
+        pytest.param(Oddities(without=frozenset({"metadata"})), id="no-metadata"),
+        pytest.param(
+            Oddities(without=frozenset({"metadata", "input_file_id", "file_name", "created_at"})),
+            id="little-more-than-ids",
+        ),
+        pytest.param(Oddities(order="oldest"), id="oldest-first"),
+        pytest.param(Oddities(clock_off=-7200.0), id="clock-two-hours-slow"),
+        pytest.param(Oddities(clock_off=-30 * 86400.0), id="clock-a-month-slow"),
+        pytest.param(Oddities(clock_off=7200.0), id="clock-two-hours-fast"),
+        pytest.param(
+            Oddities(never_told=frozenset({"created_at", "endpoint", "completion_window"})), id="little-told"
+        ),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("jump", [0.0, 7200.0, -7200.0])
 def test_what_an_earlier_try_left_is_found_in_an_odd_list(

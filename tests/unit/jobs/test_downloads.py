@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,10 @@ from airflow_provider_siliconflow.api.exceptions import (
 )
 from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.api.settings import ClientSettings
-from airflow_provider_siliconflow.jobs.downloads import download_results, iter_results
+from airflow_provider_siliconflow.jobs import downloads
+from airflow_provider_siliconflow.jobs.downloads import download_results, downloaded, iter_results
 from airflow_provider_siliconflow.jobs.outcome import most_common_error
+from airflow_provider_siliconflow.jobs.settled import SETTLE_PATIENCE
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator import Emulator
@@ -238,6 +241,57 @@ def test_rows_once_downloaded_are_not_given_up_for_fewer(
     manifest = download_results(api, make_batch("Hi", "Hi", "Hi", seconds=7200), tmp_path, clock)
     assert ids(tmp_path / "results.jsonl") == ["r0", "r1"]
     assert (manifest["rows"]["total"], manifest["models"][0]["batches"][0]["status"]) == (3, "completed")
+
+
+@pytest.mark.parametrize(("age", "pauses"), [(0.0, True), (SETTLE_PATIENCE, False)])
+def test_what_a_stopped_batch_counts_is_enough_when_it_stays_so(
+    client: SiliconFlowClient, clock: EmulatorClock, make_batch: Callable[..., str], age: float, pauses: bool
+) -> None:
+    batch_id = make_batch("Hi", "Hi")
+    api = Altered(
+        client, {"status": "cancelled", "request_counts": {"total": 5, "completed": 2, "failed": 0}}
+    )
+    ended_at = clock.time() - age
+    if pauses:
+        with (
+            pytest.raises(IncompleteResultsError),
+            downloaded(api, batch_id, clock, rows=5, ended_at=ended_at),
+        ):
+            pass
+    else:
+        with downloaded(api, batch_id, clock, rows=5, ended_at=ended_at) as (batch, files):
+            assert (batch.status, files.short) == ("cancelled", False)
+    assert bool(clock.slept) == pauses
+
+
+def test_a_result_file_is_larger_than_the_results_of_its_rows_can_be(
+    client: SiliconFlowClient,
+    clock: EmulatorClock,
+    make_batch: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch_id = make_batch("Hi", "Hi")
+    monkeypatch.setattr(downloads, "_ROW_BYTES", 100)
+    monkeypatch.setattr(downloads, "_SPARE_BYTES", 0)
+    with pytest.raises(IncompleteResultsError, match="200"):
+        download_results(client, batch_id, tmp_path, clock)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_nearly_full_is_not_filled(
+    client: SiliconFlowClient,
+    clock: EmulatorClock,
+    make_batch: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch_id = make_batch("Hi", "Hi")
+    usage = namedtuple("usage", "free")(free=downloads._RESERVED_BYTES + 100)
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(IncompleteResultsError, match="only 100 bytes may be used") as caught:
+        download_results(client, batch_id, tmp_path, clock)
+    assert caught.value.retryable
 
 
 def test_a_batch_under_way_has_no_results(
