@@ -1,0 +1,36 @@
+"""Honest waits beside waits for accounts that answer each poll with something hostile. `conf` has the batches."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+
+from airflow.providers.common.compat.sdk import DAG
+from hostile_cases import HOSTILE
+
+from airflow_provider_siliconflow.sensors.batch import BatchSensor
+
+WAITS = 50 if os.environ.get("EXHAUSTIVE") else 10
+
+with DAG("hostile", start_date=datetime(2026, 1, 1), schedule=None):
+    for number in range(WAITS):
+        BatchSensor(
+            task_id=f"honest-{number}",
+            conn_id="honest",
+            batch_id=f"{{{{ dag_run.conf['honest'][{number}] }}}}",
+            deferrable=True,
+            start_from_trigger=True,
+            poke_interval=1,
+            timeout=1800,
+        )
+    for name in HOSTILE:
+        BatchSensor(
+            task_id=name,
+            conn_id=name,
+            batch_id=f"{{{{ dag_run.conf['{name}'] }}}}",
+            deferrable=True,
+            start_from_trigger=True,
+            poke_interval=1,
+            # Those that never get an answer that they can read end by this.
+            timeout=150,
+        )
