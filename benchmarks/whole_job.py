@@ -54,6 +54,7 @@ def ours(source: Path, out: Path, url: str, models: list[str]) -> dict[str, int]
     from airflow_provider_siliconflow.api.settings import ClientSettings
     from airflow_provider_siliconflow.jobs.identity import Submitter
     from airflow_provider_siliconflow.jobs.ledger import Owner
+    from airflow_provider_siliconflow.jobs.opening import JobTry
     from airflow_provider_siliconflow.jobs.options import check_options
     from airflow_provider_siliconflow.jobs.run import BatchRun
     from airflow_provider_siliconflow.jobs.submission import Submission
@@ -74,15 +75,19 @@ def ours(source: Path, out: Path, url: str, models: list[str]) -> dict[str, int]
     with SiliconFlowClient(ClientSettings("sk-emulator", url)) as client:
         submitter = Submitter("dag", "run", "task", -1, 0)
         run = BatchRun(
-            check_options(**options),
-            submitter=submitter,
-            client=client,
-            conn_id="siliconflow_default",
-            output_dir=out,
-            open_submission=lambda ledger: Submission(client, ledger=ledger, earlier_tries="none", since=0.0),
-            earlier_tries=False,
-            owner=Owner.new(submitter, try_number=1),
-            cancel_on_kill=True,
+            JobTry(
+                options=check_options(**options),
+                submitter=submitter,
+                client=client,
+                conn_id="siliconflow_default",
+                output_dir=out,
+                open_submission=lambda ledger: Submission(
+                    client, ledger=ledger, earlier_tries="none", since=0.0
+                ),
+                earlier_tries=False,
+                owner=Owner.new(submitter, try_number=1),
+                cancel_on_kill=True,
+            )
         )
         wait = run.start(lambda: source, source.name, timeout=None)
         while wait is not None:

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from airflow_provider_siliconflow.api.client import SiliconFlowClient
@@ -24,7 +24,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 )
 from airflow_provider_siliconflow.batch_files.atomic_files import local_path, make_private_folder
 from airflow_provider_siliconflow.jobs.cancelling import cancel
-from airflow_provider_siliconflow.jobs.clock import Clock
+from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
 from airflow_provider_siliconflow.jobs.folder import read_json, remove_tree
 from airflow_provider_siliconflow.jobs.identity import Submitter
 from airflow_provider_siliconflow.jobs.job import OpenJob
@@ -56,52 +56,55 @@ _FOLDER_NAME = re.compile("[0-9a-f]{16}")
 OpenSubmission = Callable[[FolderLedger], Submission]
 
 
-class Opening:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobTry:
     """
-    Opens one job in one process.
+    One try of one job: what is asked, by whom, where and over which connection.
 
     :param options: what is asked.
     :param submitter: who asks.
     :param client: the calls.
-    :param conn_id: the connection.
-    :param output_dir: folder of the results.
-    :param open_submission: makes the submission over a ledger.
+    :param conn_id: the connection, a part of the identity.
+    :param output_dir: ``pathlib.Path`` or ``ObjectStoragePath`` of the results.
+    :param open_submission: makes the submission over the job's ledger.
     :param earlier_tries: whether an earlier try of this generation may have left batches behind.
-    :param owner: this try.
+    :param owner: this try, with a fresh token; a resumption is told by ``try_id`` and ``try_number``.
+    :param cancel_on_kill: whether to cancel what an earlier generation of this task left open in ``output_dir``.
     :param clock: time.
     """
 
-    def __init__(
-        self,
-        options: RunOptions,
-        *,
-        submitter: Submitter,
-        client: SiliconFlowClient,
-        conn_id: str,
-        output_dir: Any,
-        open_submission: OpenSubmission,
-        earlier_tries: bool,
-        owner: Owner,
-        clock: Clock,
-    ) -> None:
-        self._options = options
-        self._submitter = submitter
-        self._client = client
-        self._conn_id = conn_id
-        self._output_dir = output_dir
-        self._open_submission = open_submission
-        self._earlier_tries = earlier_tries
-        self._owner = owner
-        self._clock = clock
+    options: RunOptions
+    submitter: Submitter
+    client: SiliconFlowClient
+    conn_id: str
+    output_dir: Any
+    open_submission: OpenSubmission
+    earlier_tries: bool
+    owner: Owner
+    cancel_on_kill: bool
+    clock: Clock = field(default_factory=SystemClock)
+
+
+class Opening:
+    """
+    Opens the job of a try, in one process.
+
+    :param job_try: the try.
+    """
+
+    def __init__(self, job_try: JobTry) -> None:
+        self._try = job_try
         # Not the host: under another name of the same service the job is the same.
-        self.key = submitter.key(run=str(output_dir), models=list(options.models), conn_id=conn_id)
-        self.plans = PlanFolder(output_dir / WORK_FOLDER / self.key[:16])
+        self.key = job_try.submitter.key(
+            run=str(job_try.output_dir), models=list(job_try.options.models), conn_id=job_try.conn_id
+        )
+        self.plans = PlanFolder(job_try.output_dir / WORK_FOLDER / self.key[:16])
 
     # Manifests --------------------------------------------------------------------------------------------
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest in the output folder, whosever it is; empty if there is none."""
-        return read_json(self._output_dir / "manifest.json", or_cut="it will be replaced") or {}
+        return read_json(self._try.output_dir / "manifest.json", or_cut="it will be replaced") or {}
 
     def finished_manifest(self) -> dict[str, Any] | None:
         """Return the manifest if this job wrote it, having done everything else."""
@@ -114,40 +117,39 @@ class Opening:
 
         :raises InvalidInputError: they are there.
         """
-        theirs, mine = self.manifest().get("task"), asdict(self._submitter)
+        theirs, mine = self.manifest().get("task"), asdict(self._try.submitter)
         if not isinstance(theirs, dict):
             return
         same = ("dag_id", "run_id", "task_id", "generation")
         if theirs.get("map_index") != mine["map_index"] and all(theirs.get(n) == mine[n] for n in same):
             raise InvalidInputError(
-                f"output_dir: {self._output_dir} holds the results of map index {theirs.get('map_index')} of this "
+                f"output_dir: {self._try.output_dir} holds the results of map index {theirs.get('map_index')} of this "
                 "task. A mapped task needs a folder per map index, such as '.../{{ ti.map_index }}'"
             )
 
     # Opening ----------------------------------------------------------------------------------------------
 
-    def prepare(self, requests: Callable[[], Any], name: str, *, cancels: bool) -> OpenJob:
+    def prepare(self, requests: Callable[[], Any], name: str) -> OpenJob:
         """
         Claim the job for this try, and make its plan or take up the one that is there.
 
         :param requests: returns the rows.
         :param name: what messages call them.
-        :param cancels: whether to cancel what an older generation of this task has open in the output folder.
         :raises InvalidInputError: rows are wrong, or were changed since they were submitted; or another job runs here.
         """
         self.refuse_sibling()
         self._refuse_others()
         if (manifest := self.manifest()) and manifest.get("unfinished") != self.key:
-            log.warning("%s holds the results of another job; they will be replaced", self._output_dir)
+            log.warning("%s holds the results of another job; they will be replaced", self._try.output_dir)
         stored = self._usable_plan(requests, name)
         make_private_folder(self.plans.path)
         if stored is None:
             job = self._make_plan(requests, name)
         else:
             job = self._open(stored)
-            job.ledger.claim(self._owner)
+            job.ledger.claim(self._try.owner)
             log.info("Going on with the rows as an earlier try planned them")
-        self.tidy_older(cancels=cancels)
+        self.tidy_older(cancels=self._try.cancel_on_kill)
         return job
 
     def reopen(self) -> tuple[OpenJob, Owner]:
@@ -170,12 +172,12 @@ class Opening:
         owner = job.ledger.owner()
         if owner is None:
             log.warning("%s does not say whose job it is; this try claims it", self.plans)
-            job.ledger.claim(self._owner)
-            return job, self._owner
-        if owner.try_number < self._owner.try_number:
+            job.ledger.claim(self._try.owner)
+            return job, self._try.owner
+        if owner.try_number < self._try.owner.try_number:
             # Ended before it began in earnest, this try has claimed nothing; what is open is its task's all the same.
             return job, owner
-        if (owner.try_id, owner.try_number) != (self._owner.try_id, self._owner.try_number):
+        if (owner.try_id, owner.try_number) != (self._try.owner.try_id, self._try.owner.try_number):
             raise JobTakenOverError(
                 f"Another try of this task does the job now: {owner}. This one stops and sends nothing more. What it "
                 "submitted is not lost: the other one takes it up."
@@ -189,14 +191,19 @@ class Opening:
     def _opened(self, plans: PlanFolder, stored: Plan) -> OpenJob:
         ledger = FolderLedger(plans.path / "ledger.json", complete=stored.complete)
         return OpenJob(
-            self._options,
+            self._try.options,
             # Whose it is is a part of where it is: the plan of another is not believed to be ours.
-            replace(stored, submitter=self._submitter, models=self._options.models, conn_id=self._conn_id)
+            replace(
+                stored,
+                submitter=self._try.submitter,
+                models=self._try.options.models,
+                conn_id=self._try.conn_id,
+            )
             if plans is self.plans
             else stored,
             plans=plans,
             ledger=ledger,
-            submission=self._open_submission(ledger),
+            submission=self._try.open_submission(ledger),
         )
 
     # Planning ---------------------------------------------------------------------------------------------
@@ -206,7 +213,7 @@ class Opening:
         stored = self.plans.read()
         if stored is None:
             return None
-        if not self._earlier_tries:
+        if not self._try.earlier_tries:
             log.warning(
                 "%s is there though this is the first try: it is taken up, not paid again", self.plans
             )
@@ -219,7 +226,7 @@ class Opening:
         except Exception as exc:  # noqa: BLE001
             log.warning("%s cannot be read again (%s); the job goes on with the rows as planned", name, exc)
             return stored
-        if stored.is_of(rows, self._options, name=name):
+        if stored.is_of(rows, self._try.options, name=name):
             return stored
         self._refuse_changed(self._open(stored), name)
         log.warning("%s was changed, and nothing of the earlier rows runs: they are planned anew", name)
@@ -233,7 +240,7 @@ class Opening:
         :raises InvalidInputError: they are. A run that was deleted and made again is no reason, if all have ended.
         """
         paid = [piece for piece in job.pieces if not isinstance(job.state(piece), Planned | Refused)]
-        if not paid or (not self._earlier_tries and self._may_run(job.ledger, self._conn_id) is None):
+        if not paid or (not self._try.earlier_tries and self._may_run(job.ledger, self._try.conn_id) is None):
             return
         ids = ", ".join(job.batch_ids[:5]) or "one whose creation was not recorded"
         raise InvalidInputError(
@@ -245,11 +252,11 @@ class Opening:
         )
 
     def _make_plan(self, requests: Callable[[], Any], name: str) -> OpenJob:
-        options = self._options
+        options = self._try.options
         path = self.plans.path / "ledger.json"
-        ledger = FolderLedger(path, complete=not self._earlier_tries, is_new=True)
+        ledger = FolderLedger(path, complete=not self._try.earlier_tries, is_new=True)
         # Before the rows are made, which may take long: from now on others see that a job starts here.
-        ledger.claim(self._owner)
+        ledger.claim(self._try.owner)
         try:
             rows = requests()
             version = source_version(rows)
@@ -263,15 +270,15 @@ class Opening:
             split,
             options.completion_window,
             options.metadata,
-            self._submitter,
-            self._conn_id,
+            self._try.submitter,
+            self._try.conn_id,
             options.models,
             options.max_rows,
             options.max_bytes,
             digest_of(options.request_params),
             version,
             # An earlier try may have sent batches that this folder knows nothing of.
-            complete=not self._earlier_tries,
+            complete=not self._try.earlier_tries,
         )
         self.plans.write(stored)
         # Two jobs that start at once each see the other here, before anything is sent.
@@ -281,19 +288,19 @@ class Opening:
             ledger.remove_folder()
             raise
         job = self._open(stored)
-        job.ledger.continue_as(self._owner.token)
+        job.ledger.continue_as(self._try.owner.token)
         return job
 
     def _warn_of_unknown_models(self) -> None:
         """Look the models up in the account's list, which costs nothing; the list does not say which batches take."""
-        if not self._options.models:
+        if not self._try.options.models:
             return
         try:
-            known = set(self._client.list_models(repeat=False))
+            known = set(self._try.client.list_models(repeat=False))
         except SiliconFlowError as exc:
             log.info("The account's models cannot be listed, so none is looked up: %s", exc)
             return
-        unknown = [model for model in self._options.models if model not in known]
+        unknown = [model for model in self._try.options.models if model not in known]
         if known and unknown:
             log.warning(
                 "The account does not list %s among its chat models; the service may refuse it",
@@ -303,9 +310,9 @@ class Opening:
     # Other jobs in the output folder ----------------------------------------------------------------------
 
     def _other_folders(self) -> Iterator[PlanFolder]:
-        for name in _names(self._output_dir / WORK_FOLDER):
+        for name in _names(self._try.output_dir / WORK_FOLDER):
             if _FOLDER_NAME.fullmatch(name) and name != self.key[:16]:
-                yield PlanFolder(self._output_dir / WORK_FOLDER / name)
+                yield PlanFolder(self._try.output_dir / WORK_FOLDER / name)
 
     def _refuse_others(self) -> None:
         """
@@ -319,18 +326,18 @@ class Opening:
             ledger = FolderLedger(plans.path / "ledger.json", complete=False)
             if stored is None:
                 owner = ledger.owner()
-                if owner is not None and 0 <= self._clock.time() - owner.at < _STARTING:
+                if owner is not None and 0 <= self._try.clock.time() - owner.at < _STARTING:
                     raise InvalidInputError(
-                        _in_use(self._output_dir, str(owner), "starts there"), retryable=True
+                        _in_use(self._try.output_dir, str(owner), "starts there"), retryable=True
                     )
                 continue
-            theirs, mine = stored.submitter, self._submitter
+            theirs, mine = stored.submitter, self._try.submitter
             if replace(theirs, generation=mine.generation) == mine:
                 if theirs.generation < mine.generation:
                     continue
                 if theirs.generation > mine.generation:
                     raise JobTakenOverError(
-                        f"{self._output_dir} holds the job of a later clear of this task. This try stops and sends "
+                        f"{self._try.output_dir} holds the job of a later clear of this task. This try stops and sends "
                         "nothing."
                     )
                 if (running := self._may_run(ledger, stored.conn_id)) is not None:
@@ -342,7 +349,7 @@ class Opening:
                     )
             elif (running := self._may_run(ledger, stored.conn_id)) is not None:
                 raise InvalidInputError(
-                    _in_use(self._output_dir, theirs.label, f"runs there (batch {running})")
+                    _in_use(self._try.output_dir, theirs.label, f"runs there (batch {running})")
                 )
 
     def _may_run(self, ledger: FolderLedger, conn_id: str) -> str | None:
@@ -352,14 +359,14 @@ class Opening:
         :param conn_id: its connection. Through another one its batches may not be seen, and count as running.
         """
         for key, state in ledger.work():
-            if isinstance(state, Sending) and self._clock.time() - state.at < _OPEN_INTENT:
+            if isinstance(state, Sending) and self._try.clock.time() - state.at < _OPEN_INTENT:
                 return key
             if not isinstance(state, Sent):
                 continue
-            if conn_id != self._conn_id:
+            if conn_id != self._try.conn_id:
                 return state.batch_id
             try:
-                if not self._client.get_batch(state.batch_id).is_terminal:
+                if not self._try.client.get_batch(state.batch_id).is_terminal:
                     return state.batch_id
             except NotFoundError:
                 continue
@@ -376,9 +383,9 @@ class Opening:
         """
         for plans in self._other_folders():
             stored = plans.read()
-            if stored is None or stored.submitter.generation >= self._submitter.generation:
+            if stored is None or stored.submitter.generation >= self._try.submitter.generation:
                 continue
-            if replace(stored.submitter, generation=self._submitter.generation) != self._submitter:
+            if replace(stored.submitter, generation=self._try.submitter.generation) != self._try.submitter:
                 continue
             try:
                 self._tidy(self._opened(plans, stored), cancels=cancels)
@@ -387,22 +394,22 @@ class Opening:
 
     def _tidy(self, job: OpenJob, *, cancels: bool) -> None:
         # A try of that generation that is still alive stops by this.
-        job.ledger.claim(self._owner)
+        job.ledger.claim(self._try.owner)
         for piece in job.pieces:
             state = job.state(piece)
             if not isinstance(state, Sent):
                 continue
-            batch = self._client.get_batch(state.batch_id)
+            batch = self._try.client.get_batch(state.batch_id)
             if cancels and not batch.is_terminal:
                 if job.submission.is_ours(job.work(piece, _never), batch):
                     log.warning("Cancelling batch %s of an earlier generation of this task", batch.id)
-                    batch = cancel(self._client, batch.id)
+                    batch = cancel(self._try.client, batch.id)
                 else:
                     log.warning("Batch %s is not proven to be of this task; it is left alone", batch.id)
             elif not batch.is_terminal:
                 log.warning("Batch %s of an earlier generation of this task goes on and is billed", batch.id)
             if batch.is_terminal:
-                job.ledger.record(piece.work_key, Ended.of(batch, state.number, at=self._clock.time()))
+                job.ledger.record(piece.work_key, Ended.of(batch, state.number, at=self._try.clock.time()))
         job.ledger.flush()
         job.ledger.remove_folder()
 

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
     InvalidInputError,
     JobTakenOverError,
@@ -30,13 +29,9 @@ from airflow_provider_siliconflow.api.exceptions import (
 from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.batch_files.atomic_files import write_json
 from airflow_provider_siliconflow.batch_files.manifest import render_summary
-from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
 from airflow_provider_siliconflow.jobs.collecting import Collected, Collector
-from airflow_provider_siliconflow.jobs.identity import Submitter
 from airflow_provider_siliconflow.jobs.job import OpenJob
-from airflow_provider_siliconflow.jobs.ledger import Owner
-from airflow_provider_siliconflow.jobs.opening import Opening, OpenSubmission
-from airflow_provider_siliconflow.jobs.options import RunOptions
+from airflow_provider_siliconflow.jobs.opening import JobTry, Opening
 from airflow_provider_siliconflow.jobs.outcome import unfinished_job
 from airflow_provider_siliconflow.jobs.sending import Sender
 
@@ -71,50 +66,12 @@ class BatchRun:
     """
     The driver of one job, in one process.
 
-    :param options: what is asked.
-    :param submitter: who asks.
-    :param client: the calls.
-    :param conn_id: the connection, a part of the identity.
-    :param output_dir: ``pathlib.Path`` or ``ObjectStoragePath`` of the results.
-    :param open_submission: makes the submission over the job's ledger.
-    :param earlier_tries: whether an earlier try of this generation may have left batches behind.
-    :param owner: this try, with a fresh token; a resumption is told by ``try_id`` and ``try_number``.
-    :param cancel_on_kill: whether to cancel what an earlier generation of this task left open in ``output_dir``.
-    :param clock: time.
+    :param job_try: the try that does it.
     """
 
-    def __init__(
-        self,
-        options: RunOptions,
-        *,
-        submitter: Submitter,
-        client: SiliconFlowClient,
-        conn_id: str,
-        output_dir: Any,
-        open_submission: OpenSubmission,
-        earlier_tries: bool,
-        owner: Owner,
-        cancel_on_kill: bool,
-        clock: Clock | None = None,
-    ) -> None:
-        self._submitter = submitter
-        self._client = client
-        self._output_dir = output_dir
-        self._earlier_tries = earlier_tries
-        self._owner = owner
-        self._cancel_on_kill = cancel_on_kill
-        self._clock: Clock = clock or SystemClock()
-        self._opening = Opening(
-            options,
-            submitter=submitter,
-            client=client,
-            conn_id=conn_id,
-            output_dir=output_dir,
-            open_submission=open_submission,
-            earlier_tries=earlier_tries,
-            owner=owner,
-            clock=self._clock,
-        )
+    def __init__(self, job_try: JobTry) -> None:
+        self._try = job_try
+        self._opening = Opening(job_try)
         self._opened: _Opened | None = None
         self._collected: Collected | None = None
         self._earlier_manifest: dict[str, Any] | None = None
@@ -137,12 +94,12 @@ class BatchRun:
         :raises SiliconFlowError: the service refuses, and has taken no batch of this job.
         """
         # On a first try a manifest is of a run that was deleted and made again under the same id.
-        self._earlier_manifest = self._opening.finished_manifest() if self._earlier_tries else None
+        self._earlier_manifest = self._opening.finished_manifest() if self._try.earlier_tries else None
         if self._earlier_manifest is not None:
             log.info("An earlier try wrote all results and the manifest; nothing is left to do")
             return None
-        job = self._opening.prepare(requests, name, cancels=self._cancel_on_kill)
-        opened = self._take(job, began=self._owner.at)
+        job = self._opening.prepare(requests, name)
+        opened = self._take(job, began=self._try.owner.at)
         split = job.plan.split
         log.info(
             "%d rows in %d shards over %s: %d batches, about %d prompt tokens each time",
@@ -152,7 +109,7 @@ class BatchRun:
             len(split.shards) * len(job.models),
             split.prompt_tokens,
         )
-        job.ledger.deadline = None if timeout is None else self._clock.time() + timeout
+        job.ledger.deadline = None if timeout is None else self._try.clock.time() + timeout
         opened.sender.take_up()
         return self._advance(opened)
 
@@ -175,7 +132,7 @@ class BatchRun:
             return None
         opened.job.ledger.check_owner()
         batches = list(ended)
-        opened.job.record_ended(batches, at=self._clock.time())
+        opened.job.record_ended(batches, at=self._try.clock.time())
         opened.collector.settle(batches)
         return self._advance(opened)
 
@@ -192,13 +149,13 @@ class BatchRun:
         opened.job.ledger.check_owner()
         collected = self._collected or opened.collector.collect()
         manifest = opened.collector.manifest(collected)
-        manifest["task"] = asdict(self._submitter)
-        log.info("Results are in %s\n%s", self._output_dir, render_summary(manifest))
-        unfinished = unfinished_job(opened.job, collected, self._output_dir)
+        manifest["task"] = asdict(self._try.submitter)
+        log.info("Results are in %s\n%s", self._try.output_dir, render_summary(manifest))
+        unfinished = unfinished_job(opened.job, collected, self._try.output_dir)
         # With this key the manifest says that nothing is left to do, whatever the verdict on it.
         manifest["unfinished" if unfinished else "run"] = self._opening.key
         opened.job.ledger.check_owner()
-        write_json(self._output_dir / "manifest.json", manifest)
+        write_json(self._try.output_dir / "manifest.json", manifest)
         if unfinished:
             raise unfinished
         self._opening.tidy_older(cancels=False)
@@ -241,8 +198,8 @@ class BatchRun:
         return self._opened
 
     def _take(self, job: OpenJob, *, began: float) -> _Opened:
-        collector = Collector(job, self._client, self._output_dir, clock=self._clock)
-        sender = Sender(job, self._client, collector, clock=self._clock, began=began)
+        collector = Collector(job, self._try.client, self._try.output_dir, clock=self._try.clock)
+        sender = Sender(job, self._try.client, collector, clock=self._try.clock, began=began)
         self._opened = _Opened(job, sender, collector)
         if self._stopped:
             sender.stop(cancels=self._cancels)

@@ -276,21 +276,24 @@ class RunBatchOperator(SubmittingOperator):
 
         :raises SiliconFlowError: the task was ended before it came as far as this.
         """
+        from airflow_provider_siliconflow.jobs.opening import JobTry
         from airflow_provider_siliconflow.jobs.run import BatchRun
         from airflow_provider_siliconflow.paths import open_folder
 
         options = self._options(given)
         client = self.hook.get_conn()
         run = BatchRun(
-            options,
-            submitter=task_try.submitter,
-            client=client,
-            conn_id=self.conn_id,
-            output_dir=open_folder("output_dir", given["output_dir"]),
-            open_submission=lambda ledger: open_submission(task_try, client, ledger),
-            earlier_tries=task_try.number > 1,
-            owner=task_try.new_owner(),
-            cancel_on_kill=self.cancel_on_kill,
+            JobTry(
+                options=options,
+                submitter=task_try.submitter,
+                client=client,
+                conn_id=self.conn_id,
+                output_dir=open_folder("output_dir", given["output_dir"]),
+                open_submission=lambda ledger: open_submission(task_try, client, ledger),
+                earlier_tries=task_try.number > 1,
+                owner=task_try.new_owner(),
+                cancel_on_kill=self.cancel_on_kill,
+            )
         )
         self._job = _Job(task_try, run, options, given["poll_interval"])
         if self._killed:

@@ -24,6 +24,7 @@ from airflow_provider_siliconflow.batch_files import atomic_files
 from airflow_provider_siliconflow.emulator.service import ServiceError
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY, Submitter
 from airflow_provider_siliconflow.jobs.ledger import FolderLedger, Owner
+from airflow_provider_siliconflow.jobs.opening import JobTry
 from airflow_provider_siliconflow.jobs.options import check_options
 from airflow_provider_siliconflow.jobs.run import BatchRun, Wait
 from airflow_provider_siliconflow.jobs.submission import Submission
@@ -88,28 +89,30 @@ class Life:
         submitter = Submitter("dag", "run", "task", -1, 3)
         owner = Owner.new(submitter, try_number=number, try_id=str(number))
         return BatchRun(
-            check_options(
-                model=None,
-                models=MODELS,
-                completion_window="24h",
-                metadata=None,
-                max_rows_per_batch=4,
-                max_bytes_per_batch=10**6,
-                max_in_flight=3,
-                max_row_attempts=2,
-                max_error_rate=None,
-                prices=None,
-                request_params=None,
-            ),
-            submitter=submitter,
-            client=self.api,  # type: ignore[arg-type]
-            conn_id="c",
-            output_dir=self.output,
-            open_submission=lambda ledger: self._open_submission(ledger, number),
-            earlier_tries=number > 1,
-            owner=replace(owner, at=self.clock.time()),
-            cancel_on_kill=True,
-            clock=self.clock,
+            JobTry(
+                options=check_options(
+                    model=None,
+                    models=MODELS,
+                    completion_window="24h",
+                    metadata=None,
+                    max_rows_per_batch=4,
+                    max_bytes_per_batch=10**6,
+                    max_in_flight=3,
+                    max_row_attempts=2,
+                    max_error_rate=None,
+                    prices=None,
+                    request_params=None,
+                ),
+                submitter=submitter,
+                client=self.api,  # type: ignore[arg-type]
+                conn_id="c",
+                output_dir=self.output,
+                open_submission=lambda ledger: self._open_submission(ledger, number),
+                earlier_tries=number > 1,
+                owner=replace(owner, at=self.clock.time()),
+                cancel_on_kill=True,
+                clock=self.clock,
+            )
         )
 
     def attempt(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from airflow_provider_siliconflow.api.settings import ClientSettings
 from airflow_provider_siliconflow.emulator.server import Emulator
 from airflow_provider_siliconflow.jobs.identity import Submitter
 from airflow_provider_siliconflow.jobs.ledger import FolderLedger, Owner
+from airflow_provider_siliconflow.jobs.opening import JobTry
 from airflow_provider_siliconflow.jobs.options import check_options
 from airflow_provider_siliconflow.jobs.run import BatchRun, Wait
 from airflow_provider_siliconflow.jobs.submission import Submission
@@ -116,16 +117,18 @@ class Job:
         submitter = Submitter("dag", self.run_id, "task", self.map_index, self.generation)
         owner = Owner.new(submitter, try_number=self.tries, try_id=try_id or str(self.tries))
         return BatchRun(
-            self.options,
-            submitter=submitter,
-            client=client,
-            conn_id=self.conn_id,
-            output_dir=self.folder,
-            open_submission=open_submission,
-            earlier_tries=self.tries > 1,
-            owner=replace(owner, at=self.clock.time()),
-            cancel_on_kill=self.cancel_on_kill,
-            clock=self.clock,
+            JobTry(
+                options=self.options,
+                submitter=submitter,
+                client=client,
+                conn_id=self.conn_id,
+                output_dir=self.folder,
+                open_submission=open_submission,
+                earlier_tries=self.tries > 1,
+                owner=replace(owner, at=self.clock.time()),
+                cancel_on_kill=self.cancel_on_kill,
+                clock=self.clock,
+            )
         )
 
     def carry_out(self, run: BatchRun, wait: Wait | None) -> dict[str, Any]:
