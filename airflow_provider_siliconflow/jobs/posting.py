@@ -72,7 +72,7 @@ def send_once(request: Request[T], clock: Clock, check_not_stopped: Callable[[st
             error = exc
         if protocol.had_no_effect(error):
             refusals += 1
-            delay = protocol.backoff_delay(refusals, error, 15.0, 60.0)
+            delay = protocol.backoff_delay(refusals, error, 2.0, 60.0)
             if clock.monotonic() + delay <= began + request.patience(error):
                 log.warning("%s; nothing was created; sending it again in %.0f s", error, delay)
                 clock.sleep(delay)

@@ -49,8 +49,8 @@ _GONE = re.compile(
 class BatchAPI(SearchAPI, Protocol):
     """The calls submission needs; ``SiliconFlowClient`` has them."""
 
-    def create_batch(self, **request: Any) -> Batch:
-        """Create a batch."""
+    def create_batch(self, *, repeat: bool = True, **request: Any) -> Batch:
+        """Create a batch; with ``repeat=False`` send one request, whatever comes back."""
         ...
 
 
@@ -341,7 +341,9 @@ class Submission:
         def send() -> Batch:
             self._record_intent(work)
             self._sent.add(work.key)
-            batch = self._confirmed(work, file_id, self._api.create_batch(**work.request(file_id)))
+            # One decision about refusals, here: the client would sit out a full account on a worker.
+            answer = self._api.create_batch(repeat=False, **work.request(file_id))
+            batch = self._confirmed(work, file_id, answer)
             # Taken anew: the intent may be that of a try which died long ago, and others were sent since.
             self._ledger.record(work.key, Sent(batch.id, self._ledger.next_number()))
             return batch

@@ -297,9 +297,25 @@ def test_an_account_that_is_full_is_waited_for_while_batches_of_ours_run(
 
 
 @pytest.mark.emulator(speed=2000.0)
+def test_a_full_account_that_says_when_to_come_back_keeps_no_worker_until_then(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    """The client by itself would do as it is told, in real time."""
+    job = one_batch(emulator, tmp_path, 10, max_rows_per_batch=5)
+    emulator.faults.add(
+        match="POST /batches", kind="status", status=429, skip=1, headers={"Retry-After": "600"}
+    )
+    began = job.clock.time()
+    assert job.attempt()["rows"]["ok"] == 10
+    assert job.waits[0].min_ended == 1
+    assert len(batches(emulator)) == 2
+    assert job.clock.time() - began < 600
+
+
+@pytest.mark.emulator(speed=2000.0)
 def test_an_account_that_others_filled_is_sat_out(emulator: Emulator, tmp_path: Path) -> None:
     job = one_batch(emulator, tmp_path)
-    emulator.faults.add("POST /batches:status=429,times=30")
+    emulator.faults.add("POST /batches:status=429,times=12")
     began = job.clock.time()
     assert job.attempt()["rows"]["ok"] == 20
     assert 60 < job.clock.time() - began < 900

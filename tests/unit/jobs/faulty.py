@@ -190,7 +190,7 @@ class FaultyAPI:
             raise UnexpectedAnswerError("<html>", accepted=True)
         return answer
 
-    def create_batch(self, **request: Any) -> Batch:
+    def create_batch(self, *, repeat: bool = True, **request: Any) -> Batch:
         return self._batch(self._run("create", lambda: self.service.create_batch(request)))
 
     def get_batch(self, batch_id: str) -> Batch:

@@ -194,7 +194,7 @@ def test_an_outage_without_end_gives_up_with_what_to_do(tmp_path: Any) -> None:
     work = make_work(service)
 
     class Lost(FaultyAPI):
-        def create_batch(self, **request: Any) -> Batch:
+        def create_batch(self, *, repeat: bool = True, **request: Any) -> Batch:
             self.calls.append("create")
             raise NoAnswerError("reset")
 
@@ -212,10 +212,10 @@ def test_refusals_are_sat_out_as_long_as_they_ask(tmp_path: Any) -> None:
     start = clock.time()
 
     class Refusing(FaultyAPI):
-        def create_batch(self, **request: Any) -> Batch:
+        def create_batch(self, *, repeat: bool = True, **request: Any) -> Batch:
             if self.clock.time() < start + 200:
                 raise RateLimitedError("rate limit", status_code=429, retry_after=190.0)
-            return super().create_batch(**request)
+            return super().create_batch(repeat=repeat, **request)
 
     api = Refusing(service, iter(()), clock)
     Submission(api, ledger=NoLedger(), earlier_tries="none", since=0.0, clock=clock).submit(work)
