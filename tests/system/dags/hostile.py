@@ -32,5 +32,5 @@ with DAG("hostile", start_date=datetime(2026, 1, 1), schedule=None):
             start_from_trigger=True,
             poke_interval=1,
             # Those that never get an answer that they can read end by this.
-            timeout=150,
+            timeout=75,
         )

@@ -10,7 +10,6 @@ UNREADABLE: dict[str, dict[str, Any]] = {
     "huge-junk": {"kind": "huge", "bytes": 500_000_000, "fill": "junk"},
     "gzip-bomb": {"kind": "gzip-bomb", "bytes": 500_000_000},
     "drip": {"kind": "drip", "every": 0.3},
-    "drip-headers": {"kind": "drip-headers", "every": 0.3},
     "endless": {"kind": "endless", "seconds": 3600.0},
     "endless-continue": {"kind": "endless-continue", "seconds": 3600.0},
     "many-headers": {"kind": "many-headers", "count": 1_000_000},
@@ -18,8 +17,9 @@ UNREADABLE: dict[str, dict[str, Any]] = {
     "deep": {"kind": "rewrite", "raw": '{"id":' + "[" * 200_000},
 }
 
-#: Answers that are odd, and say that the batch has ended.
+#: Answers that are odd or slow, and say that the batch has ended.
 READABLE: dict[str, dict[str, Any]] = {
+    "drip-headers": {"kind": "drip-headers", "every": 0.3},
     "long-error": {"kind": "rewrite", "merge": {"errors": {"$text": 1_000_000}}},
     "numbers": {
         "kind": "rewrite",
