@@ -37,7 +37,6 @@ lint:
 	$(newest) -m ruff format --check .
 	$(dir $(newest))lint-imports --no-logo --cache-dir .cache/import-linter
 	$(newest) -m mypy
-	$(newest) -m mypy scripts tests/conftest.py
 
 format:
 	@$(call environment,$(NEWEST),dev)

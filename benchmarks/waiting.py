@@ -196,7 +196,7 @@ def threads(url: str, interval: float, counter: Counter) -> Wait:
 
 
 def openai_shared(url: str, interval: float, counter: Counter) -> Wait:
-    import openai
+    import openai  # type: ignore[import-not-found,unused-ignore]
 
     client = openai.AsyncOpenAI(api_key=KEY, base_url=url)
 
@@ -207,7 +207,7 @@ def openai_shared(url: str, interval: float, counter: Counter) -> Wait:
 
 
 def openai_each(url: str, interval: float, counter: Counter) -> Wait:
-    import openai
+    import openai  # type: ignore[import-not-found,unused-ignore]
 
     async def wait(number: int) -> None:
         client = openai.AsyncOpenAI(api_key=KEY, base_url=url)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -134,7 +135,7 @@ class EmulatorConfig:
         if self.kept_results < 1:
             raise ValueError(f"kept_results must be 1 or more, not {self.kept_results}")
 
-    def changed(self, changes: dict[str, object]) -> EmulatorConfig:
+    def changed(self, changes: Mapping[str, object]) -> EmulatorConfig:
         """
         Return a copy with the named fields replaced.
 

@@ -13,6 +13,7 @@ import secrets
 import threading
 import time
 from bisect import insort
+from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,7 @@ class EmulatedService:
             self._saved.clock_offset += seconds
             self._disk.save_state(self._saved)
 
-    def configure(self, changes: dict[str, object]) -> None:
+    def configure(self, changes: Mapping[str, object]) -> None:
         """
         Change settings of the running service; a new speed holds for what is left of every batch.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -130,7 +130,7 @@ class RunBatchOperator(SubmittingOperator):
         max_error_rate: float | str | None = None,
         fail_on_partial_error: bool = False,
         allow_all_failed: bool = False,
-        prices: dict[str, dict[str, float]] | str | None = None,
+        prices: Mapping[str, Mapping[str, float | str]] | str | None = None,
         dry_run: bool = False,
         skip_if_empty: bool = False,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),

@@ -78,7 +78,8 @@ def open_account(live_airflow: LiveAirflow, accounts: list[Emulator]) -> Iterato
     with contextlib.ExitStack() as stack:
 
         def open_account(name: str, *, extra: dict[str, Any] | None = None, **settings: Any) -> Emulator:
-            emulator = stack.enter_context(running_emulator(**{"speed": 20.0, "keys": (KEY,)} | settings))
+            given: dict[str, Any] = {"speed": 20.0, "keys": (KEY,)} | settings
+            emulator = stack.enter_context(running_emulator(**given))
             accounts.append(emulator)
             connect(live_airflow, name, emulator.base_url, extra)
             return emulator

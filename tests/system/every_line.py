@@ -29,7 +29,7 @@ PACKAGE = str(Path(airflow_provider_siliconflow.__file__).parent)
 TRACED = ("operators/", "jobs/submission.py", "task/", "api/client.py", "hooks/")
 
 # The emulator lists a batch at once.
-submission.LIST_LAG = 0.1
+submission.LIST_LAG = 0.1  # type: ignore[attr-defined]
 
 
 class StateStore:

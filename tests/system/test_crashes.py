@@ -7,7 +7,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from crash_cases import CRASH_CASES, DOWNLOAD_POINTS, HELD, CrashCase
@@ -64,7 +64,7 @@ def crashes(
         match, kind = HELD[point]
         accounts[name].faults.add(match=match, kind=kind)
     accounts["download-held"].faults.add(match="GET storage", kind="hold")
-    conf = {"rows": str(rows), "files": {}, "batches": {}, "output_dir": str(output)}
+    conf: dict[str, Any] = {"rows": str(rows), "files": {}, "batches": {}, "output_dir": str(output)}
     for name, account in accounts.items():
         if name.startswith("id."):
             added = account.service.add_file("rows.jsonl", "batch", [rows.read_bytes()])

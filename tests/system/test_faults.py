@@ -55,8 +55,8 @@ def faults(
         for fault in copy.deepcopy(account.faults):
             emulator.faults.add(fault)
     # Set last, because the date is only 25 seconds ahead.
-    for fault in opened["http-429-date"].faults.rules:
-        fault.headers["Retry-After"] = formatdate(time.time() + 25, usegmt=True)
+    for rule in opened["http-429-date"].faults.rules:
+        rule.headers["Retry-After"] = formatdate(time.time() + 25, usegmt=True)
     run_id = live_airflow.trigger("faults", conf={"rows": str(rows), "batches": waited_for})
     live_airflow.wait_for_task("faults", run_id, "no-connection", "running", timeout=120)
     eventually(lambda: "sending it again" in live_airflow.task_log("faults", run_id, "no-connection"), 90)

@@ -6,7 +6,7 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -54,7 +54,7 @@ def sent(account: Emulator) -> tuple[int, int]:
 def test_a_killed_job_has_the_same_results_as_an_undisturbed_one(
     live_airflow: LiveAirflow, open_account: OpenAccount, requests: Path, tmp_path: Path
 ) -> None:
-    settings = {"speed": 60.0, "rows_per_second": 50.0}
+    settings: dict[str, Any] = {"speed": 60.0, "rows_per_second": 50.0}
     calm = open_account("calm_job", **settings)
     run_id = run_job(live_airflow, "calm_job", requests, tmp_path / "calm")
     assert live_airflow.wait_for_run("whole_jobs", run_id, timeout=180) == "success"

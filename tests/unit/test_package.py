@@ -42,8 +42,8 @@ before = set(sys.modules)
 
 
 def test_parsing_a_dag_loads_nothing_but_the_thin_rooms() -> None:
-    rooms = ["operators.batch", "sensors.batch", "triggers.batch", "decorators.batch"]
-    imports = "".join(f"import airflow_provider_siliconflow.{room}\n" for room in rooms)
+    modules = ["operators.batch", "sensors.batch", "triggers.batch", "decorators.batch"]
+    imports = "".join(f"import airflow_provider_siliconflow.{module}\n" for module in modules)
     run = run_python(f"{BASELINE}{imports}print(json.dumps(sorted(set(sys.modules) - before)))")
     assert run.returncode == 0, run.stderr
     loaded = json.loads(run.stdout.splitlines()[-1])
@@ -73,7 +73,7 @@ def test_reading_the_metadata_loads_nothing_at_all() -> None:
 
 def test_the_metadata_is_what_airflow_asks_for() -> None:
     import airflow
-    import jsonschema
+    import jsonschema  # type: ignore[import-untyped]
 
     schema = Path(airflow.__file__).with_name("provider_info.schema.json")
     info = get_provider_info()

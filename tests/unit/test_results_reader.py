@@ -34,7 +34,9 @@ def write(path: Path, *texts: str) -> str:
 
 def manifest(folder: Path, *models: str | None, **more: Any) -> dict[str, Any]:
     """A manifest whose inner paths lead nowhere: they are not to be followed."""
-    entries = [{"model": model, "batches": [], "paths": {"results": "/etc/passwd"}} for model in models]
+    entries: list[dict[str, Any]] = [
+        {"model": model, "batches": [], "paths": {"results": "/etc/passwd"}} for model in models
+    ]
     return {"version": 1, "models": entries, "paths": {"output_dir": str(folder)}, **more}
 
 
@@ -181,7 +183,7 @@ def test_what_no_task_returned(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="one model already"):
         read_results(write(tmp_path / "results.jsonl", "A"), model="a")
     with pytest.raises(InvalidInputError, match="source must be a path, a URI or a path object; got int"):
-        read_results(5)  # type: ignore[arg-type]
+        read_results(5)
     with pytest.raises(InvalidInputError, match="source holds a NUL"):
         read_results("a\0b.jsonl")
 

@@ -68,22 +68,18 @@ REFUSALS = {
 }
 
 #: Every other poll fails, each in a different way, while the batch runs for 35 seconds.
-_NOISE = tuple(
-    _fault("GET /batches/*", skip=number, **fault)
-    for number, fault in enumerate(
-        (
-            {"kind": "status", "status": 500},
-            {"kind": "html", "status": 502},
-            {"kind": "html", "status": 200},
-            {"kind": "truncated-json"},
-            {"kind": "empty"},
-            {"kind": "reset"},
-            {"kind": "status", "status": 429, "headers": {"Retry-After": "1"}},
-            {"kind": "status", "status": 503},
-            {"kind": "status", "status": 404},
-        )
-    )
+_NOISES: tuple[dict[str, Any], ...] = (
+    {"kind": "status", "status": 500},
+    {"kind": "html", "status": 502},
+    {"kind": "html", "status": 200},
+    {"kind": "truncated-json"},
+    {"kind": "empty"},
+    {"kind": "reset"},
+    {"kind": "status", "status": 429, "headers": {"Retry-After": "1"}},
+    {"kind": "status", "status": 503},
+    {"kind": "status", "status": 404},
 )
+_NOISE = tuple(_fault("GET /batches/*", skip=number, **fault) for number, fault in enumerate(_NOISES))
 _REVOKED = (_fault("GET /batches/*", "status", status=401, times=-1, skip=1),)
 WAITS = {
     "wait-noisy-deferred": Account(_NOISE, settings={"speed": 1}),

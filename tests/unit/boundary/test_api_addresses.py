@@ -100,11 +100,13 @@ def test_a_name_that_changes_its_address_under_the_check_is_refused(storage: Ser
     """What is checked is what is connected to, whatever the resolver says the next time."""
     names["storage.example"] = ["8.8.8.8", "127.0.0.1"]
     connected: list[Any] = []
+
+    def connect(address: Any, *_: Any, **__: Any) -> Any:
+        connected.append(address)
+        raise OSError("refused")
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "airflow_provider_siliconflow.api.connections.create_connection",
-            lambda address, *_, **__: connected.append(address) or (_ for _ in ()).throw(OSError("refused")),
-        )
+        patch.setattr("airflow_provider_siliconflow.api.connections.create_connection", connect)
         with pytest.raises(SiliconFlowError):
             download(PUBLIC, f"http://storage.example:{storage.port}/out")
     assert connected == [("8.8.8.8", storage.port)]

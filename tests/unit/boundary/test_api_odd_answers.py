@@ -248,7 +248,8 @@ def test_a_list_that_does_not_advance_is_cut(has_more: Any) -> None:
 
 
 def test_files_of_an_account_without_any() -> None:
-    for data in (None, {"data": None}, []):
+    answers: tuple[Any, ...] = (None, {"data": None}, [])
+    for data in answers:
         with serving(answer({"code": 20000, "message": "Ok", "status": True, "data": data})) as server:
             assert ask_sync(make_settings(server.url), protocol.list_files()).items == ()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def test_a_try_that_is_ended_before_it_begins_names_what_the_last_one_left_open(
 # Rows that were changed -------------------------------------------------------------------------------------
 
 
-CHANGES = {
+CHANGES: dict[str, Callable[[list[Any]], Any]] = {
     "another row": lambda found: [*found[:-1], {**found[-1], "custom_id": "other"}],
     "one more row": lambda found: [*found, {"custom_id": "more", "messages": found[0]["messages"]}],
     "another order": lambda found: list(reversed(found)),

@@ -130,7 +130,7 @@ def test_the_end_of_the_triggerer_is_no_event(mocker: MockerFixture) -> None:
         wait = asyncio.ensure_future(anext(BatchTrigger(batch_ids=["batch_1"]).run()))
         await asyncio.sleep(0.1)
         wait.cancel()
-        return await asyncio.gather(wait, return_exceptions=True)
+        return list(await asyncio.gather(wait, return_exceptions=True))
 
     async def hang(*_: Any, **__: Any) -> None:
         await asyncio.sleep(60)

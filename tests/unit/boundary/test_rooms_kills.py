@@ -170,6 +170,7 @@ def test_the_same_trigger_elsewhere_woke_the_task(
 def test_the_task_has_resumed_since(job: Task, emulator: Emulator, told_of_a_kill: Any, state: str) -> None:
     """Whatever the task has become: it waits for these batches again, or has dealt with them."""
     stale = job.defers()
+    assert stale.batch_id is not None
     first, _ = stale.batch_id
     later = job.resumes({"status": "ended", "batches": [{"id": first, "status": "in_progress"}]})
     assert isinstance(later, BatchTrigger)
@@ -178,7 +179,7 @@ def test_the_task_has_resumed_since(job: Task, emulator: Emulator, told_of_a_kil
     assert cancelled(emulator) == []
     # Of the wait that it is in now, a person's end is known at once.
     told_of_a_kill(later, job, "failed")
-    assert sorted(cancelled(emulator)) == sorted(later.batch_id)
+    assert sorted(cancelled(emulator)) == sorted(later.batch_id or ())
 
 
 @pytest.mark.parametrize("which", ["job", "create"])
@@ -258,7 +259,7 @@ def test_a_job_that_was_cleared_cancels_what_its_older_generation_left(
     job: Task, emulator: Emulator, told_of_a_kill: Any
 ) -> None:
     stale = job.defers()
-    old = set(stale.batch_id)
+    old = set(stale.batch_id or ())
     job.is_cleared()
     told_of_a_kill(stale, job, "scheduled")
     assert cancelled(emulator) == []
@@ -279,7 +280,7 @@ def test_a_task_that_is_resumed_by_hand_waits_on_and_pays_nothing(
     paid = len(batches(emulator))
     again = task.resumes(None)
     assert isinstance(again, BatchTrigger)
-    assert sorted(again.batch_id) == sorted(trigger.batch_id)
+    assert sorted(again.batch_id or ()) == sorted(trigger.batch_id or ())
     assert again.wait_token != trigger.wait_token
     assert len(batches(emulator)) == paid
 

@@ -20,9 +20,9 @@ MakeContext = Callable[..., dict[str, Any]]
 
 def decorated(function: Callable[..., Any], **arguments: Any) -> SiliconFlowBatchDecoratedOperator:
     with DAG("dag", start_date=datetime(2026, 1, 1), schedule=None):
-        return siliconflow_batch_task(
-            function, **{"model": "Qwen/Qwen3-8B", "poll_interval": 0.05} | arguments
-        )().operator
+        given: dict[str, Any] = {"model": "Qwen/Qwen3-8B", "poll_interval": 0.05} | arguments
+        operator: SiliconFlowBatchDecoratedOperator = siliconflow_batch_task(function, **given)().operator
+        return operator
 
 
 @pytest.mark.usefixtures("siliconflow_connection")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -287,8 +287,8 @@ def test_a_disk_that_is_nearly_full_is_not_filled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batch_id = make_batch("Hi", "Hi")
-    usage = namedtuple("usage", "free")(free=downloads._RESERVED_BYTES + 100)
-    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda folder: usage)
+    usage = SimpleNamespace(free=downloads._RESERVED_BYTES + 100)
+    monkeypatch.setattr("airflow_provider_siliconflow.jobs.downloads.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(IncompleteResultsError, match="only 100 bytes may be used") as caught:
         download_results(client, batch_id, tmp_path, clock)
     assert caught.value.retryable

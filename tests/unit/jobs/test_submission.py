@@ -37,7 +37,7 @@ from tests.unit.jobs.faulty import (
 
 
 def created(service: EmulatedService) -> int:
-    return service.state(batches=False)["batch_count"]
+    return int(service.state(batches=False)["batch_count"])
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

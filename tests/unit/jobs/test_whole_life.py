@@ -20,7 +20,6 @@ from airflow_provider_siliconflow.api.exceptions import (
     SiliconFlowError,
 )
 from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES, Batch
-from airflow_provider_siliconflow.batch_files import atomic_files
 from airflow_provider_siliconflow.emulator.service import ServiceError
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY, Submitter
 from airflow_provider_siliconflow.jobs.ledger import FolderLedger, Owner
@@ -44,7 +43,9 @@ quickly = settings(deadline=None, suppress_health_check=list(HealthCheck))
 @pytest.fixture(autouse=True)
 def _disk_that_keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """These processes die, the machine does not."""
-    monkeypatch.setattr(atomic_files.os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(
+        "airflow_provider_siliconflow.batch_files.atomic_files.os.fsync", lambda descriptor: None
+    )
 
 
 class Life:

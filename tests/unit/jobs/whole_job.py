@@ -17,7 +17,7 @@ from airflow_provider_siliconflow.jobs.ledger import FolderLedger, Owner
 from airflow_provider_siliconflow.jobs.opening import JobTry
 from airflow_provider_siliconflow.jobs.options import check_options
 from airflow_provider_siliconflow.jobs.run import BatchRun, Wait
-from airflow_provider_siliconflow.jobs.submission import Submission
+from airflow_provider_siliconflow.jobs.submission import Search, Submission
 from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
 MODELS = ["Qwen/Qwen3-32B", "THUDM/GLM-4-9B-0414"]
@@ -111,7 +111,7 @@ class Job:
         client = self.client()
 
         def open_submission(ledger: FolderLedger) -> Submission:
-            tries = "none" if self.tries == 1 else "patiently"
+            tries: Search = "none" if self.tries == 1 else "patiently"
             return Submission(client, ledger=ledger, earlier_tries=tries, since=0.0, clock=self.clock)
 
         submitter = Submitter("dag", self.run_id, "task", self.map_index, self.generation)

@@ -55,7 +55,7 @@ def test_waiting_arguments_that_cannot_work_fail_when_the_dag_is_parsed(
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_every_argument_that_may_hold_a_text_is_templated(operator: type) -> None:
+def test_every_argument_that_may_hold_a_text_is_templated(operator: Any) -> None:
     signature = {
         name: str(parameter.annotation)
         for name, parameter in inspect.signature(operator.__init__).parameters.items()
@@ -69,7 +69,7 @@ def test_every_argument_that_may_hold_a_text_is_templated(operator: type) -> Non
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_arguments_are_kept_as_they_came(operator: type) -> None:
+def test_arguments_are_kept_as_they_came(operator: Any) -> None:
     """Airflow renders the attribute: one that was changed on the way there would lose an XComArg."""
     with DAG("dag", start_date=datetime(2026, 1, 1), schedule=None):
         upstream = UploadBatchFileOperator(task_id="upstream", input_path="x")

@@ -277,7 +277,12 @@ def test_an_expired_batch_is_judged_by_counts_that_come_late(
 
     def early(*arguments: Any, **named: Any) -> Any:
         """What the poll saw that met the end: the status alone."""
-        update = {"status": "expired", "request_counts": {}, "output_file_id": None, "error_file_id": None}
+        update: dict[str, Any] = {
+            "status": "expired",
+            "request_counts": {},
+            "output_file_id": None,
+            "error_file_id": None,
+        }
         return [
             type(batch).model_validate(batch.model_dump() | update) for batch in read(*arguments, **named)
         ]

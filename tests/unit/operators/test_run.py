@@ -49,7 +49,12 @@ def test_a_job_that_cannot_go_on_with_its_paid_batches_leaves_a_retry(
     make_context: MakeContext, emulator: Emulator, tmp_path: Path
 ) -> None:
     emulator.service.configure({"speed": 0.001})
-    arguments = {"requests": ["a"], "output_dir": str(tmp_path), "model": "Qwen/Qwen3-8B", "deferrable": True}
+    arguments: dict[str, Any] = {
+        "requests": ["a"],
+        "output_dir": str(tmp_path),
+        "model": "Qwen/Qwen3-8B",
+        "deferrable": True,
+    }
     task = RunBatchOperator(task_id="t", **arguments)
     with pytest.raises(TaskDeferred):
         task.execute(make_context(task))
@@ -115,7 +120,12 @@ def test_a_job_that_is_ended_before_it_begins_sends_nothing_and_cancels_what_is_
 ) -> None:
     emulator.service.configure({"speed": 0.001})
     set_state("failed")
-    arguments = {"requests": ["a"], "output_dir": str(tmp_path), "model": "Qwen/Qwen3-8B", "deferrable": True}
+    arguments: dict[str, Any] = {
+        "requests": ["a"],
+        "output_dir": str(tmp_path),
+        "model": "Qwen/Qwen3-8B",
+        "deferrable": True,
+    }
     task = RunBatchOperator(task_id="t", **arguments)
     if resumes:
         with pytest.raises(TaskDeferred):
@@ -177,7 +187,11 @@ def test_many_batches_are_cancelled_whatever_one_of_them_answers(
 ) -> None:
     emulator.service.configure({"speed": 0.001})
     set_state("failed")
-    arguments = {"requests": ["a"] * 40, "output_dir": str(tmp_path), "model": "Qwen/Qwen3-8B"}
+    arguments: dict[str, Any] = {
+        "requests": ["a"] * 40,
+        "output_dir": str(tmp_path),
+        "model": "Qwen/Qwen3-8B",
+    }
     task = RunBatchOperator(task_id="t", max_rows_per_batch=1, deferrable=True, **arguments)
     with pytest.raises(TaskDeferred):
         task.execute(make_context(task))
@@ -199,8 +213,16 @@ def test_a_timeout_ends_the_wait_and_cancels_only_if_the_author_says_so(
     deferrable: bool,
 ) -> None:
     mocker.patch("airflow_provider_siliconflow.triggers.batch._FIRST_PAUSE", 0)
-    arguments = {"requests": ["a", "b"], "output_dir": str(tmp_path), "model": "Qwen/Qwen3-8B"}
-    waits = {"timeout": timedelta(seconds=0.4), "poll_interval": 0.05, "deferrable": deferrable}
+    arguments: dict[str, Any] = {
+        "requests": ["a", "b"],
+        "output_dir": str(tmp_path),
+        "model": "Qwen/Qwen3-8B",
+    }
+    waits: dict[str, Any] = {
+        "timeout": timedelta(seconds=0.4),
+        "poll_interval": 0.05,
+        "deferrable": deferrable,
+    }
     task = RunBatchOperator(task_id="t", max_rows_per_batch=1, cancel_on_timeout=cancel, **arguments, **waits)
     error = BatchCancelledAtTimeoutError if cancel else BatchTimeoutError
     began = time.time()

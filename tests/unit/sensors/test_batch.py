@@ -230,7 +230,7 @@ def test_a_rescheduled_sensor_waits_within_a_poke_for_counts_that_come_late(
     read = mocker.patch(f"{client}.get_batch", side_effect=[early, early, settled])
     sensor = BatchSensor(task_id="t", batch_id="batch_1", mode="reschedule")
     mocker.patch.object(BatchSensor, "_first_poke", return_value=None)
-    done = sensor.poke(make_context(sensor))
+    done: Any = sensor.poke(make_context(sensor))
     assert done.xcom_value["request_counts"]["completed"] == 2
     assert read.call_count == 3
 

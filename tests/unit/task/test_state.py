@@ -42,7 +42,7 @@ def test_who_submits_and_since_when(
     # `retries` may have been edited: the number of the try alone says that one came before.
     task.retries = 5
     assert TaskTry.of(context).search == "patiently"
-    mocker.patch.object(state.conf, "getboolean", return_value=False)
+    mocker.patch("airflow_provider_siliconflow.task.state.conf.getboolean", return_value=False)
     assert TaskTry.of(context).store is None
 
 
