@@ -13,6 +13,7 @@ import http.client
 import time
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -85,6 +86,24 @@ def _hostname(url: str) -> str:
         return ""
 
 
+class _Session(requests.Session):
+    """
+    A session that takes nothing of an answer upon itself.
+
+    ``requests`` prepares the next request of a redirect even if redirects are not followed: for that it reads the whole
+    body, decompressed and without a limit, and stumbles over odd locations. It would also collect cookies for as long
+    as the session lives, and send them with every call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """Return that there is none: whoever sends the request reads the location."""
+        return None
+
+
 # The transport ----------------------------------------------------------------------------------------------
 
 #: What ``requests`` raises for a request that it cannot begin to send.
@@ -114,7 +133,7 @@ class Transport:
             remember_proxy(proxy)
         keep_queries_out_of_logs()
         self._line = Line()
-        self._session = requests.Session()
+        self._session = _Session()
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, GuardedAdapter(self._line))
 

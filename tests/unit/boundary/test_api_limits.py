@@ -9,6 +9,7 @@ import gzip
 import itertools
 import json
 import os
+import resource
 import socket
 import time
 import zlib
@@ -28,6 +29,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     SiliconFlowError,
     UnexpectedAnswerError,
 )
+from airflow_provider_siliconflow.api.models import Batch
 from tests.unit.boundary.hostile import (
     BATCH,
     KEY,
@@ -104,6 +106,55 @@ def test_a_list_may_be_longer_and_has_a_limit_all_the_same(monkeypatch: pytest.M
         monkeypatch.setattr(answers, "MAX_LIST_BYTES", 5 * MB)
         with pytest.raises(UnexpectedAnswerError):
             ask_sync(make_settings(server.url), protocol.list_batches())
+
+
+def negative_chunk(size: int) -> Iterator[bytes]:
+    yield answer(b"", Transfer_Encoding="chunked") + b"-1\r\n"
+    yield from itertools.repeat(b" " * MB, size // MB)
+
+
+def test_a_negative_length_is_not_the_length_of_everything(ask: Ask) -> None:
+    with serving(b"") as server:
+        server.serve = lambda connection, request: server.flood(connection, negative_chunk(200 * MB))
+        with pytest.raises(NoAnswerError):
+            ask(make_settings(server.url), GET)
+        with SiliconFlowClient(make_settings(server.url)) as client, pytest.raises(NoAnswerError):
+            list(client.iter_file(f"{server.url}/out", lambda: None, limit=MB))
+    assert server.sent < 2 * IN_FLIGHT
+
+
+@pytest.mark.parametrize("form", [whole, chunked, bomb])
+def test_the_body_of_a_redirect_is_not_read(ask: Ask, form: Any) -> None:
+    def redirect(size: int) -> Iterator[bytes]:
+        for number, piece in enumerate(form(size)):
+            yield piece if number else piece.replace(b"200 X", b"302 X\r\nLocation: http://127.0.0.1/", 1)
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with serving(b"") as server:
+        server.serve = lambda connection, request: server.flood(connection, redirect(200 * MB))
+        with pytest.raises(UnexpectedAnswerError):
+            ask(make_settings(server.url), GET)
+    assert server.sent < IN_FLIGHT
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < 100 * MB
+
+
+@pytest.mark.parametrize("ask_all", ["sync", "async"])
+def test_cookies_are_not_collected(ask_all: str) -> None:
+    cookies = b"".join(b"Set-Cookie: c%d=%s; Path=/\r\n" % (number, b"v" * 1000) for number in range(50))
+
+    async def poll(url: str) -> None:
+        async with AsyncSiliconFlowClient(make_settings(url)) as client:
+            for _ in range(2):
+                await client.get_batch("batch_1")
+
+    with serving(answer(BATCH).replace(b"\r\n", b"\r\n" + cookies, 1)) as server:
+        if ask_all == "async":
+            asyncio.run(poll(server.url))
+        else:
+            with SiliconFlowClient(make_settings(server.url)) as client:
+                for _ in range(2):
+                    client.get_batch("batch_1")
+    assert b"Cookie" not in server.requests[1]
 
 
 @pytest.mark.parametrize("form", [whole, chunked, unannounced])
@@ -375,6 +426,13 @@ def test_nesting_does_not_crash(ask: Ask, depth: int, opening: bytes) -> None:
         else:
             # The field is cut, and does not hide the batch.
             assert len(json.dumps(batch.to_json_dict())) < 10_000
+
+
+def test_metadata_of_one_key_over_and_over_is_read_in_no_time() -> None:
+    body = b'{"id":"batch_1","metadata":[' + b",".join([b'{"a":1}'] * 24_000) + b"]}"
+    began = time.process_time()
+    Batch.model_validate(json.loads(body))
+    assert time.process_time() - began < 0.04
 
 
 @pytest.mark.parametrize("item", [b"{}", b"[]", b"1", b'{"a":1}'])
