@@ -24,6 +24,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     AuthenticationError,
     InsufficientBalanceError,
     InvalidRequestError,
+    NoAnswerError,
     NotFoundError,
     PermissionDeniedError,
     RateLimitedError,
@@ -275,6 +276,10 @@ def error_of(
 
     :param data: what :func:`parse` read of the body, or ``None``.
     """
+    if status < 200:
+        return NoAnswerError(
+            f"{call} got no answer but HTTP {status}{traced(headers)}, which announces one, or another protocol"
+        )
     if 300 <= status < 400:
         target = brief(strip_query(headers.get("Location") or ""), 200)
         return UnexpectedAnswerError(
