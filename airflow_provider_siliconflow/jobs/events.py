@@ -20,7 +20,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     SiliconFlowError,
 )
 from airflow_provider_siliconflow.api.models import Batch
-from airflow_provider_siliconflow.api.redaction import shown
+from airflow_provider_siliconflow.api.redaction import shown, without_secrets
 from airflow_provider_siliconflow.jobs.states import MAX_ID
 from airflow_provider_siliconflow.jobs.storable import storable, storable_text
 
@@ -165,7 +165,7 @@ def _described(batch: Batch, names: Sequence[str], *, metadata: bool = False) ->
     found["errors"] = [storable_text(message, _ERROR) for message in batch.error_messages[:_ERRORS]] or None
     if metadata:
         # The author's own; the service takes 16 pairs.
-        found["metadata"] = storable(dict(list(batch.metadata.items())[:16]))
+        found["metadata"] = storable(without_secrets(dict(list(batch.metadata.items())[:16])))
     return found
 
 
