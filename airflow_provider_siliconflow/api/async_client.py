@@ -17,7 +17,7 @@ from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from airflow_provider_siliconflow.api import protocol
-from airflow_provider_siliconflow.api.answers import LARGE_ANSWER_BYTES, MAX_ANSWER_BYTES, is_success, traced
+from airflow_provider_siliconflow.api.answers import MAX_ANSWER_BYTES, is_success, traced
 from airflow_provider_siliconflow.api.exceptions import (
     InvalidInputError,
     NoAnswerError,
@@ -38,6 +38,9 @@ _TURN = 5.0
 #: Connections one client opens at most, stuck ones included.
 MAX_CONNECTIONS = 512
 
+#: Bytes of the largest answer that is read within the event loop. Honest ones have one to five thousand. One made up
+#: of what takes the longest to redact holds up the loop for a microsecond per byte.
+_MAX_IN_LOOP = 8 << 10
 #: Most bytes of an answer on the wire, and of its head including interim answers.
 _MAX_BYTES, _MAX_HEAD_BYTES = 2 * MAX_ANSWER_BYTES, 64 << 10
 #: Most lines in one read from the socket: the parser spends microseconds on each, and nothing else runs meanwhile.
@@ -124,7 +127,7 @@ class AsyncSiliconFlowClient:
         except (TimeoutError, aiohttp.ClientError, OSError) as exc:
             raise self._failure(call, exc, progress, limit) from None
         answer = functools.partial(call.answer, response.status, response.headers, body)
-        if len(body) <= LARGE_ANSWER_BYTES and "Content-Encoding" not in response.headers:
+        if len(body) <= _MAX_IN_LOOP and "Content-Encoding" not in response.headers:
             return answer()
         if self._reader is None:
             # The triggerer's own executor has only a few threads, and other triggers use them.

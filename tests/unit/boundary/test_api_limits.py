@@ -474,11 +474,27 @@ def million_numbers(size: int) -> Iterator[bytes]:
     yield answer(b'{"id":"batch_1","errors":[' + b",".join([b"1" * 400] * 10_000) + b"]}")
 
 
+def words_that_might_be_urls(size: int) -> Iterator[bytes]:
+    many = {f"x{number}": ["a?/=b " * 160] * 4 for number in range(32)}
+    yield answer({"id": "batch_1", "errors": ["a?/=b " * 160] * 20, "request_counts": many} | many)
+
+
 @pytest.mark.parametrize(
     "form",
-    [whole, chunked, bomb, million_escapes, million_numbers]
+    [whole, chunked, bomb, million_escapes, million_numbers, words_that_might_be_urls]
     + [lambda size, form=form: form() for form in (interim, headers, tiny_chunks, trailers)],  # type: ignore[misc]
-    ids=["whole", "chunked", "bomb", "escapes", "numbers", "interim", "headers", "tiny chunks", "trailers"],
+    ids=[
+        "whole",
+        "chunked",
+        "bomb",
+        "escapes",
+        "numbers",
+        "words",
+        "interim",
+        "headers",
+        "tiny chunks",
+        "trailers",
+    ],
 )
 def test_no_answer_keeps_the_loop_busy(form: Any) -> None:
     """The goal is 20 ms, see benchmarks/hostile_answer.py; here a busy machine must not fail the test."""
