@@ -27,7 +27,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.api.protocol import Call
 from airflow_provider_siliconflow.api.redaction import brief, remember_proxy
-from airflow_provider_siliconflow.api.settings import ClientSettings, is_url, trusted
+from airflow_provider_siliconflow.api.settings import ClientSettings, credentials_problem, is_url, trusted
 
 T = TypeVar("T")
 
@@ -115,6 +115,7 @@ class AsyncSiliconFlowClient:
         limit = min(self.settings.call_limit, within or self.settings.call_limit)
         progress = _Progress()
         _PROGRESS.set(progress)
+        failure: NotSentError | NoAnswerError | None = None
         try:
             turn = await self._turns.take()
             try:
@@ -123,9 +124,11 @@ class AsyncSiliconFlowClient:
                     body = await _read(call, response)
             finally:
                 self._turns.give_back(turn)
-        # "from None": the text of the causes may hold the password of a proxy, and a traceback shows them.
         except (TimeoutError, aiohttp.ClientError, OSError) as exc:
-            raise self._failure(call, exc, progress, limit) from None
+            failure = self._failure(call, exc, progress, limit)
+        if failure is not None:
+            # Raised out here, without its cause, which may hold the password of a proxy.
+            raise failure
         answer = functools.partial(call.answer, response.status, response.headers, body)
         if len(body) <= _MAX_IN_LOOP and "Content-Encoding" not in response.headers:
             return answer()
@@ -333,4 +336,6 @@ def _proxy_of_environment(url: str) -> str | None:
         raise InvalidInputError(
             "the environment's proxy for the API must have an http:// or https:// URL in the triggerer"
         )
+    if wrong := credentials_problem(proxy):
+        raise InvalidInputError(f"the environment's proxy for the API cannot be used: {wrong}")
     return proxy

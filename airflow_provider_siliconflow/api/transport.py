@@ -195,6 +195,7 @@ class Transport:
             # A signal handler may use this client in the middle of another request, which then continues unchanged.
             interrupted = self._line.exchange
             self._line.exchange = exchange
+            failure: TransportError | InvalidInputError | None = None
             try:
                 response = self._session.request(
                     method,
@@ -209,11 +210,13 @@ class Transport:
                     stream=True,
                     allow_redirects=False,
                 )
-            # "from None": the text of the causes holds the whole URL, its signature too, and a traceback shows them.
             except (*_FAILURES, *_UNSENDABLE) as exc:
-                raise _failure(name, url, exc, exchange) from None
+                failure = _failure(name, url, exc, exchange)
             finally:
                 self._line.exchange = interrupted
+            if failure is not None:
+                # Raised out here, without its cause, which holds the request: its key, and the signature of its URL.
+                raise failure
             with contextlib.closing(response):
                 yield Answer(name, response, exchange)
         finally:
@@ -273,10 +276,13 @@ class Answer:
         while True:
             began = time.monotonic()
             exchange.deadline = began + patience
+            lost: NoAnswerError | None = None
             try:
                 piece: bytes | None = next(stream, None)
             except _FAILURES as exc:
-                raise self._lost(exc) from None
+                lost = self._lost(exc)
+            if lost is not None:
+                raise lost
             exchange.deadline = None
             if piece is None:
                 # A connection that was shut down looks like one that was closed at the end of the body.
@@ -287,10 +293,13 @@ class Answer:
             yield piece
 
     def _read_piece(self, size: int) -> bytes:
+        lost: NoAnswerError | None = None
         try:
             piece: bytes = self._response.raw.read(size, decode_content=False) or b""
         except _FAILURES as exc:
-            raise self._lost(exc) from None
+            lost = self._lost(exc)
+        if lost is not None:
+            raise lost
         self._check_time()
         return piece
 

@@ -144,6 +144,26 @@ def test_a_head_that_cannot_be_parsed_is_not_logged_with_its_secrets(
     assert TEAM not in told
 
 
+LOST = {
+    "no head": b"",
+    "a cut body": answer(b"{", Content_Length="500"),
+    "a wrong chunk": answer(b"zz\r\n", Transfer_Encoding="chunked"),
+    "a wrong head": b"HTTP/1.1 x\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("how", LOST)
+@pytest.mark.parametrize("proxied", [False, True])
+def test_an_error_drags_no_request_along(ask: Ask, how: str, proxied: bool) -> None:
+    """What reports errors follows __context__ too; there lay the request with its key, and the proxy's URL."""
+    with serving(LOST[how]) as server:
+        proxies = {"http": f"http://me:{TEAM}@127.0.0.1:{server.port}"} if proxied else None
+        settings = make_settings("http://api.invalid" if proxied else server.url, proxies=proxies)
+        with pytest.raises(SiliconFlowError) as caught:
+            ask(settings, GET)
+    assert caught.value.__context__ is None
+
+
 def test_metadata_that_spells_the_key_in_another_way_shows_no_secret(ask: Ask) -> None:
     """It is parsed as JSON in any encoding, in which the key cannot be found before."""
     for body in (
