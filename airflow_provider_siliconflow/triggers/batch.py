@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import traceback
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
@@ -225,7 +225,7 @@ class BatchTrigger(BaseTrigger):
                     if len(due) == 1:
                         await poll(due[0])
                     elif due:
-                        await asyncio.gather(*(poll(batch_id) for batch_id in due))
+                        await _together([poll(batch_id) for batch_id in due])
             wait.say_summary(time.time())
             if wait.finished:
                 return
@@ -315,6 +315,21 @@ class BatchTrigger(BaseTrigger):
                     )
 
             await asyncio.gather(*map(cancel, batch_ids))
+
+
+async def _together(polls: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """
+    Carry out polls at once. The first error ends them all.
+
+    ``gather`` would leave the others running, without anybody who waits for them, over a client that is closed.
+    """
+    tasks = [asyncio.ensure_future(each) for each in polls]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _unforeseen(error: Exception) -> SiliconFlowError:

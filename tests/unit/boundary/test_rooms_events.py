@@ -16,7 +16,7 @@ from airflow.providers.common.compat.sdk import AirflowSensorTimeout
 from airflow.triggers.base import TriggerEvent
 
 from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
-from airflow_provider_siliconflow.api.exceptions import BatchError, BatchWaitError
+from airflow_provider_siliconflow.api.exceptions import AuthenticationError, BatchError, BatchWaitError
 from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.jobs.events import batches_of
@@ -269,3 +269,22 @@ def test_an_odd_event_ends_the_task_by_an_error_of_ours(
         sensor.execute_complete(make_context(sensor), event)
     assert len(str(caught.value)) < 5000
     assert KEY not in str(caught.value)
+
+
+def test_a_wait_that_ends_by_one_poll_leaves_no_other_behind(mocker: MockerFixture) -> None:
+    """They would go on over a client that is closed, and open connections that nobody closes."""
+
+    async def get_batch(_: Any, batch_id: str, **__: Any) -> Any:
+        if batch_id != "batch_3":
+            await asyncio.sleep(60)
+        raise AuthenticationError("no", status_code=401)
+
+    mocker.patch.object(AsyncSiliconFlowClient, "get_batch", get_batch)
+
+    async def run() -> int:
+        trigger = BatchTrigger(batch_ids=[f"batch_{number}" for number in range(8)])
+        (event,) = [event async for event in trigger.run()]
+        assert event.payload["status"] == "error"
+        return len(asyncio.all_tasks())
+
+    assert asyncio.run(run()) == 1
