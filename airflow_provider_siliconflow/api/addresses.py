@@ -8,8 +8,16 @@ from urllib.parse import urlsplit
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-#: IPv6 addresses that networks translate to IPv4: the last 32 bits are the address.
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+#: IPv6 addresses that networks translate to IPv4, or once did: the last 32 bits are the address.
+_TRANSLATED = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "::ffff:0:0:0/96", "::/96")))
+#: What versions of Python do not know as private, or not all of them: site-local addresses, NAT64 and segment routing
+#: within a network, documentation, and what clouds have of their own at addresses that look public.
+_NOT_PUBLIC = tuple(
+    map(
+        ipaddress.ip_network,
+        ("fec0::/10", "64:ff9b:1::/48", "5f00::/16", "3fff::/20", "192.0.0.0/24", "168.63.129.16/32"),
+    )
+)
 
 
 def is_public(address: str) -> bool:
@@ -28,13 +36,14 @@ def is_public(address: str) -> bool:
     embedded = _embedded(found)
     if embedded is not None:
         return is_public(str(embedded))
-    return found.is_global and not found.is_multicast
+    # An address is in no network of the other version.
+    return found.is_global and not found.is_multicast and not any(found in network for network in _NOT_PUBLIC)
 
 
 def _embedded(address: _Address) -> ipaddress.IPv4Address | None:
     if isinstance(address, ipaddress.IPv4Address):
         return None
-    if address in _NAT64:
+    if any(address in network for network in _TRANSLATED):
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     teredo = address.teredo
     return address.ipv4_mapped or address.sixtofour or (teredo[1] if teredo else None)

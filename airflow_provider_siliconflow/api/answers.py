@@ -24,6 +24,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     AuthenticationError,
     InsufficientBalanceError,
     InvalidRequestError,
+    NoAnswerError,
     NotFoundError,
     PermissionDeniedError,
     RateLimitedError,
@@ -44,7 +45,7 @@ MAX_LIST_BYTES = 64 << 20
 MAX_ERROR_BYTES = 64 << 10
 #: Items of lists and objects in one answer, and in one page of a list.
 MAX_ANSWER_ITEMS, MAX_LIST_ITEMS = 50_000, 1_000_000
-#: Bytes above which an answer is large: in an event loop, a thread parses it.
+#: Bytes above which an answer is large: it is read field by field.
 LARGE_ANSWER_BYTES = 256 << 10
 #: Bytes of the largest field that is kept of a large answer.
 _MAX_FIELD_BYTES = 64 << 10
@@ -275,6 +276,10 @@ def error_of(
 
     :param data: what :func:`parse` read of the body, or ``None``.
     """
+    if status < 200:
+        return NoAnswerError(
+            f"{call} got no answer but HTTP {status}{traced(headers)}, which announces one, or another protocol"
+        )
     if 300 <= status < 400:
         target = brief(strip_query(headers.get("Location") or ""), 200)
         return UnexpectedAnswerError(

@@ -17,7 +17,7 @@ from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from airflow_provider_siliconflow.api import protocol
-from airflow_provider_siliconflow.api.answers import LARGE_ANSWER_BYTES, MAX_ANSWER_BYTES, is_success, traced
+from airflow_provider_siliconflow.api.answers import MAX_ANSWER_BYTES, is_success, traced
 from airflow_provider_siliconflow.api.exceptions import (
     InvalidInputError,
     NoAnswerError,
@@ -27,7 +27,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.api.protocol import Call
 from airflow_provider_siliconflow.api.redaction import brief, remember_proxy
-from airflow_provider_siliconflow.api.settings import ClientSettings, is_url, trusted
+from airflow_provider_siliconflow.api.settings import ClientSettings, credentials_problem, is_url, trusted
 
 T = TypeVar("T")
 
@@ -38,6 +38,9 @@ _TURN = 5.0
 #: Connections one client opens at most, stuck ones included.
 MAX_CONNECTIONS = 512
 
+#: Bytes of the largest answer that is read within the event loop. Honest ones have one to five thousand. One made up
+#: of what takes the longest to redact holds up the loop for a microsecond per byte.
+_MAX_IN_LOOP = 8 << 10
 #: Most bytes of an answer on the wire, and of its head including interim answers.
 _MAX_BYTES, _MAX_HEAD_BYTES = 2 * MAX_ANSWER_BYTES, 64 << 10
 #: Most lines in one read from the socket: the parser spends microseconds on each, and nothing else runs meanwhile.
@@ -112,6 +115,7 @@ class AsyncSiliconFlowClient:
         limit = min(self.settings.call_limit, within or self.settings.call_limit)
         progress = _Progress()
         _PROGRESS.set(progress)
+        failure: NotSentError | NoAnswerError | None = None
         try:
             turn = await self._turns.take()
             try:
@@ -120,11 +124,13 @@ class AsyncSiliconFlowClient:
                     body = await _read(call, response)
             finally:
                 self._turns.give_back(turn)
-        # "from None": the text of the causes may hold the password of a proxy, and a traceback shows them.
         except (TimeoutError, aiohttp.ClientError, OSError) as exc:
-            raise self._failure(call, exc, progress, limit) from None
+            failure = self._failure(call, exc, progress, limit)
+        if failure is not None:
+            # Raised out here, without its cause, which may hold the password of a proxy.
+            raise failure
         answer = functools.partial(call.answer, response.status, response.headers, body)
-        if len(body) <= LARGE_ANSWER_BYTES and "Content-Encoding" not in response.headers:
+        if len(body) <= _MAX_IN_LOOP and "Content-Encoding" not in response.headers:
             return answer()
         if self._reader is None:
             # The triggerer's own executor has only a few threads, and other triggers use them.
@@ -330,4 +336,6 @@ def _proxy_of_environment(url: str) -> str | None:
         raise InvalidInputError(
             "the environment's proxy for the API must have an http:// or https:// URL in the triggerer"
         )
+    if wrong := credentials_problem(proxy):
+        raise InvalidInputError(f"the environment's proxy for the API cannot be used: {wrong}")
     return proxy

@@ -10,6 +10,7 @@ Connections of ``urllib3``, as ``requests`` uses them, with three guards that it
 
 from __future__ import annotations
 
+import http
 import http.client
 import socket
 import threading
@@ -53,6 +54,9 @@ class _BoundedLines:
         return line
 
     def read(self, size: int = -1, /) -> bytes:
+        if size < 0:
+            # A chunk that announces a negative length: "all that comes" has no end.
+            raise http.client.HTTPException("the length of a chunk is negative")
         return self._counted(self._stream.read(size))
 
     def read1(self, size: int = -1, /) -> bytes:
@@ -76,6 +80,16 @@ class _BoundedResponse(http.client.HTTPResponse):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.fp: Any = _BoundedLines(self.fp)
+
+    def _read_status(self) -> tuple[str, int, str]:
+        # http.client passes over "100 Continue" only. It would take "103 Early Hints" for the answer, and the answer
+        # for that to the next request.
+        while True:
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if not http.HTTPStatus.SWITCHING_PROTOCOLS < status < http.HTTPStatus.OK:
+                return version, status, reason
+            while self.fp.readline(65537).strip():
+                pass
 
 
 class Line(threading.local):

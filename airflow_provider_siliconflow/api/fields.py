@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, GetCoreSchemaHandler
@@ -78,9 +79,8 @@ def _metadata(value: Any) -> dict[str, str]:
         except (ValueError, RecursionError):
             return {}
     found: dict[str, str] = {}
-    for key, item in _pairs(value):
-        if len(found) >= _MOST_PAIRS:
-            break
+    # Counted as they come: pairs of one and the same key have no end otherwise.
+    for key, item in islice(_pairs(value), _MOST_PAIRS):
         if isinstance(key, str):
             text = item if isinstance(item, str) else json.dumps(bounded(item))
             found[valid_text(key[:_LONGEST_KEY])] = valid_text(text[:_LONGEST_VALUE])

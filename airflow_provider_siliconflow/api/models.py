@@ -35,7 +35,7 @@ from airflow_provider_siliconflow.api.fields import (
     Window,
     as_object,
 )
-from airflow_provider_siliconflow.api.redaction import brief, redact_all, shown, shown_word
+from airflow_provider_siliconflow.api.redaction import brief, redact_all, shown, shown_word, without_secrets
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -115,9 +115,13 @@ class _Bounded(_Model):
         if not isinstance(data, dict):
             return data
         known = _names_of(cls)
-        if known.issuperset(data):
+        # Under two names at once, the second would pass for an unknown field.
+        doubles = [
+            name for names in _aliases_of(cls) for name in [each for each in names if each in data][1:]
+        ]
+        if known.issuperset(data) and not doubles:
             return data
-        kept = {name: value for name, value in data.items() if name in known}
+        kept = {name: value for name, value in data.items() if name in known and name not in doubles}
         unknown = [name for name in data if name not in known]
         for name in unknown[:_MOST_UNKNOWN_FIELDS]:
             value = redact_all(bounded(data[name], characters=4000))
@@ -132,11 +136,14 @@ _MOST_UNKNOWN_FIELDS = 32
 @cache
 def _names_of(model: type[BaseModel]) -> frozenset[str]:
     """Return the names of a model's fields, and those under which the service sends them."""
-    names = set(model.model_fields)
-    for field in model.model_fields.values():
-        if isinstance(field.validation_alias, AliasChoices):
-            names.update(str(name) for name in field.validation_alias.choices)
-    return frozenset(names)
+    return frozenset(model.model_fields).union(*_aliases_of(model))
+
+
+@cache
+def _aliases_of(model: type[BaseModel]) -> tuple[tuple[str, ...], ...]:
+    """Return the names of each field that the service sends under several, the first of which counts."""
+    aliases = (field.validation_alias for field in model.model_fields.values())
+    return tuple(tuple(map(str, alias.choices)) for alias in aliases if isinstance(alias, AliasChoices))
 
 
 class RequestCounts(_Bounded):
@@ -209,8 +216,9 @@ class Batch(_Bounded):
         It encodes as JSON, as MessagePack and for Postgres, whatever the service said.
         """
         data = self.model_dump(mode="json")
-        # The author's own metadata is no secret of the service.
-        return {key: value if key == "metadata" else shown(value) for key, value in data.items()}
+        return {
+            key: without_secrets(value) if key == "metadata" else shown(value) for key, value in data.items()
+        }
 
 
 #: What stands for success in an ``error`` that reports none.

@@ -95,7 +95,7 @@ def remember_proxy(url: str) -> None:
 
     :param url: the proxy's URL, with or without ``user:password@``.
     """
-    user, has_user, _ = url.partition("://")[2].rpartition("@")
+    user, has_user, _ = (url.partition("://")[2] or url).rpartition("@")
     if not has_user:
         return
     name, _, password = user.partition(":")
@@ -227,6 +227,11 @@ def shown(value: Any) -> Any:
     return _with_texts(value, lambda text: strip_queries(hide_secrets(valid_text(text), unmistakable=True)))
 
 
+def without_secrets(value: Any) -> Any:
+    """Return a bounded value without long secrets. The URLs in an author's own metadata keep their queries."""
+    return _with_texts(value, lambda text: hide_secrets(text, unmistakable=True))
+
+
 def redact_all(value: Any) -> Any:
     """Return a bounded value with each of its texts redacted."""
     return _with_texts(value, redact)
@@ -258,11 +263,15 @@ def snippet(body: bytes, limit: int = 200) -> str:
 
 
 class _NoQueries(logging.Filter):
-    """Takes the queries out of the URLs that ``urllib3`` logs, of every request at level DEBUG."""
+    """Takes queries and secrets out of what ``urllib3`` logs: URLs at level DEBUG, and heads that it cannot parse."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
-            record.args = tuple(redact(arg) if isinstance(arg, str) else arg for arg in record.args)
+            record.args = tuple(
+                brief(str(arg)) if isinstance(arg, str | Exception) else arg for arg in record.args
+            )
+        # Of a head that cannot be parsed it logs the error with a traceback, whose text is the head.
+        record.exc_info = record.exc_text = None
         return True
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 from airflow_provider_siliconflow.api.redaction import remember_proxy, remember_secrets
 
 DEFAULT_BASE_URL = "https://api.siliconflow.cn/v1"
+
+#: Seconds of the longest timeout: a year. Sockets take no more than some.
+_LONGEST_TIMEOUT = 366 * 86400
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,10 @@ class ClientSettings:
             )
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
         for name in ("timeout", "connect_timeout"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InvalidInputError(f"{name} must be a number of seconds above 0")
+            if not 0 < getattr(self, name) <= _LONGEST_TIMEOUT:
+                raise InvalidInputError(
+                    f"{name} must be a number of seconds above 0, and at most {_LONGEST_TIMEOUT}"
+                )
         if self.max_retries < 0:
             raise InvalidInputError(f"max_retries must be 0 or more; got {self.max_retries}")
         for name, value in self.headers.items():
@@ -80,6 +84,7 @@ class ClientSettings:
             wrong = _url_problem(proxy) if is_url(proxy) else "it is no http:// or https:// URL"
             if not wrong and re.search(r"[/?#].", proxy.partition("://")[2]):
                 wrong = "more follows its host and port; in a password, '/', '?' and '#' must be escaped"
+            wrong = wrong or credentials_problem(proxy)
             if wrong:
                 raise InvalidInputError(
                     f"proxies: {scheme!r} must be a URL such as 'http://proxy:3128': {wrong}"
@@ -126,6 +131,20 @@ class ClientSettings:
         return None
 
 
+def credentials_problem(proxy: str) -> str | None:
+    """
+    Say what is wrong with user and password of a proxy, without repeating them.
+
+    :param proxy: its URL.
+    """
+    user = unquote(urlsplit(proxy).netloc.rpartition("@")[0])
+    try:
+        user.encode("latin-1")
+    except UnicodeEncodeError:
+        return "its user or password has characters beyond Latin-1, which cannot be sent to a proxy"
+    return None
+
+
 def is_url(value: str) -> bool:
     """Whether a result-file value is a URL rather than a file id."""
     return value[:8].lower().startswith(("http://", "https://"))
@@ -144,7 +163,7 @@ def trusted(verify: bool | str) -> ssl.SSLContext | bool:
         if Path(verify).is_dir():
             return ssl.create_default_context(capath=verify)
         return ssl.create_default_context(cafile=verify)
-    except OSError as exc:
+    except (OSError, ValueError) as exc:
         raise InvalidInputError(
             f"verify must be true, false or the path of a CA bundle or of a folder of certificates: {exc}"
         ) from exc

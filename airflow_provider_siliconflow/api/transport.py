@@ -13,6 +13,7 @@ import http.client
 import time
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -85,6 +86,24 @@ def _hostname(url: str) -> str:
         return ""
 
 
+class _Session(requests.Session):
+    """
+    A session that takes nothing of an answer upon itself.
+
+    ``requests`` prepares the next request of a redirect even if redirects are not followed: for that it reads the whole
+    body, decompressed and without a limit, and stumbles over odd locations. It would also collect cookies for as long
+    as the session lives, and send them with every call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """Return that there is none: whoever sends the request reads the location."""
+        return None
+
+
 # The transport ----------------------------------------------------------------------------------------------
 
 #: What ``requests`` raises for a request that it cannot begin to send.
@@ -114,7 +133,7 @@ class Transport:
             remember_proxy(proxy)
         keep_queries_out_of_logs()
         self._line = Line()
-        self._session = requests.Session()
+        self._session = _Session()
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, GuardedAdapter(self._line))
 
@@ -176,6 +195,7 @@ class Transport:
             # A signal handler may use this client in the middle of another request, which then continues unchanged.
             interrupted = self._line.exchange
             self._line.exchange = exchange
+            failure: TransportError | InvalidInputError | None = None
             try:
                 response = self._session.request(
                     method,
@@ -190,11 +210,13 @@ class Transport:
                     stream=True,
                     allow_redirects=False,
                 )
-            # "from None": the text of the causes holds the whole URL, its signature too, and a traceback shows them.
             except (*_FAILURES, *_UNSENDABLE) as exc:
-                raise _failure(name, url, exc, exchange) from None
+                failure = _failure(name, url, exc, exchange)
             finally:
                 self._line.exchange = interrupted
+            if failure is not None:
+                # Raised out here, without its cause, which holds the request: its key, and the signature of its URL.
+                raise failure
             with contextlib.closing(response):
                 yield Answer(name, response, exchange)
         finally:
@@ -254,10 +276,13 @@ class Answer:
         while True:
             began = time.monotonic()
             exchange.deadline = began + patience
+            lost: NoAnswerError | None = None
             try:
                 piece: bytes | None = next(stream, None)
             except _FAILURES as exc:
-                raise self._lost(exc) from None
+                lost = self._lost(exc)
+            if lost is not None:
+                raise lost
             exchange.deadline = None
             if piece is None:
                 # A connection that was shut down looks like one that was closed at the end of the body.
@@ -268,10 +293,13 @@ class Answer:
             yield piece
 
     def _read_piece(self, size: int) -> bytes:
+        lost: NoAnswerError | None = None
         try:
             piece: bytes = self._response.raw.read(size, decode_content=False) or b""
         except _FAILURES as exc:
-            raise self._lost(exc) from None
+            lost = self._lost(exc)
+        if lost is not None:
+            raise lost
         self._check_time()
         return piece
 

@@ -40,7 +40,7 @@ def read_connection(conn_id: str) -> ClientSettings:
     except AirflowNotFoundException as exc:
         raise InvalidInputError(f"connection {conn_id!r} is not defined: {exc}") from exc
     _refuse_other_type(connection)
-    fields = dict(connection.extra_dejson)
+    fields = _fields(connection, connection.extra_dejson)
     for secret in _secrets(connection, fields):
         mask_secret(secret)
     return _settings(connection, fields)
@@ -58,7 +58,7 @@ async def aread_connection(conn_id: str) -> ClientSettings:
 
     connection = await get_async_connection(conn_id)
     _refuse_other_type(connection)
-    fields = dict(await get_async_extra_dejson(connection))
+    fields = _fields(connection, await get_async_extra_dejson(connection))
     for secret in _secrets(connection, fields):
         await _amask_once(secret)
     return _settings(connection, fields)
@@ -111,6 +111,21 @@ def _refuse_other_type(connection: Connection) -> None:
             f"connection {connection.conn_id!r} is of type {kind!r}; conn_id must name one of type {CONN_TYPE!r}. "
             "Nothing was sent."
         )
+
+
+def _fields(connection: Connection, extra: Any) -> dict[str, Any]:
+    """
+    Return the fields of a connection's extra.
+
+    :raises InvalidInputError: it is JSON, but no object.
+    """
+    from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+
+    if not isinstance(extra, Mapping):
+        raise InvalidInputError(
+            f"connection {connection.conn_id!r}: the extra must be a JSON object; got {type(extra).__name__}"
+        )
+    return dict(extra)
 
 
 def _secrets(connection: Connection, fields: Mapping[str, Any]) -> Iterator[str]:
@@ -208,9 +223,9 @@ def _json_if_text(value: Any, where: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as exc:
-        # Neither the text nor its cause is shown: there may be a password in it.
         at = f" ({exc.msg} at character {exc.pos + 1})" if isinstance(exc, json.JSONDecodeError) else ""
-        raise InvalidInputError(f"{where} starts with '{{' but is not JSON{at}") from None
+    # Raised out here, without its cause, which holds the text: there may be a password in it.
+    raise InvalidInputError(f"{where} starts with '{{' but is not JSON{at}")
 
 
 def _string_map(value: Any, where: str) -> dict[str, str]:

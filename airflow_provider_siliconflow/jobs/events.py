@@ -7,11 +7,14 @@ that resumes is a new object.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+from pydantic import ValidationError
 
 from airflow_provider_siliconflow.api.exceptions import (
     BatchError,
@@ -20,7 +23,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     SiliconFlowError,
 )
 from airflow_provider_siliconflow.api.models import Batch
-from airflow_provider_siliconflow.api.redaction import shown
+from airflow_provider_siliconflow.api.redaction import brief, shown, without_secrets
 from airflow_provider_siliconflow.jobs.states import MAX_ID
 from airflow_provider_siliconflow.jobs.storable import storable, storable_text
 
@@ -165,7 +168,7 @@ def _described(batch: Batch, names: Sequence[str], *, metadata: bool = False) ->
     found["errors"] = [storable_text(message, _ERROR) for message in batch.error_messages[:_ERRORS]] or None
     if metadata:
         # The author's own; the service takes 16 pairs.
-        found["metadata"] = storable(dict(list(batch.metadata.items())[:16]))
+        found["metadata"] = storable(without_secrets(dict(list(batch.metadata.items())[:16])))
     return found
 
 
@@ -195,14 +198,16 @@ def decode(payload: Any) -> Event:
     """
     status = payload.get("status") if isinstance(payload, dict) else None
     if status == "ended" and isinstance(payload.get("batches"), list):
-        return BatchesEnded(tuple(map(Batch.model_validate, payload["batches"])))
+        with contextlib.suppress(ValidationError):
+            return BatchesEnded(tuple(map(Batch.model_validate, payload["batches"])))
     if status in ("timeout", "error"):
-        message = payload.get("message") or "the trigger gave no reason"
-        batch_ids = tuple(payload.get("batch_ids") or ())
+        message = storable_text(str(payload.get("message") or "the trigger gave no reason"), _MESSAGE)
+        ids = payload.get("batch_ids")
+        batch_ids = tuple(map(str, ids if isinstance(ids, list | tuple) else ()))
         if status == "timeout":
             return WaitTimedOut(message, batch_ids, bool(payload.get("retryable", True)))
         return WaitFailed(message, batch_ids, bool(payload.get("retryable", BatchWaitError.retryable)))
-    raise BatchError(f"The trigger sent an event this version does not know: {payload!r:.1000}")
+    raise BatchError(f"The trigger sent an event this version does not know: {brief(repr(payload))}")
 
 
 def batches_of(payload: Any) -> list[Batch]:

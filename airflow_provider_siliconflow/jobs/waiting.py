@@ -371,8 +371,10 @@ def default_deadline(batch: Batch, began: float) -> float:
 
     :param began: epoch seconds at which the wait began.
     """
-    expiry = batch.expires_at or (batch.created_at or began) + arguments.MAX_WINDOW_HOURS * 3600.0
-    return max(expiry, began) + EXPIRY_MARGIN
+    longest = arguments.MAX_WINDOW_HOURS * 3600.0
+    expiry = batch.expires_at or (batch.created_at or began) + longest
+    # No batch runs for longer, whatever the service says, and no wait goes on for a thousand years.
+    return max(min(expiry, began + longest), began) + EXPIRY_MARGIN
 
 
 def _utc(epoch: float) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+import traceback
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
@@ -116,15 +117,18 @@ class BatchTrigger(BaseTrigger):
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Wait, and yield one event."""
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+        from airflow_provider_siliconflow.api.redaction import redact
 
         await _FIRST_PAUSES.pause()
         try:
             event = await self._event()
         except SiliconFlowError as exc:
             event = self._failure(exc)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001
             # Without an event Airflow fails the task, and says nothing of the batches that go on.
-            self.log.exception("The wait met an error that it does not know")
+            # Its text and those of its causes are anybody's, so they are not logged as they are.
+            trace = "".join(traceback.format_exception(exc))
+            self.log.error("The wait met an error that it does not know\n%s", redact(trace))
             event = self._failure(_unforeseen(exc))
         yield event
 
@@ -170,6 +174,7 @@ class BatchTrigger(BaseTrigger):
         from airflow.providers.common.compat.sdk import AirflowNotFoundException
 
         from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError, InvalidInputError
+        from airflow_provider_siliconflow.api.redaction import brief
         from airflow_provider_siliconflow.hooks.connection import aread_connection
 
         pause, began = _CONNECTION_PAUSE, time.time()
@@ -184,16 +189,19 @@ class BatchTrigger(BaseTrigger):
                 missing = isinstance(exc, AirflowNotFoundException)
                 if missing and time.time() >= began + _MISSING_CONNECTION_PATIENCE:
                     raise InvalidInputError(
-                        f"connection {self.conn_id!r} is not defined: {exc}. The batches are untouched.",
+                        f"connection {self.conn_id!r} is not defined: {brief(str(exc))}. The batches are untouched.",
                         retryable=True,
                     ) from exc
                 if self.deadline is not None and time.time() >= self.deadline:
                     raise BatchTimeoutError(
-                        f"The wait ended at its deadline: connection {self.conn_id!r} could not be read ({exc}). The "
-                        "batches are untouched."
+                        f"The wait ended at its deadline: connection {self.conn_id!r} could not be read "
+                        f"({brief(str(exc))}). The batches are untouched."
                     ) from exc
                 self.log.warning(
-                    "Reading connection %r failed (%s); trying again in %.0f s", self.conn_id, exc, pause
+                    "Reading connection %r failed (%s); trying again in %.0f s",
+                    self.conn_id,
+                    brief(str(exc)),
+                    pause,
                 )
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LONGEST_CONNECTION_PAUSE)
@@ -217,7 +225,7 @@ class BatchTrigger(BaseTrigger):
                     if len(due) == 1:
                         await poll(due[0])
                     elif due:
-                        await asyncio.gather(*(poll(batch_id) for batch_id in due))
+                        await _together([poll(batch_id) for batch_id in due])
             wait.say_summary(time.time())
             if wait.finished:
                 return
@@ -307,6 +315,21 @@ class BatchTrigger(BaseTrigger):
                     )
 
             await asyncio.gather(*map(cancel, batch_ids))
+
+
+async def _together(polls: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """
+    Carry out polls at once. The first error ends them all.
+
+    ``gather`` would leave the others running, without anybody who waits for them, over a client that is closed.
+    """
+    tasks = [asyncio.ensure_future(each) for each in polls]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _unforeseen(error: Exception) -> SiliconFlowError:

@@ -272,6 +272,13 @@ def test_a_consumer_may_take_its_time() -> None:
         ("::ffff:10.0.0.1", False),
         ("64:ff9b::a00:1", False),
         ("2002:a00:1::", False),
+        ("64:ff9b:1::a00:1", False),
+        ("::10.0.0.1", False),
+        ("::ffff:0:169.254.169.254", False),
+        ("::ffff:0:8.8.8.8", True),
+        ("fec0::1", False),
+        ("192.0.0.192", False),
+        ("168.63.129.16", False),
         ("no address", False),
     ],
 )

@@ -9,6 +9,7 @@ import gzip
 import itertools
 import json
 import os
+import resource
 import socket
 import time
 import zlib
@@ -28,6 +29,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     SiliconFlowError,
     UnexpectedAnswerError,
 )
+from airflow_provider_siliconflow.api.models import Batch
 from tests.unit.boundary.hostile import (
     BATCH,
     KEY,
@@ -104,6 +106,55 @@ def test_a_list_may_be_longer_and_has_a_limit_all_the_same(monkeypatch: pytest.M
         monkeypatch.setattr(answers, "MAX_LIST_BYTES", 5 * MB)
         with pytest.raises(UnexpectedAnswerError):
             ask_sync(make_settings(server.url), protocol.list_batches())
+
+
+def negative_chunk(size: int) -> Iterator[bytes]:
+    yield answer(b"", Transfer_Encoding="chunked") + b"-1\r\n"
+    yield from itertools.repeat(b" " * MB, size // MB)
+
+
+def test_a_negative_length_is_not_the_length_of_everything(ask: Ask) -> None:
+    with serving(b"") as server:
+        server.serve = lambda connection, request: server.flood(connection, negative_chunk(200 * MB))
+        with pytest.raises(NoAnswerError):
+            ask(make_settings(server.url), GET)
+        with SiliconFlowClient(make_settings(server.url)) as client, pytest.raises(NoAnswerError):
+            list(client.iter_file(f"{server.url}/out", lambda: None, limit=MB))
+    assert server.sent < 2 * IN_FLIGHT
+
+
+@pytest.mark.parametrize("form", [whole, chunked, bomb])
+def test_the_body_of_a_redirect_is_not_read(ask: Ask, form: Any) -> None:
+    def redirect(size: int) -> Iterator[bytes]:
+        for number, piece in enumerate(form(size)):
+            yield piece if number else piece.replace(b"200 X", b"302 X\r\nLocation: http://127.0.0.1/", 1)
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with serving(b"") as server:
+        server.serve = lambda connection, request: server.flood(connection, redirect(200 * MB))
+        with pytest.raises(UnexpectedAnswerError):
+            ask(make_settings(server.url), GET)
+    assert server.sent < IN_FLIGHT
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < 100 * MB
+
+
+@pytest.mark.parametrize("ask_all", ["sync", "async"])
+def test_cookies_are_not_collected(ask_all: str) -> None:
+    cookies = b"".join(b"Set-Cookie: c%d=%s; Path=/\r\n" % (number, b"v" * 1000) for number in range(50))
+
+    async def poll(url: str) -> None:
+        async with AsyncSiliconFlowClient(make_settings(url)) as client:
+            for _ in range(2):
+                await client.get_batch("batch_1")
+
+    with serving(answer(BATCH).replace(b"\r\n", b"\r\n" + cookies, 1)) as server:
+        if ask_all == "async":
+            asyncio.run(poll(server.url))
+        else:
+            with SiliconFlowClient(make_settings(server.url)) as client:
+                for _ in range(2):
+                    client.get_batch("batch_1")
+    assert b"Cookie" not in server.requests[1]
 
 
 @pytest.mark.parametrize("form", [whole, chunked, unannounced])
@@ -377,6 +428,13 @@ def test_nesting_does_not_crash(ask: Ask, depth: int, opening: bytes) -> None:
             assert len(json.dumps(batch.to_json_dict())) < 10_000
 
 
+def test_metadata_of_one_key_over_and_over_is_read_in_no_time() -> None:
+    body = b'{"id":"batch_1","metadata":[' + b",".join([b'{"a":1}'] * 24_000) + b"]}"
+    began = time.process_time()
+    Batch.model_validate(json.loads(body))
+    assert time.process_time() - began < 0.04
+
+
 @pytest.mark.parametrize("item", [b"{}", b"[]", b"1", b'{"a":1}'])
 def test_items_without_number(ask: Ask, item: bytes) -> None:
     body = b'{"id":"batch_1","status":"failed","errors":[' + b",".join([item] * 500_000) + b"]}"
@@ -416,11 +474,27 @@ def million_numbers(size: int) -> Iterator[bytes]:
     yield answer(b'{"id":"batch_1","errors":[' + b",".join([b"1" * 400] * 10_000) + b"]}")
 
 
+def words_that_might_be_urls(size: int) -> Iterator[bytes]:
+    many = {f"x{number}": ["a?/=b " * 160] * 4 for number in range(32)}
+    yield answer({"id": "batch_1", "errors": ["a?/=b " * 160] * 20, "request_counts": many} | many)
+
+
 @pytest.mark.parametrize(
     "form",
-    [whole, chunked, bomb, million_escapes, million_numbers]
+    [whole, chunked, bomb, million_escapes, million_numbers, words_that_might_be_urls]
     + [lambda size, form=form: form() for form in (interim, headers, tiny_chunks, trailers)],
-    ids=["whole", "chunked", "bomb", "escapes", "numbers", "interim", "headers", "tiny chunks", "trailers"],
+    ids=[
+        "whole",
+        "chunked",
+        "bomb",
+        "escapes",
+        "numbers",
+        "words",
+        "interim",
+        "headers",
+        "tiny chunks",
+        "trailers",
+    ],
 )
 def test_no_answer_keeps_the_loop_busy(form: Any) -> None:
     """The goal is 20 ms, see benchmarks/hostile_answer.py; here a busy machine must not fail the test."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
     APIError,
     InvalidRequestError,
+    NoAnswerError,
     SiliconFlowError,
     TransportError,
     UnexpectedAnswerError,
 )
-from airflow_provider_siliconflow.api.models import Batch, BatchResult, Outcome
+from airflow_provider_siliconflow.api.models import Batch, BatchResult, Outcome, UploadedFile
 from tests.unit.boundary.hostile import (
     BATCH,
     Ask,
@@ -108,6 +110,39 @@ def test_a_refusal_that_names_something_is_not_followed_by_another_send(ask: Ask
         ask(make_settings(server.url, max_retries=3), creation())
     assert caught.value.accepted
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [100, 102, 103, 199])
+def test_an_interim_answer_is_not_the_answer(ask: Ask, status: int) -> None:
+    interim = b"HTTP/1.1 %d X\r\nLink: </x>; rel=preload\r\n\r\n" % status
+
+    def serve(connection: socket.socket, request: bytes) -> None:
+        for piece in (interim, interim, answer(BATCH)):
+            connection.sendall(piece)
+
+    with serving(serve) as server:
+        assert ask(make_settings(server.url), creation()).id == "batch_1"
+
+
+def test_a_change_of_protocol_leaves_open_what_became_of_a_creation(ask: Ask) -> None:
+    head = b"HTTP/1.1 101 X\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n"
+    with serving(head) as server:
+        with pytest.raises(NoAnswerError) as caught:
+            ask(make_settings(server.url, max_retries=2), creation())
+        assert len(server.requests) == 1
+    assert protocol.leaves_effect_open(caught.value)
+
+
+@pytest.mark.parametrize(
+    "location", ["http://[::1", "http://h:x/", "?\x01", "http://" + "a" * 5000, "//", "http:///"]
+)
+def test_a_redirect_to_a_location_that_is_none(ask: Ask, location: str) -> None:
+    with (
+        serving(answer(b"", 302, Location=location)) as server,
+        pytest.raises(UnexpectedAnswerError) as caught,
+    ):
+        ask(make_settings(server.url), protocol.get_batch("batch_1"))
+    assert len(str(caught.value)) < 1000
 
 
 def test_an_answer_cut_after_a_success_status_may_have_created(ask: Ask) -> None:
@@ -212,6 +247,25 @@ KEY, MARK = "airflow_identity", "0123456789abcdef"
 def test_metadata_is_read_in_whichever_form_it_comes(metadata: Any) -> None:
     with serving(answer({"data": [BATCH | {"metadata": metadata}], "has_more": False})) as server:
         assert listing(server)[0].metadata[KEY] == MARK
+
+
+DUPLICATES = [
+    ({"id": "b", "batch_id": {"a": [10**400, "\ud800\0"] * 1000}}, "batch_id"),
+    ({"id": "b", "request_counts": {}, "batch_id": 10**30}, "batch_id"),
+]
+
+
+@pytest.mark.parametrize(("sent", "name"), DUPLICATES)
+def test_the_other_name_of_a_field_is_bounded_too(sent: Any, name: str) -> None:
+    kept = Batch.model_validate(sent).to_json_dict()
+    assert name not in kept
+    assert len(json.dumps(kept)) < 2000
+
+
+def test_a_file_under_both_names_of_a_time() -> None:
+    file = UploadedFile.model_validate({"id": "f", "created_at": 1, "createdAt": 10**30})
+    assert file.created_at == 1
+    assert "createdAt" not in file.model_dump()
 
 
 @pytest.mark.parametrize("metadata", [None, "", "x", "[1, 2", "[" * 5000, [], [1, [2], {}], 7, True])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import json
+import logging
 import re
 import traceback
 from urllib.parse import quote
@@ -16,6 +18,7 @@ from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
 from airflow_provider_siliconflow.api.models import Batch, BatchResult, Outcome
 from airflow_provider_siliconflow.api.redaction import brief, redact, shown, shown_word
 from airflow_provider_siliconflow.api.settings import ClientSettings
+from airflow_provider_siliconflow.jobs.events import encode, ended
 from tests.unit.boundary.hostile import KEY, Ask, answer, make_settings, serving
 
 pytestmark = pytest.mark.usefixtures("no_proxies", "own_secrets")
@@ -125,6 +128,59 @@ def test_a_batch_that_repeats_what_was_sent_shows_no_secret(ask: Ask) -> None:
     assert KEY not in repr(batch) + str(batch.to_json_dict()) + str(batch.error_messages) + batch.status
 
 
+def test_a_head_that_cannot_be_parsed_is_not_logged_with_its_secrets(
+    ask: Ask, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    body = json.dumps({"id": "batch_1"}).encode()
+    head = (
+        f"HTTP/1.1 200 X\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
+        f"no header {KEY} {TEAM}\r\n{KEY}: 1\r\n\r\n"
+    )
+    with serving(head.encode() + body) as server, contextlib.suppress(SiliconFlowError):
+        ask(make_settings(server.url, headers={"X-Team": TEAM}), GET)
+    told = "".join(map(logging.Formatter().format, caplog.records))
+    assert KEY not in told
+    assert TEAM not in told
+
+
+LOST = {
+    "no head": b"",
+    "a cut body": answer(b"{", Content_Length="500"),
+    "a wrong chunk": answer(b"zz\r\n", Transfer_Encoding="chunked"),
+    "a wrong head": b"HTTP/1.1 x\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("how", LOST)
+@pytest.mark.parametrize("proxied", [False, True])
+def test_an_error_drags_no_request_along(ask: Ask, how: str, proxied: bool) -> None:
+    """What reports errors follows __context__ too; there lay the request with its key, and the proxy's URL."""
+    with serving(LOST[how]) as server:
+        proxies = {"http": f"http://me:{TEAM}@127.0.0.1:{server.port}"} if proxied else None
+        settings = make_settings("http://api.invalid" if proxied else server.url, proxies=proxies)
+        with pytest.raises(SiliconFlowError) as caught:
+            ask(settings, GET)
+    assert caught.value.__context__ is None
+
+
+def test_metadata_that_spells_the_key_in_another_way_shows_no_secret(ask: Ask) -> None:
+    """It is parsed as JSON in any encoding, in which the key cannot be found before."""
+    for body in (
+        json.dumps({"id": "batch_1", "metadata": {"who": KEY, KEY: "x"}}).encode("utf-16"),
+        b'{"id": "batch_1", "metadata": {"who": "%s"}}' % "".join(f"\\u{ord(c):04x}" for c in KEY).encode(),
+    ):
+        with serving(answer(body)) as server:
+            batch = ask(make_settings(server.url), GET)
+        assert KEY not in json.dumps(batch.to_json_dict()) + json.dumps(encode(ended([batch]))) + repr(batch)
+
+
+def test_the_authors_own_metadata_keeps_its_urls() -> None:
+    metadata = {"source": "https://example.com/input?version=3#top"}
+    batch = Batch(id="batch_1", metadata=metadata)
+    assert batch.to_json_dict()["metadata"] == encode(ended([batch]))["batches"][0]["metadata"] == metadata
+
+
 def test_a_row_that_repeats_what_was_sent_shows_no_secret() -> None:
     row = BatchResult(custom_id="r", error={"code": KEY, "message": f"bad key {KEY}"})
     assert KEY not in f"{row.error_code}{row.error_message}"
@@ -132,6 +188,15 @@ def test_a_row_that_repeats_what_was_sent_shows_no_secret() -> None:
 
 def test_the_environments_proxy_keeps_its_password(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://me:env-password@127.0.0.1:9")
+    with pytest.raises(SiliconFlowError):
+        ask(make_settings("http://api.invalid"), GET)
+    assert "env-password" not in redact("proxy me:env-password is not there")
+
+
+def test_the_environments_proxy_needs_no_scheme_to_keep_its_password(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "me:env-password@127.0.0.1:9")
     with pytest.raises(SiliconFlowError):
         ask(make_settings("http://api.invalid"), GET)
     assert "env-password" not in redact("proxy me:env-password is not there")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+from airflow.providers.common.compat.sdk import AirflowSensorTimeout
 from airflow.triggers.base import TriggerEvent
 
 from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
-from airflow_provider_siliconflow.api.exceptions import BatchWaitError
+from airflow_provider_siliconflow.api.exceptions import AuthenticationError, BatchError, BatchWaitError
 from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.jobs.events import batches_of
@@ -226,3 +228,63 @@ def test_32_stuck_polls_do_not_stop_the_other_waits_of_the_connection(
             await asyncio.gather(*stuck, return_exceptions=True)
 
     assert asyncio.run(run())["status"] == "ended"
+
+
+def test_an_error_nobody_foresaw_is_logged_without_secrets(
+    mocker: MockerFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    def answer() -> Any:
+        try:
+            raise RuntimeError(f"proxy http://me:{HEADER}@proxy refused {KEY}")
+        except RuntimeError as exc:
+            raise ZeroDivisionError(f"Bearer {KEY}") from exc
+
+    answering(mocker, answer)
+    event = only_event(BatchTrigger(batch_ids=["batch_1"]))
+    told = assert_can_be_handed_on(event.payload) + "".join(map(logging.Formatter().format, caplog.records))
+    assert "ZeroDivisionError" in told
+    assert KEY not in told
+    assert HEADER not in told
+
+
+ODD_EVENTS: list[Any] = [
+    {"status": "ended", "batches": [5]},
+    {"status": "ended", "batches": [{}]},
+    {"status": "ended", "batches": [{"id": None}]},
+    {"status": "error", "message": 5, "batch_ids": 5},
+    {"status": "timeout", "message": ["x" * 10**6], "batch_ids": {"a": 1}},
+    {"status": ["ended"]},
+    {"status": "x", KEY: f"https://h/?{KEY}"},
+    7,
+]
+
+
+@pytest.mark.parametrize("event", ODD_EVENTS)
+def test_an_odd_event_ends_the_task_by_an_error_of_ours(
+    event: Any, make_context: Callable[..., dict[str, Any]]
+) -> None:
+    SiliconFlowHook().settings  # noqa: B018
+    sensor = BatchSensor(task_id="wait", batch_id="batch_1", fail_fast=False)
+    with pytest.raises((BatchError, AirflowSensorTimeout)) as caught:
+        sensor.execute_complete(make_context(sensor), event)
+    assert len(str(caught.value)) < 5000
+    assert KEY not in str(caught.value)
+
+
+def test_a_wait_that_ends_by_one_poll_leaves_no_other_behind(mocker: MockerFixture) -> None:
+    """They would go on over a client that is closed, and open connections that nobody closes."""
+
+    async def get_batch(_: Any, batch_id: str, **__: Any) -> Any:
+        if batch_id != "batch_3":
+            await asyncio.sleep(60)
+        raise AuthenticationError("no", status_code=401)
+
+    mocker.patch.object(AsyncSiliconFlowClient, "get_batch", get_batch)
+
+    async def run() -> int:
+        trigger = BatchTrigger(batch_ids=[f"batch_{number}" for number in range(8)])
+        (event,) = [event async for event in trigger.run()]
+        assert event.payload["status"] == "error"
+        return len(asyncio.all_tasks())
+
+    assert asyncio.run(run()) == 1

@@ -292,6 +292,13 @@ def test_a_wait_that_begins_late_has_an_hour_of_its_own() -> None:
     assert default_deadline(expired, START) == START + 3600
 
 
+@pytest.mark.parametrize(
+    "times", [{"expires_at": 2**40}, {"created_at": 2**39}, {"expires_at": START * 1000}]
+)
+def test_no_time_of_the_service_makes_a_wait_endless(times: dict[str, Any]) -> None:
+    assert default_deadline(batch(**times), START) == START + (336 + 1) * 3600
+
+
 LATE = [{"total": 12}, {"total": 12, "completed": 6}, {}, None]
 
 
