@@ -271,15 +271,16 @@ class Runner:
         self._run_items(list(self._items), watch)
         cov.stop()
         output.write_bytes(pickle.dumps(Coverage(watch.seconds, watch.cpu_seconds, read_contexts(cov))))
-        once, watch.failed = watch.failed, {}
-        self._run_items(list(once), watch)
-        reporter.end(failed=watch.failed, unreliable=once)
+        twice = Watch(reporter, without_fault)
+        self._run_items(list(watch.failed), twice)
+        reporter.end(failed=twice.failed, unreliable=watch.failed)
 
     def _measure_import(self, reporter: Reporter, output: Path) -> None:
         forget_ours()
         cov = start_coverage()
         reporter.begin(PATIENCE, PATIENCE)
-        for path in self._modules:
+        # All of them: what a module runs when another one is imported counts too, such as a table that it fills.
+        for path in package_files():
             importlib.import_module(module_name(path))
         cov.stop()
         output.write_bytes(pickle.dumps({path: list(lines) for path, lines in read_contexts(cov).items()}))
@@ -293,11 +294,11 @@ class Runner:
             watch = Watch(reporter, without_fault)
             forget_ours()
             run_again(tests, watch, stop=False)
-            once, watch.failed = watch.failed, {}
-            if once:
+            twice = Watch(reporter, without_fault)
+            if watch.failed:
                 forget_ours()
-                run_again(list(once), watch, stop=False)
-            reporter.end(failed=watch.failed, unreliable=once)
+                run_again(list(watch.failed), twice, stop=False)
+            reporter.end(failed=twice.failed, unreliable=watch.failed)
 
         (answer,) = run_all([Task("when everything is imported again", work)], 1)
         return check_without_fault(answer.subject, answer)
@@ -370,7 +371,8 @@ class Runner:
                 watch.failed.clear()
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
                 if watch.failed:
-                    return
+                    break
+        manager.unregister(watch)
 
 
 def without_fault(test: str) -> tuple[float, float]:
@@ -529,7 +531,8 @@ def read_contexts(cov: Any) -> dict[str, dict[int, frozenset[str]]]:
 
 
 def package_files() -> list[str]:
-    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / PACKAGE).rglob("*.py"))]
+    files = sorted((ROOT / PACKAGE).rglob("*.py"))
+    return [str(path.relative_to(ROOT)) for path in files if path.name != "__main__.py"]
 
 
 def module_name(path: str) -> str:
