@@ -272,7 +272,8 @@ class Runner:
         cov.stop()
         output.write_bytes(pickle.dumps(Coverage(watch.seconds, watch.cpu_seconds, read_contexts(cov))))
         twice = Watch(reporter, without_fault)
-        self._run_items(list(watch.failed), twice)
+        if watch.failed:
+            self._run_items(list(watch.failed), twice)
         reporter.end(failed=twice.failed, unreliable=watch.failed)
 
     def _measure_import(self, reporter: Reporter, output: Path) -> None:
