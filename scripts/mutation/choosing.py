@@ -43,12 +43,19 @@ class Chooser:
     :param root: of the project.
     :param package: the Python files whose functions may use what a mutant changes.
     :param tests: ids of all tests, by their file.
+    :param unreliable: tests that are never chosen.
     """
 
     def __init__(
-        self, coverage: Coverage, root: Path, package: Iterable[str], tests: Mapping[str, Iterable[str]]
+        self,
+        coverage: Coverage,
+        root: Path,
+        package: Iterable[str],
+        tests: Mapping[str, Iterable[str]],
+        unreliable: frozenset[str] = frozenset(),
     ) -> None:
         self._coverage = coverage
+        self.unreliable = unreliable
         self._mentions: dict[str, set[tuple[str, int]]] = defaultdict(set)
         for path in package:
             for name, line in mentioned(ast.parse((root / path).read_text(encoding="utf-8"))):
@@ -75,4 +82,4 @@ class Chooser:
                         found |= ids
             if not found - {IMPORT}:
                 found = self._coverage.of_module(mutant.path)
-        return frozenset(found - {IMPORT})
+        return frozenset(found - {IMPORT} - self.unreliable)

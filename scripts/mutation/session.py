@@ -127,11 +127,11 @@ class Session:
         limit_examples(session.items, self.options.examples)
         runner = Runner(session, self.modules)
         say(f"{len(session.items)} tests; running them without a fault")
-        coverage = runner.measure(self.options.jobs)
+        coverage, unreliable = runner.measure(self.options.jobs)
         tests: dict[str, list[str]] = defaultdict(list)
         for item in session.items:
             tests[item.nodeid.partition("::")[0]].append(item.nodeid)
-        chooser = Chooser(coverage, ROOT, package_files(), tests)
+        chooser = Chooser(coverage, ROOT, package_files(), tests, unreliable)
         mutants = [mutant for module in self.modules.values() for mutant in module.mutants]
         if self.options.sample is not None and self.options.sample < len(mutants):
             mutants = sorted(
@@ -148,11 +148,11 @@ class Session:
         counts: Counter[str] = Counter()
         started = spoken = time.monotonic()
         at_import = [mutant for mutant in mutants if chooser.runs_at_import(mutant)]
+        if at_import:
+            tests = sorted(frozenset().union(*map(chooser.tests_of, at_import)))
+            chooser.unreliable |= runner.check_again(tests)
 
-        def tasks() -> Iterator[Task[Mutant | None]]:
-            if at_import:
-                tests = sorted(frozenset().union(*map(chooser.tests_of, at_import)))
-                yield Task(None, runner.work_without_fault(tests))
+        def tasks() -> Iterator[Task[Mutant]]:
             for mutant in sorted(mutants, key=lambda mutant: mutant in at_import):
                 tests = sorted(chooser.tests_of(mutant))
                 before = kills[mutant.path, mutant.function]
@@ -164,9 +164,6 @@ class Session:
 
         for answer in run_all(tasks(), self.options.jobs):
             mutant = answer.subject
-            if mutant is None:
-                check_without_fault("when everything is imported again", answer)
-                continue
             outcome = judge(mutant, answer, *chosen[mutant])
             if outcome.by:
                 kills[mutant.path, mutant.function][outcome.by] += 1
@@ -181,11 +178,18 @@ class Session:
                 yield outcome_of(mutant, "untested")
 
 
-def check_without_fault(how: str, answer: Answer[Any]) -> None:
-    """Nothing that the tests say of a fault counts if they fail without one."""
-    result = answer.result or {"failed": [answer.ending]}
-    if failed := result.get("broken") or "\n".join(result["failed"]):
+def check_without_fault(how: str, answer: Answer[Any]) -> frozenset[str]:
+    """
+    Nothing that a test says of a fault counts if it fails without one.
+
+    :returns: tests that failed once and not twice.
+    """
+    result = answer.result or {"broken": answer.ending}
+    if failed := result.get("broken") or "\n".join(f"{t}\n{why}" for t, why in result["failed"].items()):
         raise MutationError(f"without a fault, {how}, these fail:\n{failed}")
+    for test, why in result["unreliable"].items():
+        say(f"left out, since it failed once without a fault, {how}: {test}\n{why}")
+    return frozenset(result["unreliable"])
 
 
 def judge(mutant: Mutant, answer: Answer[Any], tests: Sequence[str], possible: int) -> Outcome:
@@ -239,52 +243,66 @@ class Runner:
         # Children share what is there already, as long as nobody writes to it.
         gc.freeze()
 
-    def measure(self, jobs: int) -> Coverage:
-        """Run all tests without a fault, and see what they execute; and what an import executes."""
+    def measure(self, jobs: int) -> tuple[Coverage, frozenset[str]]:
+        """
+        Run all tests without a fault, and see what they execute; and what an import executes.
+
+        :returns: that, and the tests that are not to be relied on.
+        """
         folder = Path(os.environ["MUTATION_FOLDER"])
         tasks: list[Task[str]] = [
             Task("at once", lambda reporter: self._measure_tests(reporter, folder / "tests")),
             Task("at import", lambda reporter: self._measure_import(reporter, folder / "import")),
         ]
+        unreliable: frozenset[str] = frozenset()
         for answer in run_all(tasks, jobs):
-            check_without_fault(answer.subject, answer)
+            unreliable |= check_without_fault(answer.subject, answer)
         coverage: Coverage = pickle.loads((folder / "tests").read_bytes())
         at_import: dict[str, list[int]] = pickle.loads((folder / "import").read_bytes())
         for path, lines in at_import.items():
             known = coverage.contexts.setdefault(path, {})
             for line in lines:
                 known[line] = known.get(line, frozenset()) | {IMPORT}
-        return coverage
+        return coverage, unreliable
 
     def _measure_tests(self, reporter: Reporter, output: Path) -> None:
         cov = start_coverage()
         watch = Watch(reporter, without_fault, switch=cov.switch_context)
-        self._run_items(list(self._items), watch, stop=False)
+        self._run_items(list(self._items), watch)
         cov.stop()
         output.write_bytes(pickle.dumps(Coverage(watch.seconds, watch.cpu_seconds, read_contexts(cov))))
-        reporter.end(failed=watch.failed)
+        twice = Watch(reporter, without_fault)
+        if watch.failed:
+            self._run_items(list(watch.failed), twice)
+        reporter.end(failed=twice.failed, unreliable=watch.failed)
 
     def _measure_import(self, reporter: Reporter, output: Path) -> None:
         forget_ours()
         cov = start_coverage()
         reporter.begin(PATIENCE, PATIENCE)
-        for path in self._modules:
+        # All of them: what a module runs when another one is imported counts too, such as a table that it fills.
+        for path in package_files():
             importlib.import_module(module_name(path))
         cov.stop()
         output.write_bytes(pickle.dumps({path: list(lines) for path, lines in read_contexts(cov).items()}))
-        reporter.end(failed=[])
+        reporter.end(failed={}, unreliable={})
 
-    def work_without_fault(self, tests: Sequence[str]) -> Callable[[Reporter], None]:
-        """Run tests in the way of a mutant that is seen at import."""
+    def check_again(self, tests: Sequence[str]) -> frozenset[str]:
+        """Run tests in the way of a mutant that is seen at import; those that are not to be relied on so."""
 
         def work(reporter: Reporter) -> None:
-            forget_ours()
             reporter.begin(PATIENCE, PATIENCE)
             watch = Watch(reporter, without_fault)
+            forget_ours()
             run_again(tests, watch, stop=False)
-            reporter.end(failed=watch.failed)
+            twice = Watch(reporter, without_fault)
+            if watch.failed:
+                forget_ours()
+                run_again(list(watch.failed), twice, stop=False)
+            reporter.end(failed=twice.failed, unreliable=watch.failed)
 
-        return work
+        (answer,) = run_all([Task("when everything is imported again", work)], 1)
+        return check_without_fault(answer.subject, answer)
 
     def work(
         self, mutant: Mutant, tests: Sequence[str], coverage: Coverage, *, again: bool
@@ -306,7 +324,7 @@ class Runner:
             # In both ways: a test may import the module anew.
             sys.meta_path.insert(0, MutatedFinder(module_name(mutant.path), path, code))
             if not again and self._replace(mutant, path, code):
-                self._run_items(tests, watch, stop=True)
+                self._run_items(tests, watch, until_failed_twice=True)
             else:
                 forget_ours()
                 reporter.begin(PATIENCE, PATIENCE)
@@ -316,34 +334,46 @@ class Runner:
                     reporter.end(killed_by=f"its import: {error!r}"[:200], ran=0)
                     return
                 run_again(tests, watch, stop=True)
-            reporter.end(killed_by=watch.failed[0] if watch.failed else None, ran=len(watch.seconds))
+            reporter.end(killed_by=next(iter(watch.failed), None), ran=len(watch.seconds))
 
         return work
 
     def _replace(self, mutant: Mutant, path: str, code: types.CodeType) -> bool:
-        """Give the live function its faulty code; whether that can be done."""
+        """Give the live function, and closures that it has made, their faulty code; whether that can be done."""
         assert mutant.function is not None
         wanted = next(
             (c for c in code_objects(code) if (c.co_qualname, c.co_firstlineno) == mutant.function), None
         )
-        functions = self._functions.get((path, *mutant.function), [])
-        if wanted is None or not functions:
+        if wanted is None or not self._functions.get((path, *mutant.function)):
             return False
-        if any(function.__code__.co_freevars != wanted.co_freevars for function in functions):
+        pairs = [
+            (function, c)
+            for c in code_objects(wanted)
+            for function in self._functions.get((path, c.co_qualname, c.co_firstlineno), [])
+        ]
+        # Two lambdas in one line cannot be told apart.
+        if len({id(function) for function, _ in pairs}) < len(pairs):
             return False
-        for function in functions:
-            function.__code__ = wanted
+        if any(function.__code__.co_freevars != c.co_freevars for function, c in pairs):
+            return False
+        for function, c in pairs:
+            function.__code__ = c
         return True
 
-    def _run_items(self, tests: Sequence[str], watch: Watch, *, stop: bool) -> None:
+    def _run_items(self, tests: Sequence[str], watch: Watch, *, until_failed_twice: bool = False) -> None:
         manager = self._session.config.pluginmanager
         manager.unregister(name="terminalreporter")
         manager.register(watch)
         items = [self._items[test] for test in tests]
         for item, following in zip(items, [*items[1:], None], strict=True):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-            if stop and watch.failed:
-                return
+            if until_failed_twice and watch.failed:
+                # A test that depends on time fails now and then by itself; that kills no mutant.
+                watch.failed.clear()
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                if watch.failed:
+                    break
+        manager.unregister(watch)
 
 
 def without_fault(test: str) -> tuple[float, float]:
@@ -367,7 +397,8 @@ class Watch:
         self._reporter = reporter
         self._limits = limits
         self._switch = switch
-        self.failed: list[str] = []
+        #: What failed, and why.
+        self.failed: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
 
@@ -387,11 +418,11 @@ class Watch:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self.failed.append(report.nodeid)
+            self.failed[report.nodeid] = str(report.longrepr)[-1500:]
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self.failed.append(f"the import of {report.nodeid}")
+            self.failed[f"the import of {report.nodeid}"] = str(report.longrepr)[-1500:]
 
 
 class Chosen:
@@ -414,7 +445,7 @@ def run_again(tests: Sequence[str], watch: Watch, *, stop: bool) -> None:
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise MutationError(f"none of the tests is there any more: {tests}")
     if code != pytest.ExitCode.OK and not watch.failed:
-        watch.failed.append(f"pytest's start: exit code {code}")
+        watch.failed["pytest's start"] = f"exit code {code}"
 
 
 class MutatedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -501,7 +532,8 @@ def read_contexts(cov: Any) -> dict[str, dict[int, frozenset[str]]]:
 
 
 def package_files() -> list[str]:
-    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / PACKAGE).rglob("*.py"))]
+    files = sorted((ROOT / PACKAGE).rglob("*.py"))
+    return [str(path.relative_to(ROOT)) for path in files if path.name != "__main__.py"]
 
 
 def module_name(path: str) -> str:
