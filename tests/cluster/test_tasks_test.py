@@ -38,8 +38,8 @@ def test_tasks_test_on_a_waiting_job_pays_for_nothing_again(
         testing = pool.submit(cluster.run_cli_for, SECONDS if broken_off else 300, *command)
         if broken_off:
             testing.result()
-            # A scheduler gives up a task that stays queued, but not to the LocalExecutor, which cannot take one back. One
-            # that starts resets what its predecessor queued.
+            # The LocalExecutor cannot take back a task that stays queued, as others can. A scheduler that starts resets
+            # what its predecessor queued.
             cluster.kill("scheduler", signal.SIGTERM)
             cluster.start("scheduler")
         else:
