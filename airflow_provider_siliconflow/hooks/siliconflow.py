@@ -164,7 +164,7 @@ class SiliconFlowHook(BaseHook):
             if not protocol.leaves_effect_open(exc):
                 raise
             raise SubmissionUnknownError(
-                f"A batch over {input_file_id} was asked for, and it is open whether it exists: {exc} It was not "
+                f"A batch over {input_file_id} was requested, and it is unknown whether it exists: {exc} It was not "
                 "sent again, since that might pay twice. Look through list_batches() for a new batch with this "
                 "input_file_id, or on the console, before you create another."
             ) from exc

@@ -130,7 +130,9 @@ class AccountFiles:
         self._contents[file.id] = same
         if not same:
             log.warning(
-                "File %s has our name %s, but another content; it is not ours", file.id, file.filename
+                "File %s has the expected name %s but different content; it is not used",
+                file.id,
+                file.filename,
             )
         return same
 

@@ -43,7 +43,7 @@ def cancel(api: CancelAPI, batch_id: str) -> Batch:
             raise
         log.info("Batch %s had ended already: %s", batch_id, batch.status)
         return batch
-    log.info("Asked for batch %s to be cancelled; its status is %s", batch_id, batch.status)
+    log.info("Requested cancellation of batch %s; its status is %s", batch_id, batch.status)
     return batch
 
 
@@ -87,5 +87,5 @@ def _check(api: CancelAPI, batch_id: str, is_ours: Callable[[Batch], bool]) -> b
     batch = api.get_batch(batch_id)
     if batch.id == batch_id and is_ours(batch):
         return True
-    log.error("Batch %s is recorded as ours and is another's; it is not cancelled", batch_id)
+    log.error("Batch %s is in our record but belongs to other work; it is not cancelled", batch_id)
     return False

@@ -43,7 +43,7 @@ def read_object(path: Any, *, or_cut: str, max_bytes: int = MAX_JSON_BYTES) -> d
         log.warning("%s; %s", exc, or_cut)
         return None
     if not isinstance(value, dict):
-        log.warning("%s holds no object; %s", path, or_cut)
+        log.warning("%s is not a JSON object; %s", path, or_cut)
         return None
     return value
 

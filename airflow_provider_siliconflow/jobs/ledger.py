@@ -360,7 +360,7 @@ class FolderLedger(NoLedger):
         self.check_owner()
         if open_batches := self.open_batches:
             log.warning(
-                "%s stays: %d batches of it have not ended, or may exist (%s), and it is what knows of them",
+                "%s stays: %d batches of it have not ended, or may exist (%s), and the folder is their only record",
                 self._path.parent,
                 len(open_batches),
                 ", ".join(open_batches[:5]),
@@ -452,8 +452,8 @@ class FolderLedger(NoLedger):
             )
         if owner.token != self._token:
             raise JobTakenOverError(
-                f"Another try of this task does the job now: {owner}. This one stops and sends nothing more. What it "
-                "submitted is not lost: the other one takes it up."
+                f"Another try of this task has taken over the job: {owner}. This try stops and sends nothing more. "
+                "What it submitted is not lost: the other try takes it up."
             )
 
 

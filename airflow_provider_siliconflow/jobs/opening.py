@@ -148,7 +148,7 @@ class Opening:
         else:
             job = self._open(stored)
             job.ledger.claim(self._try.owner)
-            log.info("Going on with the rows as an earlier try planned them")
+            log.info("Continuing with the plan of an earlier try")
         self.tidy_older(cancels=self._try.cancel_on_kill)
         return job
 
@@ -171,7 +171,7 @@ class Opening:
         job = self._open(stored)
         owner = job.ledger.owner()
         if owner is None:
-            log.warning("%s does not say whose job it is; this try claims it", self.plans)
+            log.warning("%s does not name an owner; this try claims it", self.plans)
             job.ledger.claim(self._try.owner)
             return job, self._try.owner
         if owner.try_number < self._try.owner.try_number:
@@ -179,8 +179,8 @@ class Opening:
             return job, owner
         if (owner.try_id, owner.try_number) != (self._try.owner.try_id, self._try.owner.try_number):
             raise JobTakenOverError(
-                f"Another try of this task does the job now: {owner}. This one stops and sends nothing more. What it "
-                "submitted is not lost: the other one takes it up."
+                f"Another try of this task has taken over the job: {owner}. This try stops and sends nothing more. "
+                "What it submitted is not lost: the other try takes it up."
             )
         job.ledger.continue_as(owner.token)
         return job, owner
@@ -215,7 +215,8 @@ class Opening:
             return None
         if not self._try.earlier_tries:
             log.warning(
-                "%s is there though this is the first try: it is taken up, not paid again", self.plans
+                "%s exists although this is the first try; it is taken up, so nothing is paid again",
+                self.plans,
             )
         try:
             rows = requests()
@@ -229,7 +230,9 @@ class Opening:
         if stored.is_of(rows, self._try.options, name=name):
             return stored
         self._refuse_changed(self._open(stored), name)
-        log.warning("%s was changed, and nothing of the earlier rows runs: they are planned anew", name)
+        log.warning(
+            "%s was changed, and no batch of the earlier rows is running: they are planned anew", name
+        )
         remove_tree(self.plans.path)
         return None
 
@@ -298,7 +301,7 @@ class Opening:
         try:
             known = set(self._try.client.list_models(repeat=False))
         except SiliconFlowError as exc:
-            log.info("The account's models cannot be listed, so none is looked up: %s", exc)
+            log.info("The account's models cannot be listed, so their names are not checked: %s", exc)
             return
         unknown = [model for model in self._try.options.models if model not in known]
         if known and unknown:

@@ -172,7 +172,7 @@ class Plan:
             try:
                 split = plan(requests, folder, name=name, options=options)
             except InvalidInputError as exc:
-                log.warning("The rows could not be planned any more: %s", exc)
+                log.warning("The rows can no longer be planned: %s", exc)
                 return False
         return [shard.sha256 for shard in split.shards] == [shard.sha256 for shard in self.split.shards]
 
@@ -199,7 +199,7 @@ def source_version(requests: Any) -> str | None:
         info = requests.fs.info(requests.path)
     # Stores raise errors of their own kinds, and the file is read then.
     except Exception as exc:  # noqa: BLE001
-        log.info("The input's version cannot be told without reading it: %s", exc)
+        log.info("Cannot tell the version of the input without reading it: %s", exc)
         return None
     known = {name: str(info[name])[:200] for name in _VERSION_FIELDS if info.get(name)}
     return json.dumps({"size": info.get("size"), **known}, sort_keys=True) if known else None
@@ -253,7 +253,7 @@ class PlanFolder:
         try:
             return decode(stored)
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
-            log.warning("%s is damaged, or none of ours (%s); %s", self.path / name, exc, or_cut)
+            log.warning("%s is damaged, or not one of ours (%s); %s", self.path / name, exc, or_cut)
             return None
 
 
@@ -261,7 +261,7 @@ def _checked_submitter(submitter: Submitter) -> Submitter:
     texts = (submitter.dag_id, submitter.run_id, submitter.task_id)
     numbers = (submitter.map_index, submitter.generation)
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(each, int) for each in numbers):
-        raise ValueError("it does not say whose it is")
+        raise ValueError("it does not name its task")
     return submitter
 
 

@@ -105,7 +105,7 @@ def _check_not_stopped(
 
 def _find(request: Request[T], open_sends: int, error: SiliconFlowError) -> T | None:
     """Search for what a send left whose outcome is open."""
-    log.warning("%s; it is open whether it counted, so the account is searched", error)
+    log.warning("%s; the outcome is unknown, so the account is searched", error)
     # A success status in any form may mean "created".
     accepted = request.accept is not None and isinstance(error, TransportError) and error.accepted
     if accepted and request.accept is not None:
@@ -123,7 +123,7 @@ def unknown(what: str, sends: int, last: SiliconFlowError) -> SubmissionUnknownE
     """Return the error for an outcome that stays open."""
     # Unlike a bare call of the hook, a retry of this one knows how to search.
     return SubmissionUnknownError(
-        f"{what} was sent {sends} time(s) without a usable answer, and it may have counted: the account lists "
+        f"{what} was sent {sends} time(s) without a usable answer, and may have taken effect: the account lists "
         "nothing of it so far, or cannot be read. A retry of this task searches the account before it sends "
         f"again; a clear that submits anew would not, and might pay twice. Last answer: {last}",
         retryable=True,

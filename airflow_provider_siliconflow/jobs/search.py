@@ -99,7 +99,9 @@ class AccountSearch:
             return None
         if batch.id != batch_id:
             log.warning(
-                "Asked for batch %s, the service answered about %s; that is no answer", batch_id, batch.id
+                "Asked for batch %s, the service answered about batch %s; that answer is ignored",
+                batch_id,
+                batch.id,
             )
             return None
         return batch
@@ -120,7 +122,8 @@ class AccountSearch:
                 return
             pause = min(next(pauses, LIST_LAG), left)
             log.info(
-                "No batch of an earlier try is listed; searching again in %.0f s, the list may lag", pause
+                "No batch of an earlier try is listed; searching again in %.0f s, since the list may lag",
+                pause,
             )
             self._clock.sleep(pause)
 
@@ -169,8 +172,8 @@ class AccountSearch:
         if batch.id not in self._told_of:
             self._told_of.add(batch.id)
             log.error(
-                "Batch %s carries our mark (%s=%s) and is not ours: its input file (%s), endpoint or completion window "
-                "is another. It is left alone",
+                "Batch %s carries our mark (%s=%s) but is not ours: its input file (%s), endpoint or completion window "
+                "differs. It is left alone",
                 batch.id,
                 WORK_KEY,
                 work.key,
@@ -251,12 +254,12 @@ class AccountSearch:
         if proof is Proof.UNPROVEN:
             raise SubmissionUnknownError(
                 f"Batch {batch.id} is recorded for {work.label}, but the service states neither its metadata nor its "
-                "input file, so it may be anybody's. Nothing was sent. A retry reads it again.",
+                "input file, so it may not be ours. Nothing was sent. A retry reads it again.",
                 retryable=True,
             )
         if proof is Proof.FOREIGN:
             log.error(
-                "The record names batch %s for %s, and it is another's: its mark is %s, its input file %s. It is left "
+                "The record names batch %s for %s, but it belongs to other work (mark %s, input file %s). It is left "
                 "alone, and the account is searched",
                 batch.id,
                 work.label,

@@ -242,6 +242,6 @@ class Sender:
         if not self._refusals_are_logged:
             self._refusals_are_logged = True
             log.error(
-                "The batches that were taken go on. Their results are collected, and the task fails then; a retry "
+                "The accepted batches go on. Their results are collected, and the task fails then; a retry "
                 "sends what was refused, and nothing else."
             )

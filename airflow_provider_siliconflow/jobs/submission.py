@@ -108,7 +108,7 @@ class Submission:
         :raises SiliconFlowError: the task was ended.
         """
         if self._stopped:
-            raise SiliconFlowError(f"{what} is not sent any more: the task was ended from outside")
+            raise SiliconFlowError(f"{what} is not sent: the task was ended from outside")
 
     def submit(
         self, work: BatchWork, *, rate_limit_patience: float = REFUSAL_PATIENCE, adopt_dead: bool = False
@@ -381,12 +381,16 @@ class Submission:
         """
         if answer.is_known_status and answer.input_file_id == file_id:
             return answer
-        log.warning("POST /batches for %s answered little but the id %s; it is read", work.label, answer.id)
+        log.warning(
+            "The answer to POST /batches for %s has little more than the id %s; reading the batch",
+            work.label,
+            answer.id,
+        )
         self._record_accepted(work)
         try:
             batch = self._account.read(answer.id, watch=False)
         except SiliconFlowError as exc:
-            log.warning("%s; the answer's id is taken for that of the batch", exc)
+            log.warning("%s; using the id of the answer", exc)
             return answer
         if batch is None or batch.input_file_id not in (file_id, None):
             raise UnexpectedAnswerError(
@@ -408,7 +412,7 @@ def _says_file_is_gone(error: APIError, file_id: str) -> bool:
 def _unreadable(work: BatchWork, batch_id: str) -> SubmissionUnknownError:
     """Return the error for a batch that an earlier try recorded and the account does not know."""
     return SubmissionUnknownError(
-        f"Batch {batch_id} was submitted for {work.label} by an earlier try, and the account neither answers to its id "
+        f"Batch {batch_id} was submitted for {work.label} by an earlier try, and the account neither knows its id "
         "nor lists it. Nothing was sent, since that would pay twice. Check that the connection leads to the account "
         f"that it was submitted with. A retry reads it again; {SUBMIT_ANEW}.",
         retryable=True,

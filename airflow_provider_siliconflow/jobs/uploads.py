@@ -125,7 +125,7 @@ class Uploads:
             if file.bytes == upload.size and self._files.has_content_of(file, upload):
                 log.info("Using file %s, which was uploaded before", file.id)
                 return file
-            log.info("File %s has our name, but cannot be proved to be ours; it is uploaded again", file.id)
+            log.info("File %s has our name, but cannot be proven to be ours; it is uploaded again", file.id)
         return None
 
     def _send(self, upload: Upload, intent: Uploading) -> UploadedFile:

@@ -238,7 +238,7 @@ class BatchWait:
         """
         if batch.id != batch_id:
             answered = UnexpectedAnswerError(
-                f"The answer about batch {batch_id} is about another one, {batch.id}"
+                f"Asked for batch {batch_id}, the service answered about {batch.id}"
             )
             self.fault(batch_id, answered, now)
             return False
@@ -316,7 +316,7 @@ class BatchWait:
             raise error
         delay = protocol.backoff_delay(state.faults, error, self.poll_interval, FAULT_PAUSE_LIMIT)
         state.due = now + max(delay, 1.0)
-        log.warning("Reading batch %s failed (%s); looking again in %.0f s", batch_id, error, delay)
+        log.warning("Reading batch %s failed (%s); polling again in %.0f s", batch_id, error, delay)
 
     def _say_progress(self, state: _Waiting, batch: Batch, now: float) -> None:
         before, counts = state.seen, batch.request_counts

@@ -192,7 +192,7 @@ class CreateBatchOperator(SubmittingOperator):
         """Go on where the task is resumed by hand: ``airflow tasks test`` does that to a task that waits."""
         batch = self.hook.get_batch(task_try.ti.xcom_pull(task_ids=self.task_id, key="batch_id"))
         self.batch_id = batch.id
-        self.log.warning("Resumed without a word from the trigger; waiting for batch %s again", batch.id)
+        self.log.warning("Resumed without an event from the trigger; waiting for batch %s again", batch.id)
         return self._wait(task_try, batch, self._arguments.read(self))
 
     def _cancel_left_waiting(self, task_try: TaskTry) -> None:

@@ -70,8 +70,8 @@ class TaskStateLedger:
             return
         who = fence.get("who") if isinstance(fence, dict) else None
         raise JobTakenOverError(
-            f"Another try of this task does the work now: {str(who or 'its record is gone')[:300]}. This one stops and "
-            "sends nothing more. What it submitted is not lost: the other one takes it up."
+            f"Another try of this task has taken over the work: {str(who or 'its record is gone')[:300]}. This try "
+            "stops and sends nothing more. What it submitted is not lost: the other try takes it up."
         )
 
     @staticmethod

@@ -160,7 +160,7 @@ def is_ended_by_a_person(ti: Any) -> bool:
     if not found:
         why = errors[0] if errors else f"no answer within {_STATE_PATIENCE:.0f} s"
         log.warning(
-            "The task is being ended, and its state cannot be read (%s), so nobody knows by whom. Nothing is "
+            "The task is being ended, and its state cannot be read (%s), so it is not known by whom. Nothing is "
             "cancelled; a retry takes the batches up.",
             why,
         )
@@ -168,8 +168,8 @@ def is_ended_by_a_person(ti: Any) -> bool:
     if found[0] in ENDED_STATES or found[0] == _CLEARED_STATE:
         return True
     log.warning(
-        "The task is being ended in state %s, which no person gave it: the worker ends, or Airflow ends this try. "
-        "Nothing is cancelled; a retry takes the batches up.",
+        "The task is being ended in state %s, which nobody set by hand: the worker is stopping, or Airflow is ending "
+        "this try. Nothing is cancelled; a retry takes the batches up.",
         found[0],
     )
     return False

@@ -128,7 +128,7 @@ class BatchTrigger(BaseTrigger):
             # Without an event Airflow fails the task, and says nothing of the batches that go on.
             # Its text and those of its causes are anybody's, so they are not logged as they are.
             trace = "".join(traceback.format_exception(exc))
-            self.log.error("The wait met an error that it does not know\n%s", redact(trace))
+            self.log.error("The wait failed with an unexpected error\n%s", redact(trace))
             event = self._failure(_unforeseen(exc))
         yield event
 
@@ -254,7 +254,7 @@ class BatchTrigger(BaseTrigger):
         if doubt := await self._doubt():
             self.log.warning("Nothing is cancelled, batches %s go on: %s", named, doubt)
             return
-        self.log.info("A person ended the task while it waited for batches %s; cancelling them", named)
+        self.log.info("The task was ended by hand while it waited for batches %s; cancelling them", named)
         try:
             # Ended in its first seconds, the wait may not have got as far as reading its connection.
             settings = self._settings or await self._read_connection()
@@ -311,7 +311,7 @@ class BatchTrigger(BaseTrigger):
                     self.log.warning("Batch %s could not be cancelled and may go on: %s", batch_id, exc)
                 else:
                     self.log.info(
-                        "Asked for batch %s to be cancelled; its status is %s", batch_id, batch.status
+                        "Requested cancellation of batch %s; its status is %s", batch_id, batch.status
                     )
 
             await asyncio.gather(*map(cancel, batch_ids))
@@ -338,7 +338,7 @@ def _unforeseen(error: Exception) -> SiliconFlowError:
     from airflow_provider_siliconflow.api.redaction import redact
 
     return BatchWaitError(
-        f"The wait ended by an error that it does not know: {type(error).__name__}: {redact(str(error))} The batches "
+        f"The wait ended with an unexpected error: {type(error).__name__}: {redact(str(error))} The batches "
         "are untouched: they go on and are billed. A retry waits on and pays nothing again.",
         retryable=True,
     )

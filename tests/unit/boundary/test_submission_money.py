@@ -389,7 +389,7 @@ def test_a_record_that_cannot_be_checked_is_neither_adopted_nor_replaced(world: 
     batch = left_by_a_try(world, work)
     ledger.record(work.key, Sent(batch, 1))
     world.api.oddities = Oddities(never_told=frozenset({"metadata", "input_file_id"}))
-    with pytest.raises(SubmissionUnknownError, match="may be anybody's"):
+    with pytest.raises(SubmissionUnknownError, match="may not be ours"):
         world.submit(work, ledger)
     assert len(world.ours(work, set())) == 1
 

@@ -76,7 +76,7 @@ def test_what_is_not_ours_is_left_alone(caplog: pytest.LogCaptureFixture) -> Non
     account = Account(a="in_queue", b="in_queue")
     cancel_all(["a", "b"], account.open, is_ours=lambda batch: batch.id == "a")
     assert account.cancelled == ["a"]
-    assert "Batch b is recorded as ours and is another's; it is not cancelled" in caplog.text
+    assert "Batch b is in our record but belongs to other work; it is not cancelled" in caplog.text
 
 
 def test_a_fault_of_another_kind_is_told(caplog: pytest.LogCaptureFixture) -> None:
