@@ -38,15 +38,15 @@ def test_tasks_test_on_a_waiting_job_pays_for_nothing_again(
         testing = pool.submit(cluster.run_cli_for, SECONDS if broken_off else 300, *command)
         if broken_off:
             testing.result()
-            # The LocalExecutor cannot take back a task that stays queued, as others can. A scheduler that starts resets
-            # what its predecessor queued.
-            cluster.kill("scheduler", signal.SIGTERM)
-            cluster.start("scheduler")
         else:
             time.sleep(SECONDS)
         report["batches_meanwhile"] = len(jobs.batches())
         report["cancelled_meanwhile"] = len(jobs.cancellations())
         report["state"] = jobs.states()["job-0"]
+        # The LocalExecutor cannot take back a task that stays queued, as others can. A scheduler that starts resets what
+        # its predecessor queued.
+        cluster.kill("scheduler", signal.SIGTERM)
+        cluster.start("scheduler")
         state = jobs.finish()
         testing.result()
     jobs.check(state, report)

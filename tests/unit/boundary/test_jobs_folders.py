@@ -56,7 +56,7 @@ def test_a_first_try_beside_a_live_job_takes_it_up_and_pays_nothing(
     test = job.process(try_id="test")
     _, wait = started(job, test)
     assert set(wait.batch_ids) == set(waiting.batch_ids)
-    assert "is there though this is the first try" in caplog.text
+    assert "although this is the first try" in caplog.text
     # The one that waited wakes up, finds that the job was taken from it, and leaves it alone.
     emulator.service.configure(FAST)
     ended = job.wait(waiting)
