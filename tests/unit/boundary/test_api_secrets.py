@@ -148,6 +148,7 @@ LOST = {
     "no head": b"",
     "a cut body": answer(b"{", Content_Length="500"),
     "a wrong chunk": answer(b"zz\r\n", Transfer_Encoding="chunked"),
+    "no batch": answer({"status": "completed"}),
     "a wrong head": b"HTTP/1.1 x\r\n\r\n",
 }
 
