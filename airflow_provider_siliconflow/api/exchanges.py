@@ -54,13 +54,18 @@ class Exchange:
         with self._lock:
             self.expired = True
             connected = self._socket
-        # TLS within TLS wraps a socket.
-        while connected is not None and not isinstance(connected, socket.socket):
-            connected = getattr(connected, "socket", None)
-        if connected is not None:
-            with contextlib.suppress(OSError):
-                # An SSLSocket's own method would first drop its TLS state, which another thread is using.
-                socket.socket.shutdown(connected, socket.SHUT_RDWR)
+            # TLS within TLS wraps a socket.
+            while connected is not None and not isinstance(connected, socket.socket):
+                connected = getattr(connected, "socket", None)
+            if connected is not None:
+                with contextlib.suppress(OSError):
+                    # An SSLSocket's own method would first drop its TLS state, which another thread is using.
+                    socket.socket.shutdown(connected, socket.SHUT_RDWR)
+
+    def release(self) -> None:
+        """Let the connection go: from now on it is that of another exchange, if it is used again."""
+        with self._lock:
+            self._socket = None
 
     def left(self) -> float:
         """Return the seconds that are left."""
@@ -85,9 +90,11 @@ class Watchdog:
             self._changed.notify()
 
     def remove(self, exchange: Exchange) -> None:
-        """Stop watching an exchange."""
+        """Stop watching an exchange, whose connection may serve another one from now on."""
         with self._changed:
             self._exchanges.discard(exchange)
+        # The thread may have found it due already.
+        exchange.release()
 
     def _watch(self) -> None:
         idle = 0

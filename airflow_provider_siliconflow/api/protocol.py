@@ -120,7 +120,9 @@ class Call(Generic[T]):
                     raise wrong
                 return self.read(data)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
-                raise self.unexpected(status, headers, f"{snippet(body)} ({_problems(exc)})") from None
+                what = f"{snippet(body)} ({_problems(exc)})"
+            # Raised out here, without its cause, which holds values of the answer.
+            raise self.unexpected(status, headers, what)
         if self.creates and answers.may_have_created(status, data, error):
             raise self.unexpected(status, headers, str(error), accepted=True) from error
         raise error

@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote, urlsplit, urlunsplit
 
@@ -56,9 +56,11 @@ class _Secrets:
                 if len(self._known) > _MOST_SECRETS:
                     del self._known[next(iter(self._known))]
             forms = set[str]().union(*self._known.values())
-            self.forms = tuple(sorted(forms, key=len, reverse=True))
+            rare = set[str]().union(*map(_rare_forms_of, self._known))
+            self.forms = tuple(sorted(forms | rare, key=len, reverse=True))
+            # Every answer is searched for these, so the rare ones are left to what is shown of it.
             self.unmistakable = tuple(
-                form.encode("utf-8", "replace") for form in self.forms if len(form) >= _UNMISTAKABLE
+                form.encode("utf-8", "replace") for form in forms if len(form) >= _UNMISTAKABLE
             )
 
 
@@ -73,6 +75,23 @@ def _forms_of(secret: str) -> set[str]:
     for in_url in (quote(secret, safe=""), quote(secret), quote_plus(secret)):
         forms |= {in_url, re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), in_url)}
     return forms
+
+
+def _rare_forms_of(secret: str) -> set[str]:
+    """Return a long secret in other cases and as base64. A shorter one may be a word, which is none in capitals."""
+    if len(secret) < _UNMISTAKABLE:
+        return set()
+    return {secret.upper(), secret.lower(), *_in_base64(secret)}
+
+
+def _in_base64(secret: str) -> Iterator[str]:
+    """Yield what base64 makes of a secret wherever it begins in a longer text: each three bytes become four letters."""
+    for before in range(3):
+        data = bytes(before) + secret.encode()
+        # Letters that depend on what is around it are left out.
+        inner = slice(-(-before * 8 // 6), len(data) * 8 // 6)
+        for encode in (base64.b64encode, base64.urlsafe_b64encode):
+            yield encode(data).decode()[inner]
 
 
 _SECRETS = _Secrets()

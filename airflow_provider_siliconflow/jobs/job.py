@@ -55,7 +55,7 @@ class OpenJob:
         # Not the host: under another name of the same service the work is the same, and must not be paid again.
         self._where = {"conn_id": plan.conn_id}
         self.rounds = [self._pieces(0, dict.fromkeys(self.models, plan.split.shards))]
-        while (shards := plans.read_round(len(self.rounds))) is not None:
+        while (shards := plans.read_round(len(self.rounds), self.models)) is not None:
             self.rounds.append(self._pieces(len(self.rounds), shards))
         self._rests: list[Rest] = []
         for rest in plans.read_rests():

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from airflow_provider_siliconflow.api.arguments import check_completion_window, check_metadata
@@ -227,9 +228,14 @@ class PlanFolder:
         """Keep the plan."""
         write_json(self.path / "plan.json", plan.to_dict())
 
-    def read_round(self, number: int) -> dict[int, tuple[Shard, ...]] | None:
-        """Return the shards of a later round by model; ``None`` if it was not planned."""
-        return self._read(f"round-{number}.json", _shards_by_model, or_cut="the round is planned anew")
+    def read_round(self, number: int, models: range) -> dict[int, tuple[Shard, ...]] | None:
+        """
+        Return the shards of a later round by model; ``None`` if it was not planned.
+
+        :param models: indexes of the models that the job has.
+        """
+        decode = partial(_shards_by_model, models=models)
+        return self._read(f"round-{number}.json", decode, or_cut="the round is planned anew")
 
     def read_rests(self) -> list[Rest]:
         """Return the rests of dead batches, in the order of their making."""
@@ -252,7 +258,7 @@ class PlanFolder:
             return None
         try:
             return decode(stored)
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as exc:
             log.warning("%s is damaged, or not one of ours (%s); %s", self.path / name, exc, or_cut)
             return None
 
@@ -272,8 +278,11 @@ def _rests(stored: dict[str, Any]) -> list[Rest]:
     ]
 
 
-def _shards_by_model(stored: dict[str, Any]) -> dict[int, tuple[Shard, ...]]:
-    return {int(model): tuple(map(Shard.from_dict, items)) for model, items in stored["shards"].items()}
+def _shards_by_model(stored: dict[str, Any], models: range) -> dict[int, tuple[Shard, ...]]:
+    by_model = {int(model): tuple(map(Shard.from_dict, items)) for model, items in stored["shards"].items()}
+    if not all(model in models for model in by_model):
+        raise ValueError("it names a model that the job does not have")
+    return by_model
 
 
 def plan(requests: Any, folder: Any, *, name: str, options: RunOptions) -> Split:

@@ -170,8 +170,11 @@ class BatchSensor(BaseSensorOperator):
     def _poll(self, wait: BatchWait) -> None:
         now = time.time()
         wait.make_all_due(now)
-        while wait.due(now):
+        before: set[str] = set()
+        # The same ones again: the clock was set back meanwhile, and until it has caught up nothing changes here.
+        while (due := set(wait.due(now))) and due != before:
             self.hook.poll_once(wait)
+            before = due
 
     def _first_poke(self, context: Context) -> float | None:
         """Return when the wait began, if each poke is a process of its own; ``None`` otherwise, and at first."""

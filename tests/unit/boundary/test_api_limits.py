@@ -29,6 +29,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     SiliconFlowError,
     UnexpectedAnswerError,
 )
+from airflow_provider_siliconflow.api.exchanges import Exchange, watchdog
 from airflow_provider_siliconflow.api.models import Batch
 from tests.unit.boundary.hostile import (
     BATCH,
@@ -358,6 +359,18 @@ def test_the_limit_of_time_holds_in_a_child_process() -> None:
         else:
             os.kill(child, 9)
         assert os.waitstatus_to_exitcode(status) == 7
+
+
+def test_a_call_whose_time_runs_out_as_it_ends_does_not_end_the_next_one_on_its_connection() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        exchange = Exchange(0.0, lambda: True)
+        exchange.attach(ours)
+        watchdog().remove(exchange)
+        # The watchdog found it due before it was removed, and comes to shut it down only now.
+        exchange.expire()
+        ours.sendall(b"the next request")
+        assert theirs.recv(99) == b"the next request"
 
 
 def test_stuck_polls_do_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

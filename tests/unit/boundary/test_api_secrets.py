@@ -57,6 +57,19 @@ def test_a_secret_is_hidden_in_every_form(secret: str) -> None:
             assert form not in redact(text), text
 
 
+@pytest.mark.parametrize("around", ["", "x", "xy", "xyz"])
+@pytest.mark.parametrize("secret", [KEY, TEAM, "ä/?>~~~~~~~~~~~~~~~"])
+def test_a_long_secret_is_hidden_in_base64_and_in_other_cases(secret: str, around: str) -> None:
+    ClientSettings(KEY, headers={"X-Team": TEAM})
+    redaction.remember_secrets(secret)
+    for as_base64 in (base64.b64encode, base64.urlsafe_b64encode):
+        shown_of_it = redact(as_base64(f"{around}{secret}{around}".encode()).decode())
+        found = re.split(r"\*+", shown_of_it)
+        assert max(map(len, found)) <= 8, shown_of_it
+    for form in (secret.upper(), secret.lower()):
+        assert form not in redact(f"x {form} y")
+
+
 def test_a_proxys_credentials_are_hidden_as_they_are_sent() -> None:
     basic = base64.b64encode(f"me:{PASSWORD}".encode()).decode()
     assert basic.rstrip("=") not in redact(f"Proxy-Authorization: Basic {basic}")
@@ -148,6 +161,7 @@ LOST = {
     "no head": b"",
     "a cut body": answer(b"{", Content_Length="500"),
     "a wrong chunk": answer(b"zz\r\n", Transfer_Encoding="chunked"),
+    "no batch": answer({"status": "completed"}),
     "a wrong head": b"HTTP/1.1 x\r\n\r\n",
 }
 

@@ -406,6 +406,34 @@ def test_a_plan_is_not_believed(emulator: Emulator, tmp_path: Path, name: str, v
     assert posts(emulator) == (2, 2)
 
 
+@pytest.mark.parametrize("figure", ["Infinity", "-Infinity", "1e400", "NaN"])
+def test_a_plan_with_a_figure_that_is_none_is_made_anew(
+    emulator: Emulator, tmp_path: Path, figure: str
+) -> None:
+    job = small(emulator, tmp_path)
+    started(job)
+    (path,) = tmp_path.glob(".siliconflow/*/plan.json")
+    stored = json.loads(path.read_text()) | {"max_rows": "?"}
+    path.write_text(json.dumps(stored).replace('"?"', figure))
+    emulator.service.configure(FAST)
+    assert job.attempt()["rows"]["ok"] == 10
+    assert posts(emulator) == (2, 2)
+
+
+@pytest.mark.parametrize("model", ["1", "-1", str(10**30)])
+def test_a_round_over_a_model_that_the_job_does_not_have_is_planned_anew(
+    emulator: Emulator, tmp_path: Path, model: str
+) -> None:
+    job = small(emulator, tmp_path)
+    started(job)
+    (path,) = tmp_path.glob(".siliconflow/*/plan.json")
+    shards = json.loads(path.read_text())["split"]["shards"]
+    (path.parent / "round-1.json").write_text(json.dumps({"shards": {model: shards}}))
+    emulator.service.configure(FAST)
+    assert job.attempt()["rows"]["ok"] == 10
+    assert posts(emulator) == (2, 2)
+
+
 def test_nobody_else_can_read_or_write_a_jobs_folder(emulator: Emulator, tmp_path: Path) -> None:
     started(small(emulator, tmp_path))
     (folder,) = tmp_path.glob(".siliconflow/*")

@@ -271,6 +271,31 @@ def test_an_odd_event_ends_the_task_by_an_error_of_ours(
     assert KEY not in str(caught.value)
 
 
+@pytest.mark.parametrize("when", ["before the poll", "under the poll"])
+def test_a_clock_that_is_set_back_keeps_no_sensor_busy(mocker: MockerFixture, when: str) -> None:
+    real, back, polls = time.time, 0.0, 0
+
+    def set_back(*_: Any, **__: Any) -> Batch:
+        nonlocal back, polls
+        back, polls = -3600.0, polls + 1
+        assert polls < 20
+        return Batch(id="batch_1", status="in_progress")
+
+    mocker.patch("airflow_provider_siliconflow.api.client.SiliconFlowClient.get_batch", set_back)
+    poll_once = SiliconFlowHook.poll_once
+
+    def poll(hook: SiliconFlowHook, wait: Any) -> None:
+        if when == "before the poll":
+            set_back()
+        poll_once(hook, wait)
+
+    mocker.patch.object(SiliconFlowHook, "poll_once", poll)
+    mocker.patch("time.time", side_effect=lambda: real() + back)
+    sensor = BatchSensor(task_id="wait", batch_id="batch_1", mode="poke")
+    assert sensor.poke({}) is False
+    assert polls <= 2
+
+
 def test_a_wait_that_ends_by_one_poll_leaves_no_other_behind(mocker: MockerFixture) -> None:
     """They would go on over a client that is closed, and open connections that nobody closes."""
 
