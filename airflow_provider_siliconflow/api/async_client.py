@@ -230,42 +230,54 @@ class _Turns:
     def __init__(self) -> None:
         #: When each call began that counts, the oldest first.
         self._running: dict[object, float] = {}
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[asyncio.Future[object]] = deque()
+        # One for all that wait: thousands may.
+        self._timer: asyncio.TimerHandle | None = None
 
     async def take(self) -> object:
         """Wait for a turn, and return what gives it back."""
         loop = asyncio.get_running_loop()
-        while True:
-            now = loop.time()
-            while self._running and (oldest := next(iter(self._running.values()))) <= now - _TURN:
-                del self._running[next(iter(self._running))]
-            if len(self._running) < MAX_CALLS:
-                turn = object()
-                self._running[turn] = now
-                return turn
-            waiting = loop.create_future()
-            self._waiting.append(waiting)
-            try:
-                await asyncio.wait([waiting], timeout=oldest + _TURN - now)
-            except asyncio.CancelledError:
-                if waiting.done():
-                    # The turn that was offered is somebody else's now.
-                    self._offer()
-                raise
-            finally:
-                waiting.cancel()
+        if not self._waiting and self._has_room(loop.time()):
+            return self._begin(loop.time())
+        waiting = loop.create_future()
+        self._waiting.append(waiting)
+        self._offer(loop)
+        try:
+            return await waiting
+        except asyncio.CancelledError:
+            if waiting.done() and not waiting.cancelled():
+                self.give_back(waiting.result())
+            raise
 
     def give_back(self, turn: object) -> None:
         """Let the next call run."""
         self._running.pop(turn, None)
-        self._offer()
+        if self._waiting:
+            self._offer(asyncio.get_running_loop())
 
-    def _offer(self) -> None:
-        while self._waiting:
+    def _has_room(self, now: float) -> bool:
+        while self._running and next(iter(self._running.values())) <= now - _TURN:
+            del self._running[next(iter(self._running))]
+        return len(self._running) < MAX_CALLS
+
+    def _begin(self, now: float) -> object:
+        turn = object()
+        self._running[turn] = now
+        return turn
+
+    def _offer(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = loop.time()
+        while self._waiting and self._has_room(now):
             waiting = self._waiting.popleft()
             if not waiting.done():
-                waiting.set_result(None)
-                return
+                waiting.set_result(self._begin(now))
+        if self._waiting and self._timer is None:
+            oldest = next(iter(self._running.values()))
+            self._timer = loop.call_at(oldest + _TURN, self._wake, loop)
+
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        self._offer(loop)
 
 
 class _Connector(aiohttp.TCPConnector):
