@@ -42,8 +42,8 @@ def read_lines(
         the same. Without it such a line is an error.
     :return: the line's number (from 1), its offset in bytes, the line, and what ``read`` made of it: ``None`` for
         JSON that is no result of any row, about which one warning is logged at the end.
-    :raises IncompleteResultsError: a line is not JSON or too long, and there is no ``on_unreadable``; or a million lines
-        are of no row.
+    :raises IncompleteResultsError: a line is not JSON or too long, and there is no ``on_unreadable``.
+    :raises IncompleteResultsError: a million lines are the result of no row.
     """
     where = f"{name} of batch {batch_id}" if batch_id else name
 
