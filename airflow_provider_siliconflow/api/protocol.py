@@ -47,6 +47,9 @@ PAGE_SIZE = 100
 CHUNK_SIZE = 1 << 20
 #: Pieces in which result files are read, in bytes: larger ones are slower by a factor of four.
 READ_SIZE = 1 << 17
+#: Entries of one page of a list that are read: as many as there can be of whole batches, within the limits of an answer
+#: (small ones take a hundred times their size in memory).
+MAX_ENTRIES = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +258,7 @@ class Page(Generic[T]):
 
     :param items: what could be read of it.
     :param has_more: whether there are further pages, if the service says.
-    :param unreadable: how many entries could not be read.
+    :param unreadable: how many entries could not be read, or were not.
     """
 
     items: tuple[T, ...]
@@ -264,20 +267,26 @@ class Page(Generic[T]):
 
 
 def _read_page(data: Any, read: Callable[[Any], T]) -> Page[T]:
-    items, refused = [], []
-    for item in answers.items_of(data):
+    entries = answers.items_of(data)
+    items: list[T] = []
+    refused, first = 0, ""
+    for item in entries[:MAX_ENTRIES]:
         try:
             items.append(read(item))
         except ValidationError as exc:
             # One odd entry must not hide the others: the batch that is searched for may be among them.
-            refused.append(exc)
+            first = first or _problems(exc)
+            refused += 1
     if refused:
         log.warning(
             "Ignoring %d entries of a listing that are not what the API documents; the first: %s",
-            len(refused),
-            _problems(refused[0]),
+            refused,
+            first,
         )
-    return Page(tuple(items), answers.has_more(data), len(refused))
+    if len(entries) > MAX_ENTRIES:
+        log.warning("Ignoring all but the first %d of the %d entries of a listing", MAX_ENTRIES, len(entries))
+        refused += len(entries) - MAX_ENTRIES
+    return Page(tuple(items), answers.has_more(data), refused)
 
 
 def _problems(exc: Exception) -> str:

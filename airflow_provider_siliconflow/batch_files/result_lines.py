@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: Lines of a file that may be blank, or the result of no row. Reading gigabytes of them would take days.
+_MOST_IDLE_LINES = 1_000_000
+
 #: Takes what is wrong with a line that cannot be read.
 OnUnreadable = Callable[[str], None]
 
@@ -40,6 +43,7 @@ def read_lines(
     :return: the line's number (from 1), its offset in bytes, the line, and what ``read`` made of it: ``None`` for
         JSON that is no result of any row, about which one warning is logged at the end.
     :raises IncompleteResultsError: a line is not JSON or too long, and there is no ``on_unreadable``.
+    :raises IncompleteResultsError: a million lines are the result of no row.
     """
     where = f"{name} of batch {batch_id}" if batch_id else name
 
@@ -48,8 +52,10 @@ def read_lines(
             raise _unreadable(f"line {number} of {where} {problem}", batch_id)
         on_unreadable(f"line {number} of {where} {problem}")
 
-    offset = skipped = odd = first_odd = 0
+    offset = skipped = odd = first_odd = results = 0
     for number, line in enumerate(lines, 1):
+        if number - results > _MOST_IDLE_LINES:
+            raise _unreadable(f"{where} has {_MOST_IDLE_LINES} lines that are the result of no row", batch_id)
         start = offset
         if line is None:
             offset += lines.skipped_bytes - skipped + 1
@@ -66,6 +72,8 @@ def read_lines(
         if found is None:
             odd += 1
             first_odd = first_odd or number
+        else:
+            results += 1
         yield number, start, line, found
     if odd:
         log.warning(

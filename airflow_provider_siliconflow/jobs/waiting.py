@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from airflow_provider_siliconflow.api import arguments, protocol
+from airflow_provider_siliconflow.api.answers import RETRY_AFTER_LIMIT
 from airflow_provider_siliconflow.api.exceptions import (
     APIError,
     AuthenticationError,
@@ -158,7 +159,11 @@ class BatchWait:
 
     def due(self, now: float) -> list[str]:
         """Return ids whose poll is due, longest overdue first, at most as many as may run at once."""
-        ready = [(state.due, batch_id) for batch_id, state in self._pending.items() if state.due <= now]
+        ready = [
+            (state.due, batch_id)
+            for batch_id, state in self._pending.items()
+            if self._due_in(state, now) <= 0
+        ]
         return [batch_id for _, batch_id in sorted(ready)[:MAX_CONCURRENT_POLLS]]
 
     def make_all_due(self, now: float) -> None:
@@ -173,10 +178,16 @@ class BatchWait:
 
     def pause(self, now: float) -> float:
         """Return the seconds until the next poll is due or the deadline has come."""
-        next_due = min((state.due for state in self._pending.values()), default=now)
+        left = min((self._due_in(state, now) for state in self._pending.values()), default=0.0)
         if self.deadline is not None:
-            next_due = min(next_due, self.deadline)
-        return max(next_due - now, 0.0)
+            left = min(left, self.deadline - now)
+        return max(left, 0.0)
+
+    def _due_in(self, state: _Waiting, now: float) -> float:
+        """Return the seconds until a poll is due; 0 if they are more than any pause: the clock was set back since."""
+        left = state.due - now
+        longest = max(self.poll_interval, FAULT_PAUSE_LIMIT, RETRY_AFTER_LIMIT) * 1.2 + _POLL_STEP
+        return left if left <= longest else 0.0
 
     def time_left(self, now: float) -> float | None:
         """Return for how many seconds a poll may go on; ``None`` if nothing ends it."""

@@ -12,6 +12,7 @@ import os
 import resource
 import socket
 import time
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -439,6 +440,18 @@ def test_nesting_does_not_crash(ask: Ask, depth: int, opening: bytes) -> None:
         else:
             # The field is cut, and does not hide the batch.
             assert len(json.dumps(batch.to_json_dict())) < 10_000
+
+
+@pytest.mark.parametrize("entry", [b'{"id":"b%d"}', b'{"x":%d}'])
+def test_a_list_of_tiny_entries_does_not_fill_the_memory(entry: bytes) -> None:
+    body = b'{"data":[' + b",".join(entry % number for number in range(120_000)) + b'],"has_more":false}'
+    tracemalloc.start()
+    page = protocol.list_batches().answer(200, {}, body)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(page.items) + page.unreadable == 120_000
+    assert len(page.items) <= protocol.MAX_ENTRIES
+    assert peak < 150 * MB
 
 
 def test_metadata_of_one_key_over_and_over_is_read_in_no_time() -> None:

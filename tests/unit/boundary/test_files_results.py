@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError, SiliconFlowError
 from airflow_provider_siliconflow.api.models import Outcome
 from airflow_provider_siliconflow.batch_files.manifest import (
     BatchSummary,
@@ -274,3 +274,12 @@ print([name for name in ("ok", "error", "missing") if getattr(tally, name)][0], 
     counted, read, times = done.stdout.split()
     assert (counted, read) == (outcome, outcome)
     assert float(times) < 6
+
+
+@pytest.mark.parametrize("line", [b"\n", b" \n", b"{}\n"])
+def test_lines_that_are_no_results_come_to_an_end(tmp_path: Path, line: bytes) -> None:
+    """A result file may have gigabytes, and of these each byte or two would be a line."""
+    path = tmp_path / "output.jsonl"
+    path.write_bytes(json.dumps(answer("a", "yes")).encode() + b"\n" + line * 1_000_001)
+    with pytest.raises(IncompleteResultsError, match="1000000 lines"):
+        list(read_results(path))

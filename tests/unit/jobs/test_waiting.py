@@ -347,3 +347,15 @@ def test_a_poll_may_go_on_until_the_deadline() -> None:
     assert wait.time_left(START) is None, "a batch that was never read may expire at any time"
     wait.observe("batch_1", batch(expires_at=START + 100), START)
     assert wait.time_left(START) == 100 + waiting.EXPIRY_MARGIN
+
+
+def test_a_clock_that_is_set_back_does_not_stop_the_polls() -> None:
+    wait = BatchWait(["batch_1"], START, 60.0)
+    wait.observe("batch_1", batch(), START)
+    assert wait.due(START) == []
+    back = START - 7200
+    assert wait.pause(back) == 0.0
+    assert wait.due(back) == ["batch_1"]
+    wait.observe("batch_1", batch(), back)
+    assert wait.due(back) == []
+    assert 40 < wait.pause(back) < 80
