@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import traceback
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -116,16 +117,19 @@ class BatchTrigger(BaseTrigger):
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Wait, and yield one event."""
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
+        from airflow_provider_siliconflow.api.redaction import brief
 
         await _FIRST_PAUSES.pause()
         try:
             event = await self._event()
         except SiliconFlowError as exc:
             event = self._failure(exc)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001
             # Without an event Airflow fails the task, and says nothing of the batches that go on.
-            self.log.exception("The wait met an error that it does not know")
-            event = self._failure(_unforeseen(exc))
+            error = _unforeseen(exc)
+            event = self._failure(error)
+            # Not the error itself: its text may be such that no log can encode it, and then there would be no event.
+            self.log.error("%s\n%s", brief(str(error)), "".join(traceback.format_tb(exc.__traceback__)))
         yield event
 
     async def _event(self) -> TriggerEvent:
