@@ -168,6 +168,8 @@ class Session:
             if outcome.by:
                 kills[mutant.path, mutant.function][outcome.by] += 1
             counts[outcome.status] += 1
+            if outcome.status == "survived":
+                say(f"survived: {mutant.text}")
             yield outcome
             if time.monotonic() > spoken + 20:
                 spoken = time.monotonic()
