@@ -117,7 +117,7 @@ class BatchTrigger(BaseTrigger):
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Wait, and yield one event."""
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
-        from airflow_provider_siliconflow.api.redaction import redact
+        from airflow_provider_siliconflow.api.redaction import redact, valid_text
 
         await _FIRST_PAUSES.pause()
         try:
@@ -126,10 +126,10 @@ class BatchTrigger(BaseTrigger):
             event = self._failure(exc)
         except Exception as exc:  # noqa: BLE001
             # Without an event Airflow fails the task, and says nothing of the batches that go on.
-            # Its text and those of its causes are anybody's, so they are not logged as they are.
-            trace = "".join(traceback.format_exception(exc))
-            self.log.error("The wait failed with an unexpected error\n%s", redact(trace))
             event = self._failure(_unforeseen(exc))
+            # Its text and those of its causes are anybody's, and perhaps such that no log can encode them.
+            trace = "".join(traceback.format_exception(exc))
+            self.log.error("The wait failed with an unexpected error\n%s", valid_text(redact(trace)))
         yield event
 
     async def _event(self) -> TriggerEvent:

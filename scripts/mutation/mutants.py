@@ -326,8 +326,11 @@ def _replacements(node: ast.expr, message: bool) -> Iterator[ast.expr]:
     match node:
         case ast.Constant(value=bool() as value):
             yield ast.Constant(not value)
-        case ast.Constant(value=int() | float() as number):
+        case ast.Constant(value=int() as number):
             yield ast.Constant(number + 1)
+        case ast.Constant(value=float() as number):
+            # Seconds, or a share: one more of 600.0 s would be no fault.
+            yield ast.Constant(number * 2 or 1.0)
         case ast.Constant(value=str() as text):
             if not message and not any(character.isspace() for character in text):
                 yield ast.Constant(text + "X")

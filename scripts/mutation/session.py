@@ -20,7 +20,7 @@ import time
 import types
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +134,12 @@ class Session:
         chooser = Chooser(coverage, ROOT, package_files(), tests, unreliable)
         mutants = [mutant for module in self.modules.values() for mutant in module.mutants]
         if self.options.sample is not None and self.options.sample < len(mutants):
-            mutants = sorted(
-                random.Random(self.options.seed).sample(mutants, self.options.sample), key=mutants.index
-            )
-        outcomes = list(self._test(runner, chooser, coverage, mutants))
-        Path(self.options.output).write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
+            # Left in their order: what a run has tested when it is stopped is a sample too.
+            mutants = random.Random(self.options.seed).sample(mutants, self.options.sample)
+        outcomes: list[dict[str, Any]] = []
+        for outcome in self._test(runner, chooser, coverage, mutants):
+            outcomes.append(asdict(outcome))
+            Path(self.options.output).write_text(json.dumps(outcomes))
 
     def _test(
         self, runner: Runner, chooser: Chooser, coverage: Coverage, mutants: Sequence[Mutant]
@@ -147,13 +148,10 @@ class Session:
         kills: dict[tuple[str, object], Counter[str]] = defaultdict(Counter)
         counts: Counter[str] = Counter()
         started = spoken = time.monotonic()
-        at_import = [mutant for mutant in mutants if chooser.runs_at_import(mutant)]
-        if at_import:
-            tests = sorted(frozenset().union(*map(chooser.tests_of, at_import)))
-            chooser.unreliable |= runner.check_again(tests)
+        at_import = {mutant for mutant in mutants if chooser.runs_at_import(mutant)}
 
         def tasks() -> Iterator[Task[Mutant]]:
-            for mutant in sorted(mutants, key=lambda mutant: mutant in at_import):
+            for mutant in mutants:
                 tests = sorted(chooser.tests_of(mutant))
                 before = kills[mutant.path, mutant.function]
                 tests.sort(key=lambda test: (-before[test], coverage.seconds[test]))
@@ -165,9 +163,13 @@ class Session:
         for answer in run_all(tasks(), self.options.jobs):
             mutant = answer.subject
             outcome = judge(mutant, answer, *chosen[mutant])
+            if outcome.by and mutant in at_import and not runner.passes_again(outcome.by):
+                outcome = replace(outcome, status="survived", by=None)
             if outcome.by:
                 kills[mutant.path, mutant.function][outcome.by] += 1
             counts[outcome.status] += 1
+            if outcome.status == "survived":
+                say(f"survived: {mutant.text}")
             yield outcome
             if time.monotonic() > spoken + 20:
                 spoken = time.monotonic()
@@ -232,6 +234,7 @@ class Runner:
         self._session = session
         self._modules = modules
         self._items = {item.nodeid: item for item in session.items}
+        self._passing: dict[str, bool] = {}
         for path in modules:
             imported = importlib.import_module(module_name(path))
             if Path(imported.__file__ or "").resolve() != ROOT / path:
@@ -287,22 +290,20 @@ class Runner:
         output.write_bytes(pickle.dumps({path: list(lines) for path, lines in read_contexts(cov).items()}))
         reporter.end(failed={}, unreliable={})
 
-    def check_again(self, tests: Sequence[str]) -> frozenset[str]:
-        """Run tests in the way of a mutant that is seen at import; those that are not to be relied on so."""
+    def passes_again(self, test: str) -> bool:
+        """Whether a test passes without a fault in the way of a mutant that is seen at import."""
 
         def work(reporter: Reporter) -> None:
             reporter.begin(PATIENCE, PATIENCE)
             watch = Watch(reporter, without_fault)
             forget_ours()
-            run_again(tests, watch, stop=False)
-            twice = Watch(reporter, without_fault)
-            if watch.failed:
-                forget_ours()
-                run_again(list(watch.failed), twice, stop=False)
-            reporter.end(failed=twice.failed, unreliable=watch.failed)
+            run_again([test], watch, stop=True)
+            reporter.end(failed=watch.failed)
 
-        (answer,) = run_all([Task("when everything is imported again", work)], 1)
-        return check_without_fault(answer.subject, answer)
+        if test in self._items and test not in self._passing:
+            (answer,) = run_all([Task(test, work)], 1)
+            self._passing[test] = answer.result is not None and answer.result.get("failed") == {}
+        return self._passing.get(test, True)
 
     def work(
         self, mutant: Mutant, tests: Sequence[str], coverage: Coverage, *, again: bool

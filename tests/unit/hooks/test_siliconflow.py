@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,6 +196,20 @@ def test_wait_for_batch_ends_in_time_and_leaves_the_batch_alone(
     with pytest.raises(BatchWaitError, match="untouched"):
         hook.wait_for_batch(batch.id, poll_interval=0.05, timeout=30)
     assert hook.get_batch(batch.id).status == "in_queue"
+
+
+def test_a_wait_for_several_can_end_with_the_first(
+    hook: SiliconFlowHook, emulator: Emulator, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(CONTENT)
+    file_id = hook.upload_file(str(path)).id
+    first = hook.create_batch(file_id).id
+    emulator.service.advance(1000)
+    emulator.service.configure({"speed": 0.001})
+    second = hook.create_batch(file_id).id
+    ended = hook.wait_for_batches([second, first], poll_interval=0.05, deadline=time.time() + 30, min_ended=1)
+    assert [batch.id for batch in ended] == [first]
 
 
 @pytest.mark.parametrize("call", ["get_batch", "cancel_batch", "wait_for_batch"])

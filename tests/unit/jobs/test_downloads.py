@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +18,17 @@ from airflow_provider_siliconflow.api.exceptions import (
     NoAnswerError,
     ServiceUnavailableError,
 )
-from airflow_provider_siliconflow.api.models import Batch
+from airflow_provider_siliconflow.api.models import Batch, Outcome
 from airflow_provider_siliconflow.api.settings import ClientSettings
+from airflow_provider_siliconflow.batch_files.merge import BatchFiles
 from airflow_provider_siliconflow.jobs import downloads
-from airflow_provider_siliconflow.jobs.downloads import download_results, downloaded, iter_results
+from airflow_provider_siliconflow.jobs.downloads import (
+    download_results,
+    downloaded,
+    iter_results,
+    outcomes_in,
+    stated_end,
+)
 from airflow_provider_siliconflow.jobs.outcome import most_common_error
 from airflow_provider_siliconflow.jobs.settled import SETTLE_PATIENCE
 
@@ -358,3 +366,47 @@ def test_the_most_common_error(
     # It only makes a message better, so it never makes a judgement fail.
     emulator.faults.add("GET storage:status=403,times=-1")
     assert most_common_error(client, batch) is None
+
+
+def test_a_row_that_never_ran_counts_as_expired_and_an_answer_is_not_given_up(tmp_path: Path) -> None:
+    def line(custom_id: str, code: str | None) -> str:
+        error = {"message": "no", "code": code}
+        return json.dumps({"id": "1", "custom_id": custom_id, "response": None, "error": error}) + "\n"
+
+    errors = tmp_path / "error.jsonl"
+    errors.write_text(
+        line("never", "batch_cancelled") + line("refused", "20015") + line("plain", None) + line("twice", "1")
+    )
+    output = tmp_path / "output.jsonl"
+    body = {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]}
+    response = {"status_code": 200, "request_id": "r", "body": body}
+    output.write_text(
+        json.dumps({"id": "1", "custom_id": "twice", "response": response, "error": None}) + "\n"
+    )
+    found = outcomes_in(BatchFiles(output, errors))
+    assert found == {
+        "twice": Outcome.OK,
+        "never": Outcome.EXPIRED,
+        "refused": Outcome.ERROR,
+        "plain": Outcome.ERROR,
+    }
+
+
+@pytest.mark.parametrize(
+    ("status", "field"),
+    [
+        ("completed", "completed_at"),
+        ("failed", "failed_at"),
+        ("expired", "expired_at"),
+        ("cancelled", "cancelled_at"),
+    ],
+)
+def test_when_a_batch_ended_is_what_the_service_says_if_that_can_be(status: str, field: str) -> None:
+    now = 1_800_000_000.0
+    times = dict.fromkeys(("completed_at", "failed_at", "expired_at", "cancelled_at"), now - 99)
+    times[field] = now - 10
+    assert stated_end(Batch(id="b", status=status, **times), now) == now - 10
+    for odd in (None, 0, now + 86_400, now * 1000):
+        assert stated_end(Batch(id="b", status=status, **times | {field: odd}), now) == -math.inf
+    assert stated_end(Batch(id="b", status=status, **{field: now + 86_399}), now) == now + 86_399
+    assert stated_end(Batch(id="b", status="in_progress", **times), now) == -math.inf

@@ -20,6 +20,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     InvalidRequestFileError,
 )
 from airflow_provider_siliconflow.emulator.server import Emulator
+from airflow_provider_siliconflow.jobs.identity import WORK_LABEL, WORK_SUBMITTER, Submitter
 from airflow_provider_siliconflow.jobs.outcome import judge_run
 from airflow_provider_siliconflow.jobs.plan import estimate
 from tests.unit.jobs.whole_job import MODELS, Job, fail_first_of, options, posts, results, rows
@@ -35,6 +36,14 @@ def test_one_upload_serves_every_model_and_rows_keep_their_order(emulator: Emula
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["manifest.json", *(model.replace("/", "--") for model in MODELS)]
     )
+
+
+def test_batches_of_a_job_say_whose_they_are(emulator: Emulator, tmp_path: Path) -> None:
+    Job(emulator, tmp_path, rows(3), models=MODELS[:1], metadata={"team": "evals"}).attempt()
+    (batch,) = emulator.service.state()["batches"]
+    submitter = Submitter("dag", "run", "task", -1, 5)
+    marks = {WORK_LABEL: submitter.label, WORK_SUBMITTER: submitter.mark, "team": "evals"}
+    assert batch["metadata"].items() >= marks.items()
 
 
 def test_only_rows_worth_it_are_sent_again(emulator: Emulator, tmp_path: Path) -> None:

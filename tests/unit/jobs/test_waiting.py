@@ -359,3 +359,120 @@ def test_a_clock_that_is_set_back_does_not_stop_the_polls() -> None:
     wait.observe("batch_1", batch(), back)
     assert wait.due(back) == []
     assert 40 < wait.pause(back) < 80
+
+
+def test_a_wait_that_is_taken_up_after_its_deadline_polls_once() -> None:
+    wait = BatchWait(["batch_1"], START, 10.0, START + 90)
+    assert wait.poll_limit(START + 30) == 60
+    assert wait.poll_limit(START + 90) == wait.poll_limit(START + 95) == waiting.LAST_POLL_SECONDS
+    assert BatchWait(["batch_1"], START, 10.0).poll_limit(START) is None
+
+
+def test_the_pause_lasts_until_the_next_poll_or_the_deadline() -> None:
+    wait = BatchWait(["batch_1", "batch_2"], START, 100.0, START + 200)
+    assert wait.pause(START) == 0
+    for name in ("batch_1", "batch_2"):
+        wait.observe(name, batch(batch_id=name), START)
+    assert 80 <= wait.pause(START) <= 120.1
+    assert wait.pause(START + 70) <= 50.1
+    assert wait.pause(START + 300) == 0
+    soon = BatchWait(["batch_1"], START, 100.0, START + 5)
+    soon.observe("batch_1", batch(), START)
+    assert soon.pause(START) == 5
+    soon.make_all_due(START + 1)
+    assert soon.due(START + 1) == ["batch_1"]
+
+
+def test_many_batches_do_not_fall_due_together_and_few_do() -> None:
+    names = [f"batch_{n}" for n in range(400)]
+    assert len(BatchWait(names[:50], START, 60.0).due(START)) == waiting.MAX_CONCURRENT_POLLS
+    many = BatchWait(names, START, 60.0)
+    assert many.due(START) == []
+    assert len(many.due(START + 4)) == waiting.MAX_CONCURRENT_POLLS
+    assert 0 < many.pause(START) <= 8, "all of them within a fiftieth of a second each"
+
+
+@pytest.mark.parametrize(
+    ("counts", "fields", "line"),
+    [
+        (None, {}, "Batch batch_1: in_progress"),
+        ((10, 4, 1), {}, "Batch batch_1: in_progress, 5/10 rows done, 1 failed"),
+        (
+            (10, 0, 0),
+            {"in_progress_at": START - 10},
+            "Batch batch_1: in_progress, 0/10 rows done, 0 failed",
+        ),
+        (
+            (10, 4, 1),
+            {"in_progress_at": START - 10},
+            "Batch batch_1: in_progress, 5/10 rows done, 1 failed, 0.5 rows/s, "
+            "expected end 2027-01-15 08:00:10 UTC",
+        ),
+        (
+            (10, 9, 1),
+            {"in_progress_at": START - 10, "status": "completed"},
+            "Batch batch_1: completed, 10/10 rows done, 1 failed",
+        ),
+    ],
+)
+def test_a_line_says_how_far_a_batch_is(
+    counts: tuple[int, int, int] | None, fields: dict[str, Any], line: str
+) -> None:
+    if counts:
+        fields["request_counts"] = dict(zip(("total", "completed", "failed"), counts, strict=True))
+    assert waiting.progress_line(batch(**fields), START) == line
+
+
+def test_many_batches_are_told_together_and_only_if_something_changed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    names = [f"batch_{n}" for n in range(10)]
+    wait = BatchWait(names, START, 60.0)
+
+    def see(done: int, now: float, *, but: int = 0) -> None:
+        for name in names[: 10 - but]:
+            counts = {"total": 100, "completed": done // 10, "failed": 0}
+            wait.observe(name, batch(batch_id=name, request_counts=counts), now)
+        wait.say_summary(now)
+
+    see(0, START, but=1)
+    assert caplog.messages == [], "one was not read yet"
+    see(0, START)
+    see(40, START + 60)
+    assert caplog.messages == ["0/10 batches ended, 0/1000 rows done, 0 failed"], "less than a twentieth"
+    see(50, START + 100)
+    assert caplog.messages[1:] == [
+        "0/10 batches ended, 50/1000 rows done, 0 failed, 0.5 rows/s, expected end 2027-01-15 08:33:20 UTC"
+    ]
+    see(60, START + 699)
+    assert len(caplog.messages) == 2
+    see(60, START + 700)
+    assert len(caplog.messages) == 3, "ten minutes are enough for any change"
+    see(60, START + 7000)
+    assert len(caplog.messages) == 3, "but for none"
+
+
+def test_a_refusal_of_a_batch_that_was_never_read_ends_the_wait_after_an_hour_without_a_deadline() -> None:
+    refused = InvalidRequestError("odd", status_code=400)
+    driver = Driver(BatchWait(["batch_1"], START, 60.0), script(refused))
+    with pytest.raises(BatchWaitError, match=r"Check the id\. ") as caught:
+        driver.run()
+    assert waiting.REFUSED_GRACE <= driver.now - START <= waiting.REFUSED_GRACE + 900
+    assert not caught.value.retryable
+    with_deadline = BatchWait(["batch_1"], START, 60.0, START + 10 * 3600)
+    with pytest.raises(BatchTimeoutError, match="never read"):
+        Driver(with_deadline, script(refused)).run()
+
+
+def test_an_unknown_batch_leaves_a_retry_where_the_wait_began_in_another_process() -> None:
+    missing = NotFoundError("no", status_code=404)
+    wait = BatchWait(["batch_1"], START, 60.0, began=START - 10_000)
+    for _ in range(2):
+        wait.fault("batch_1", missing, START)
+        assert wait.misses_some
+    with pytest.raises(BatchWaitError, match="not known to this account") as caught:
+        wait.fault("batch_1", missing, START)
+    assert caught.value.retryable
+    wait.observe("batch_1", batch(), START)
+    assert not wait.misses_some

@@ -24,6 +24,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     InvalidInputError,
     SiliconFlowError,
 )
+from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.operators.batch import (
     CreateBatchOperator,
     RunBatchOperator,
@@ -269,7 +270,33 @@ def test_what_a_job_hands_to_its_trigger(
     assert before + 3600 <= given["deadline"] <= time.time() + 3600
     assert (given["poll_interval"], given["cancel_on_kill"]) == (7.0, True)
     assert given["wait_token"] == context["ti"].pushed["siliconflow_wait"] != ""
-    assert deferred.value.timeout > timedelta(seconds=3600)
+    assert timedelta(seconds=3600) < deferred.value.timeout < timedelta(hours=2), (
+        "a backstop of that very wait"
+    )
+
+
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_what_a_job_that_holds_its_worker_hands_to_the_hook(
+    make_context: MakeContext, emulator: Emulator, tmp_path: Path, mocker: MockerFixture
+) -> None:
+    waits = mocker.spy(SiliconFlowHook, "wait_for_batches")
+    task = RunBatchOperator(
+        task_id="t",
+        requests=["a"] * 12,
+        output_dir=str(tmp_path),
+        model="Qwen/Qwen3-8B",
+        max_rows_per_batch=1,
+        max_in_flight=8,
+        poll_interval=0.05,
+        timeout=3600,
+    )
+    before = time.time()
+    assert task.execute(make_context(task))["rows"]["ok"] == 12
+    first, last = waits.call_args_list[0].kwargs, waits.call_args_list[-1].kwargs
+    # The next go out when a quarter has ended; nothing is left to go out at last.
+    assert (first["min_ended"], last["min_ended"]) == (2, None)
+    assert first["poll_interval"] == 0.05
+    assert before + 3600 <= first["deadline"] == last["deadline"] <= time.time() + 3600
 
 
 @pytest.mark.parametrize("skip", [True, False])

@@ -70,3 +70,60 @@ def test_rows_are_not_looked_into() -> None:
     assert read.rows("requests", rows) == rows
     assert read.rows("requests", '["a prompt"]') == ["a prompt"]
     assert read.rows("requests", "s3://bucket/rows.jsonl") == "s3://bucket/rows.jsonl"
+
+
+PAIRS = {f"k{n}": "v" for n in range(16)}
+
+
+@pytest.mark.parametrize(
+    ("reader", "value", "found"),
+    [
+        (read.limit, "7", 7),
+        (read.window, "48", "48h"),
+        (read.window, timedelta(days=2), "48h"),
+        (read.metadata, '{"a": "b"}', {"a": "b"}),
+        (read.plain_metadata, PAIRS, PAIRS),
+        (read.replace, '{"model": "m"}', {"model": "m"}),
+        (read.endpoint, "/v1/chat/completions", "/v1/chat/completions"),
+        (read.prices, '{"m": {"prompt": 1, "completion": 2}}', {"m": {"prompt": 1, "completion": 2}}),
+        (read.parameters, '{"temperature": 0}', {"temperature": 0}),
+        (read.model, "m", "m"),
+        (read.model, "", None),
+        (read.models, "['a', 'b']", ("a", "b")),
+        (read.models, "", None),
+        (read.identifier, "batch_1", "batch_1"),
+        (read.identifiers, "batch_1", ["batch_1"]),
+        (read.identifiers, "['batch_1', 'batch_2']", ["batch_1", "batch_2"]),
+        (read.text, "x", "x"),
+        (read.place, "s3://bucket/x", "s3://bucket/x"),
+    ],
+)
+def test_readers_return_what_templates_rendered_as_what_it_stands_for(
+    reader: read.Reader, value: Any, found: Any
+) -> None:
+    name = "max_in_flight" if reader is read.limit else "the_name"
+    assert reader(name, value) == found
+
+
+@pytest.mark.parametrize(
+    ("reader", "value", "named"),
+    [
+        (read.limit, "0", "max_in_flight"),
+        (read.window, "soon", "completion_window"),
+        # One pair is the identity's.
+        (read.metadata, PAIRS, "metadata"),
+        (read.replace, "text", "replace"),
+        (read.endpoint, "/v1/nothing", "endpoint"),
+        (read.prices, {"m": 3}, "prices"),
+        (read.parameters, {"messages": []}, "the_name"),
+        (read.model, 7, "model"),
+        (read.models, ["a", "a"], "models"),
+        (read.identifier, "None", "the_name"),
+        (read.identifiers, [], "the_name"),
+        (read.text, 7, "the_name"),
+        (read.text, " ", "the_name"),
+    ],
+)
+def test_readers_refuse_by_the_name_of_the_argument(reader: read.Reader, value: Any, named: str) -> None:
+    with pytest.raises(InvalidInputError, match=named):
+        reader("max_in_flight" if reader is read.limit else "the_name", value)

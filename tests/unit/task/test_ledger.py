@@ -12,6 +12,7 @@ from airflow_provider_siliconflow.jobs.identity import Submitter
 from airflow_provider_siliconflow.jobs.ledger import Owner
 from airflow_provider_siliconflow.jobs.states import (
     IN_DOUBT,
+    Ended,
     ImpossibleTransitionError,
     Planned,
     Sending,
@@ -117,3 +118,26 @@ def test_work_whose_input_changed_is_found_in_its_generation_only(store: Any) ->
     assert second.earlier_work(OTHER) == (KEY, Sent("batch_1", 1))
     assert second.earlier_work(KEY) is None
     assert open_ledger(store, 3, generation=4).earlier_work(OTHER) is None
+
+
+def test_batches_that_died_are_kept_in_order_and_not_without_end(store: Any) -> None:
+    ledger = open_ledger(store, 1)
+    died = [Ended(f"batch_{n}", 1, "failed", at=float(n)) for n in range(1, 26)]
+    for each in died:
+        ledger.record(KEY, Sending(1, 100.0))
+        ledger.record(KEY, Sent(each.batch_id, 1))
+        ledger.record(KEY, each)
+        ledger.retire(KEY)
+        assert ledger.state(KEY) == Planned()
+    kept = open_ledger(store, 2).retired(KEY)
+    assert [each.batch_id for each in kept] == [f"batch_{n}" for n in range(6, 26)]
+    assert open_ledger(store, 3).state(KEY) == Planned()
+    assert open_ledger(store, 3).retired(OTHER) == ()
+
+
+def test_work_that_was_not_sent_leaves_no_batch_that_died(store: Any) -> None:
+    ledger = open_ledger(store, 1)
+    ledger.record(KEY, Sending(1, 100.0))
+    ledger.retire(KEY)
+    assert (ledger.state(KEY), ledger.retired(KEY)) == (Planned(), ())
+    assert f"siliconflow.{KEY}" not in store.entries, "what is planned takes no room"

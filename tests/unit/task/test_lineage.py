@@ -27,3 +27,23 @@ def test_a_file_is_named_without_its_connection_and_rows_are_none(
 ) -> None:
     found = [(each.namespace, each.name) for each in lineage(requests).inputs]
     assert found == ([named] if named else [])
+
+
+def test_results_are_named_with_their_rows() -> None:
+    rows = {"total": 10, "ok": 7}
+    models = [
+        {
+            "rows": rows,
+            "paths": {"results": f"s3://evals/{name}/r.jsonl", "errors": f"s3://evals/{name}/e.jsonl"},
+        }
+        for name in ("a", "b")
+    ]
+    found = lineage(Path("/data/rows.jsonl"), {"models": models}).outputs
+    told = [(each.namespace, each.name, each.outputFacets["outputStatistics"].rowCount) for each in found]
+    assert told == [
+        ("s3://evals", "a/r.jsonl", 10),
+        ("s3://evals", "a/e.jsonl", 3),
+        ("s3://evals", "b/r.jsonl", 10),
+        ("s3://evals", "b/e.jsonl", 3),
+    ]
+    assert lineage("/data/rows.jsonl").outputs == []

@@ -144,3 +144,55 @@ def test_an_older_airflow_ends_no_task_in_the_trigger(
 ) -> None:
     mocker.patch.object(state, "airflow_version", return_value=version)
     assert not may_end_in_trigger(CreateBatchOperator(task_id="t", input_path="x"))
+
+
+# What Airflow is asked ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("earliest", ["start_date", "run_after", "logical_date", "the task's own"])
+def test_no_try_can_have_sent_anything_before_the_earliest_time_of_its_run(
+    make_context: Callable[..., dict[str, Any]], earliest: str
+) -> None:
+    early, late = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 1, 2, tzinfo=UTC)
+    context = make_context(BaseOperator(task_id="t"), start_date=late)
+    for name in ("start_date", "run_after", "logical_date"):
+        setattr(context["dag_run"], name, early if name == earliest else late)
+    if earliest == "the task's own":
+        context["ti"].start_date = early
+    assert TaskTry.of(context).since == early.timestamp()
+
+
+@pytest.mark.parametrize(
+    ("map_index", "states", "found"),
+    [
+        (-1, {"run": {"t": "failed"}}, "failed"),
+        (None, {"run": {"t": "failed"}}, "failed"),
+        (0, {"run": {"t_0": "failed", "t_1": "running"}}, "failed"),
+        (1, {"run": {"t_0": "failed", "t_1": "running"}}, "running"),
+        (-1, {"run": {"t": None}}, None),
+        (-1, {"run": {}}, None),
+        (-1, {}, None),
+    ],
+)
+@pytest.mark.skipif(airflow_version() < (3, 0), reason="older versions know it from the task instance")
+def test_the_state_is_that_of_this_very_task_instance(
+    make_context: Callable[..., dict[str, Any]],
+    mocker: MockerFixture,
+    map_index: int | None,
+    states: dict[str, Any],
+    found: str | None,
+) -> None:
+    from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+
+    asked = mocker.patch.object(RuntimeTaskInstance, "get_task_states", return_value=states)
+    ti = make_context(BaseOperator(task_id="t"), map_index=map_index)["ti"]
+    assert state.task_state(ti) == found
+    asked.assert_called_once_with(dag_id="dag", task_ids=["t"], run_ids=["run"], map_index=map_index)
+
+
+@pytest.mark.parametrize("found", ["failed", None])
+def test_airflow_2_knows_the_state_from_the_task_instance(mocker: MockerFixture, found: str | None) -> None:
+    mocker.patch.object(state, "airflow_version", return_value=(2, 11))
+    # An enum, whose text is not its value.
+    current = None if found is None else mocker.Mock(value=found)
+    assert state.task_state(mocker.Mock(current_state=lambda: current)) == found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +152,21 @@ def test_a_deadline_ends_a_poll_under_way(
     assert 0.5 <= time.time() - began < 10
     assert event["status"] == "timeout"
     assert batch_id in event["message"]
+
+
+def test_an_error_that_no_log_can_encode_ends_the_wait_with_an_event_all_the_same(
+    siliconflow_connection: str, mocker: MockerFixture
+) -> None:
+    """A handler that writes UTF-8 raises for half of a surrogate pair, as Airflow's own does on some streams."""
+    log = mocker.patch.object(BatchTrigger, "log", create=True)
+    log.error.side_effect = lambda text, *args: (text % args).encode()
+    log.exception.side_effect = lambda *_: traceback.format_exc().encode()
+    get_batch = "airflow_provider_siliconflow.api.async_client.AsyncSiliconFlowClient.get_batch"
+    mocker.patch(get_batch, side_effect=RuntimeError("half a pair: \ud800"))
+    event = payload(BatchTrigger(batch_ids=["batch_1"], poll_interval=0.05))
+    assert (event["status"], event["retryable"]) == ("error", True)
+    assert "half a pair" in event["message"]
+    assert "half a pair" in log.error.call_args.args[1]
 
 
 # A person ends the task ---------------------------------------------------------------------------------------
