@@ -379,10 +379,11 @@ class Submission:
 
         :raises UnexpectedAnswerError: the id is not that of a batch of ours; one may have been created all the same.
         """
-        if answer.is_known_status and answer.input_file_id == file_id:
+        may_be_ours = not self._is_of_other_work(work, answer)
+        if may_be_ours and answer.is_known_status and answer.input_file_id == file_id:
             return answer
         log.warning(
-            "The answer to POST /batches for %s has little more than the id %s; reading the batch",
+            "The answer to POST /batches for %s names batch %s and does not prove that it is the new one; reading it",
             work.label,
             answer.id,
         )
@@ -390,15 +391,22 @@ class Submission:
         try:
             batch = self._account.read(answer.id, watch=False)
         except SiliconFlowError as exc:
-            log.warning("%s; using the id of the answer", exc)
-            return answer
-        if batch is None or batch.input_file_id not in (file_id, None):
+            if may_be_ours:
+                log.warning("%s; using the id of the answer", exc)
+                return answer
+            batch = None
+        if batch is None or batch.input_file_id not in (file_id, None) or self._is_of_other_work(work, batch):
             raise UnexpectedAnswerError(
-                f"POST /batches for {work.label} answered with the id {answer.id}, which is not that of a batch over "
-                f"{file_id}",
+                f"POST /batches for {work.label} answered with the id {answer.id}, which is not that of a new batch "
+                f"over {file_id}",
                 accepted=True,
             )
         return batch
+
+    def _is_of_other_work(self, work: BatchWork, batch: Batch) -> bool:
+        """Whether a batch is certainly not the one that was just asked for: several may be over the same file."""
+        mark = batch.metadata.get(WORK_KEY)
+        return batch.id in self._ledger.recorded_batches() if mark is None else mark != work.key
 
 
 def _says_file_is_gone(error: APIError, file_id: str) -> bool:
