@@ -259,7 +259,7 @@ class SiliconFlowHook(BaseHook):
                 wait.fault(batch_id, exc, time.time())
             else:
                 wait.observe(batch_id, batch, time.time())
-        wait.say_summary(time.time())
+        wait.log_summary(time.time())
 
     def iter_results(self, batch: Batch | str) -> Iterator[BatchResult]:
         """

@@ -1,9 +1,9 @@
 """
-What the account lists of its files and batches, read no further than a search needs, and believed no further either.
+The account's lists of files and batches, read only as far as a search needs and trusted only as far as they are proven.
 
-The list may come in any order, in pages or without, with or without metadata, and the service's clock may be off by any
-amount. So a search stops early only on what the list itself shows: that it is sorted newest first, and that it has
-come to batches that are older than the input file of the work, by the same service's clock.
+A list may come in any order, with or without pages, with or without metadata, and the service's clock may be off by any
+amount. So a search stops early only if the list itself shows that it is sorted newest first, and that it has reached
+batches older than the input file of the work, by the service's own clock.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from airflow_provider_siliconflow.jobs.identity import (
 
 log = logging.getLogger(__name__)
 
-#: A search goes back to this long before the input file of its work came to be, in seconds: the service's clocks for
-#: files and for batches may differ.
+#: How far before the creation of its work's input file a search goes back, in seconds: the service's clocks for files
+#: and for batches may differ.
 ANCHOR_MARGIN = 86400.0
-#: A batch that seems older than its own input file by more than this shows that those clocks disagree, in seconds.
+#: Seconds by which a batch may seem older than its own input file before the two clocks count as different.
 _CLOCKS_AGREE = 3600.0
-#: Batches that are created at the same time may be listed in either order, in seconds.
+#: Seconds within which batches may be listed in either order.
 _ORDER_TOLERANCE = 300.0
 
 
 class Listing(Protocol):
-    """The batches of an account, in whatever order the service sends them; attributes are final at the end."""
+    """The batches of an account, in the order of the service; the attributes are final at the end."""
 
-    #: Whether the account has, or may have, batches that were not handed out.
+    #: Whether the account has, or may have, batches that were not listed.
     cut: bool
     #: Entries that could not be read at all.
     unreadable: int
@@ -59,7 +59,7 @@ class AccountAPI(Protocol):
     """The calls that reading the account needs; ``SiliconFlowClient`` has them."""
 
     def list_batches(self) -> Listing:
-        """Return the account's batches, read page by page as they are asked for."""
+        """Return the account's batches; pages are read as they are needed."""
         ...
 
     def list_files(self) -> Iterable[UploadedFile]:
@@ -89,7 +89,7 @@ class AccountFiles:
 
     def read(self, not_before: float = float("-inf")) -> None:
         """
-        Read the list, unless that was done already.
+        Read the list, unless it was read already.
 
         :param not_before: monotonic time; a list that was read earlier is read again.
         """
@@ -103,18 +103,18 @@ class AccountFiles:
         return self._by_id.get(file_id)
 
     def forget(self, file_id: str) -> None:
-        """Take a file for one that the service no longer has."""
+        """Treat a file as one that the service no longer has."""
         self._by_id.pop(file_id, None)
 
     def named(self, upload: Upload) -> list[UploadedFile]:
-        """Return the listed files that have the name of an upload, whatever their size."""
+        """Return the listed files with the name of an upload, whatever their size."""
         return [file for file in self._by_id.values() if file.filename == upload.filename]
 
     def has_content_of(self, file: UploadedFile, upload: Upload) -> bool | None:
         """
-        Whether a file holds exactly what an upload holds; ``None`` if the service does not let it be read.
+        Whether a file has exactly the content of an upload; ``None`` if the service does not let it be read.
 
-        Reads at most one byte more than the upload has, and each file once.
+        Each file is read once, and only until it exceeds the size of the upload.
         """
         if file.id in self._contents:
             return self._contents[file.id]
@@ -123,7 +123,7 @@ class AccountFiles:
         try:
             same = _hash_of(self._api.iter_file(file.id, lambda: None), upload.size) == upload.sha256
         except SiliconFlowError as exc:
-            # Reading an input file is not documented. If the service knows no such call, it is asked only once.
+            # Reading an input file is not documented. If the service has no such call, it is only tried once.
             self._contents_readable = protocol.is_transient(exc)
             log.info("The content of file %s cannot be compared: %s", file.id, exc)
             return None
@@ -138,7 +138,7 @@ class AccountFiles:
 
 
 def _hash_of(chunks: Iterable[bytes], size: int) -> str:
-    """Return the sha256 of what comes, or of nothing that matches if more than ``size`` bytes come."""
+    """Return the sha256 of a content, or ``""`` if it does not have ``size`` bytes."""
     found, left = hashlib.sha256(), size
     for chunk in chunks:
         left -= len(chunk)
@@ -150,7 +150,7 @@ def _hash_of(chunks: Iterable[bytes], size: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """What a search keeps of a listed batch; an account may list a hundred thousand."""
+    """The fields of a listed batch that a search keeps; an account may list a hundred thousand batches."""
 
     id: str
     key: str | None
@@ -163,7 +163,7 @@ class Listed:
 
     @classmethod
     def of(cls, batch: Batch) -> Listed:
-        """Take over a batch."""
+        """Return the fields of a batch."""
         return cls(
             batch.id,
             batch.metadata.get(WORK_KEY),
@@ -176,7 +176,7 @@ class Listed:
         )
 
     def batch(self) -> Batch:
-        """Return a batch with what is known of it."""
+        """Return a batch with these fields."""
         return Batch(
             id=self.id,
             status=self.status,
@@ -193,7 +193,7 @@ class _Order:
     """
     Whether a list is sorted newest first, as far as it was read.
 
-    Two things show it: the times of its batches, and the batches of which the ledger knows the order.
+    The times of its batches show it, and so do batches whose order the ledger knows.
     """
 
     def __init__(self) -> None:
@@ -202,10 +202,10 @@ class _Order:
 
     def add(self, created_at: float | None, number: int | None) -> None:
         """
-        Take the next batch.
+        Add the next batch.
 
-        :param created_at: its time.
-        :param number: its number, if it is recorded and has one.
+        :param created_at: its creation time.
+        :param number: its number in the ledger, if it has one.
         """
         if created_at is not None:
             self._times.add(created_at)
@@ -214,7 +214,7 @@ class _Order:
 
     @property
     def newest_first(self) -> bool:
-        """Whether it certainly is; a list of batches of one second may be sorted either way."""
+        """Whether it certainly is; batches that were all created in one second do not show it."""
         if self._times.is_broken or self._numbers.is_broken:
             return False
         return self._times.falls or self._numbers.falls
@@ -222,9 +222,9 @@ class _Order:
 
 class _Falling:
     """
-    Whether numbers fall.
+    Whether a sequence of numbers decreases.
 
-    :param tolerance: by which one may be larger than the smallest before it.
+    :param tolerance: by how much a number may exceed the smallest one before it.
     """
 
     def __init__(self, tolerance: float) -> None:
@@ -234,7 +234,7 @@ class _Falling:
         self.is_broken = False
 
     def add(self, value: float) -> None:
-        """Take the next number."""
+        """Add the next number."""
         if self._first is None:
             self._first = value
         self.is_broken |= value > self._lowest + self._tolerance
@@ -242,7 +242,7 @@ class _Falling:
 
     @property
     def falls(self) -> bool:
-        """Whether they did, and do not just stay the same."""
+        """Whether they decreased, as opposed to being all the same."""
         return not self.is_broken and self._first is not None and self._lowest < self._first
 
 
@@ -263,18 +263,18 @@ class AccountBatches:
         self._unmarked: dict[str, Listed] = {}
         self._by_submitter: dict[str, dict[str, str]] = {}
         self._seen: set[str] = set()
-        self._told: set[str] = set()
+        self._read_by_id: set[str] = set()
         self._expected: frozenset[str] = frozenset()
         self._warned: set[str] = set()
         self._clocks_agree = True
         self._order = _Order()
         self._oldest = float("inf")
         self._read_to: float = float("inf")
-        #: When the list was read last, by the monotonic clock.
+        #: When the list was last read, by the monotonic clock.
         self.read_at = float("-inf")
-        #: Whether the account may have batches that the service did not hand out.
+        #: Whether the account may have batches that the service did not list.
         self.cut = False
-        #: Entries of the list that were no batches.
+        #: Entries of the list that were not batches.
         self.unreadable = 0
 
     def __len__(self) -> int:
@@ -285,11 +285,11 @@ class AccountBatches:
         self, work: BatchWork, anchor: float | None, not_before: float, recorded: Mapping[str, int]
     ) -> None:
         """
-        Read the list as far as a piece of work needs.
+        Read the list as far as a piece of work needs it.
 
-        :param anchor: no batch of the work was created before, by the service's clock; ``None`` reads all.
+        :param anchor: time before which no batch of the work was created, by the service's clock; ``None`` reads all.
         :param not_before: monotonic time; a list that was read earlier is read again.
-        :param recorded: the batches that the ledger knows, with numbers that tell their order.
+        :param recorded: the batches that the ledger knows, with numbers that show their order.
         """
         depth = float("-inf") if anchor is None else anchor - ANCHOR_MARGIN
         if self.read_at >= not_before and self._read_to <= depth:
@@ -324,7 +324,7 @@ class AccountBatches:
                 and listed.created_at < file.created_at - _CLOCKS_AGREE
             ):
                 self._clocks_agree = False
-        if listed.id not in self._told:
+        if listed.id not in self._read_by_id:
             self._keep(listed)
         if listed.key is None:
             return
@@ -332,15 +332,15 @@ class AccountBatches:
             self._by_submitter.setdefault(submitter, {})[batch.id] = listed.key
         self._warn_of_other_deployment(batch, work)
 
-    def told(self, batch: Batch) -> None:
-        """Take what its id told of a batch that the list shows without a mark; from now on that counts for it."""
-        self._told.add(batch.id)
+    def add_read(self, batch: Batch) -> None:
+        """Add a batch that was read by its id since the list shows it without a mark; its own answer counts now."""
+        self._read_by_id.add(batch.id)
         self._unmarked.pop(batch.id, None)
         self._keep(Listed.of(batch))
 
-    def is_told(self, batch_id: str) -> bool:
+    def was_read(self, batch_id: str) -> bool:
         """Whether a batch was read by its id."""
-        return batch_id in self._told
+        return batch_id in self._read_by_id
 
     def _keep(self, listed: Listed) -> None:
         if listed.key is not None:
@@ -356,7 +356,7 @@ class AccountBatches:
         if theirs not in self._warned:
             self._warned.add(theirs)
             log.warning(
-                "Batch %s is of the same DAG, task and run (%s), but of deployment %r; this one is %r",
+                "Batch %s belongs to the same DAG, task and run (%s), but to deployment %r; this one is %r",
                 batch.id,
                 work.label,
                 theirs,
@@ -364,7 +364,7 @@ class AccountBatches:
             )
 
     def marked(self, key: str) -> list[Listed]:
-        """Return the batches that carry the mark of a piece of work, the oldest first."""
+        """Return the batches that carry the mark of a piece of work, oldest first."""
         return sorted(self._marked.get(key, {}).values(), key=lambda listed: listed.created_at or 0)
 
     def unmarked(self) -> list[Listed]:
@@ -372,22 +372,22 @@ class AccountBatches:
         return list(self._unmarked.values())
 
     def of_submitter(self, mark: str) -> dict[str, str]:
-        """Return batches that carry the mark of a submitter: id to key of the work."""
+        """Return the batches that carry the mark of a submitter: id to key of the work."""
         return dict(self._by_submitter.get(mark, {}))
 
     @property
     def shows_marks(self) -> bool:
-        """Whether the service is known to hand metadata back."""
+        """Whether the service is known to return metadata."""
         return bool(self._marked)
 
     def shows_all_of(self, anchor: float | None, older: Set[str]) -> bool:
         """
-        Whether the list, as far as it was read, surely shows all batches of a piece of work.
+        Whether the list, as far as it was read, certainly shows all batches of a piece of work.
 
         :param anchor: as in :meth:`read`.
-        :param older: batches that are certainly older than any of the work.
+        :param older: batches that are certainly older than any batch of the work.
         """
-        # A list that calls itself complete and lacks what was known to exist when it was read is not.
+        # A list that claims to be complete but lacks batches that existed when it was read is not complete.
         expected = older & self._expected
         if not self.cut and (not expected or not self._seen.isdisjoint(expected)):
             return True

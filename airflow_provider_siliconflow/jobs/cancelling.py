@@ -1,4 +1,4 @@
-"""Cancelling many batches in the few seconds that a task has when it is ended."""
+"""Cancelling many batches in the few seconds that Airflow leaves a task that is being ended."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from airflow_provider_siliconflow.api.models import Batch
 
 log = logging.getLogger(__name__)
 
-#: Batches that are cancelled at once.
+#: Batches that are cancelled at a time.
 _AT_ONCE = 32
 
 
@@ -21,7 +21,7 @@ class CancelAPI(Protocol):
     """The calls that cancelling needs; ``SiliconFlowClient`` has them."""
 
     def cancel_batch(self, batch_id: str) -> Batch:
-        """Ask for a batch to be cancelled."""
+        """Request the cancellation of a batch."""
         ...
 
     def get_batch(self, batch_id: str) -> Batch:
@@ -31,7 +31,7 @@ class CancelAPI(Protocol):
 
 def cancel(api: CancelAPI, batch_id: str) -> Batch:
     """
-    Ask for a batch to be cancelled; one that has ended already is returned as it is.
+    Request the cancellation of a batch; a batch that has already ended is returned as it is.
 
     :returns: the batch, which may still show its old status.
     """
@@ -41,7 +41,7 @@ def cancel(api: CancelAPI, batch_id: str) -> Batch:
         batch = api.get_batch(batch_id)
         if not batch.is_terminal:
             raise
-        log.info("Batch %s had ended already: %s", batch_id, batch.status)
+        log.info("Batch %s has already ended: %s", batch_id, batch.status)
         return batch
     log.info("Requested cancellation of batch %s; its status is %s", batch_id, batch.status)
     return batch
@@ -54,11 +54,11 @@ def cancel_all(
     is_ours: Callable[[Batch], bool] | None = None,
 ) -> None:
     """
-    Ask for batches to be cancelled, many at once; what fails is logged, since something happened before.
+    Request the cancellation of batches, several at a time. Failures are only logged: the task is already ending.
 
-    :param open_api: makes the calls for one thread.
-    :param is_ours: for ids that come from a ledger, which may name anybody's batch: each batch is read first, and left
-        alone if this says ``False`` of it. May be called by several threads at once.
+    :param open_api: returns a client for one thread.
+    :param is_ours: for ids that come from a ledger, which may name batches of others: each batch is read first, and is
+        not cancelled if this returns ``False`` for it. Several threads may call it at once.
     """
 
     def work(some: Sequence[str]) -> None:
@@ -69,7 +69,7 @@ def cancel_all(
                         cancel(api, batch_id)
                 except SiliconFlowError as exc:
                     log.warning(
-                        "Batch %s could not be cancelled; it may go on and be billed: %s", batch_id, exc
+                        "Batch %s could not be cancelled; it may continue and be billed: %s", batch_id, exc
                     )
 
     threads = min(_AT_ONCE, len(batch_ids))
@@ -87,5 +87,5 @@ def _check(api: CancelAPI, batch_id: str, is_ours: Callable[[Batch], bool]) -> b
     batch = api.get_batch(batch_id)
     if batch.id == batch_id and is_ours(batch):
         return True
-    log.error("Batch %s is in our record but belongs to other work; it is not cancelled", batch_id)
+    log.error("Batch %s is in this task's record but belongs to other work; it is not cancelled", batch_id)
     return False

@@ -1,4 +1,4 @@
-"""Time as something that can be handed in, so that waits and backoffs can be driven without waiting."""
+"""Time as a parameter, so that tests can drive waits and backoffs without waiting."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Two clocks, and a way to let some time pass."""
+    """Two clocks, and a way to let time pass."""
 
     def time(self) -> float:
-        """Return epoch seconds. This clock may be set forward or back at any moment, so no wait is measured by it."""
+        """Return epoch seconds. Not for measuring waits: this clock may be set at any moment."""
         ...
 
     def monotonic(self) -> float:
-        """Return seconds since an arbitrary moment; they only ever grow."""
+        """Return seconds since an arbitrary moment; they never decrease."""
         ...
 
     def sleep(self, seconds: float) -> None:

@@ -1,8 +1,8 @@
 """
-From the batches of a job to its results: downloads, the merge in the order of the rows, and the manifest.
+The results of a job: downloads, the merge in the order of the rows, and the manifest.
 
-One batch that cannot be read costs its own rows alone: those of the others are written, and the job then fails and says
-which it is.
+A batch that cannot be read costs only its own rows: those of the others are written, and the job then fails and names
+the batch.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ from airflow_provider_siliconflow.jobs.storable import storable, storable_text
 
 log = logging.getLogger(__name__)
 
-#: Batches that may fail to be read for a transient reason before the storage is taken to be away for all.
+#: Batches that may be unreadable for a transient reason before the storage is considered down for all of them.
 _TRANSIENT_FAILURES = 3
 
 
 @dataclass(slots=True)
 class Collected:
     """
-    What the batches of all rounds so far brought.
+    The results of the batches of all rounds so far.
 
     :param tallies: the figures, by model.
-    :param retries: by model, for each shard of the first round a byte per row: 1 if another attempt is worth it.
+    :param retries: by model, for each shard of the first round a byte per row: 1 if the row is worth another attempt.
     :param spoilt: batches that could not be read, and why.
-    :param unanswered: dead batches of this try and how many of their rows they did not answer.
+    :param unanswered: dead batches of this try, and how many of their rows they did not answer.
     """
 
     tallies: dict[int, ModelTally] = field(default_factory=dict)
@@ -100,9 +100,9 @@ class Collector:
 
     def settle(self, batches: Iterable[Batch]) -> None:
         """
-        Record the end of batches whose counts do not add up, if their files say that they are settled.
+        Record the end of batches whose counts do not add up but whose files show that they are settled.
 
-        :param batches: as a wait handed them on; the others of the job are left alone.
+        :param batches: the batches that a wait returned; other batches of the job do not change.
         """
         by_id = {batch.id: batch for batch in batches}
         for piece in self._job.current:
@@ -120,7 +120,7 @@ class Collector:
                 if self._clock.time() - state.terminal_since < SETTLE_LIMIT:
                     log.info("Batch %s is not settled yet: %s", state.batch_id, exc)
                     continue
-                # What cannot be read after so long is named when the results are written.
+                # A batch that is still unreadable after that time is named when the results are written.
                 batch = by_id[state.batch_id]
             self._job.record_settled(piece, batch)
 
@@ -137,7 +137,7 @@ class Collector:
         outcomes = outcomes_in(files)
         answered = {Outcome.OK, Outcome.ERROR}
         if ended.status == BatchStatus.FAILED and Outcome.OK not in outcomes.values():
-            # Rejected as a whole: what it says of single rows is no answer to them.
+            # Rejected as a whole: what it reports about single rows does not answer them.
             answered = set()
         return bytearray(
             outcomes.get(custom_id) not in answered for custom_id in iter_custom_ids(self._job.source(piece))
@@ -147,11 +147,11 @@ class Collector:
 
     def collect(self) -> Collected:
         """
-        Download what all batches brought, and write the results of each model in the order of the rows.
+        Download the results of all batches, and write those of each model in the order of the rows.
 
-        Every batch of the job has ended, or was refused.
+        Call this once every batch of the job has ended or was refused.
 
-        :raises JobTakenOverError: another try does the job now; nothing is written under its name.
+        :raises JobTakenOverError: another try has taken over the job; its results are not overwritten.
         :raises SiliconFlowError: nothing can be read; a retry reads it again.
         """
         collected = Collected()
@@ -159,7 +159,7 @@ class Collector:
             for model in self._job.models:
                 self._merge_model(model, collected)
         except FileNotFoundError:
-            # A newer try that has finished the job has removed its folder.
+            # A newer try that finished the job has removed its folder.
             self._job.ledger.check_owner()
             raise
         return collected
@@ -168,21 +168,21 @@ class Collector:
         """
         Write the shards of the rows that are worth another attempt.
 
-        :returns: the shards by model; ``None`` if no row is, no attempt is left, the account is empty, or a retry of
-            the task has to bring the rows of a batch first.
+        :returns: the shards by model; ``None`` if no row is worth it, no attempt is left, the account has no balance,
+            or a retry of the task has to get the rows of a batch first.
         """
         job = self._job
         number = len(job.rounds)
         if number >= job.options.max_row_attempts or not collected.worth_another_attempt:
             return None
         if collected.out_of_balance:
-            log.error("Rows failed because the account is empty: no row is sent again")
+            log.error("Rows failed because the account has no balance: no row is sent again")
             return None
         cancelled = [
             ended.batch_id
             for piece in job.rounds[-1]
             if (ended := job.dead(piece)) and ended.status == BatchStatus.CANCELLED
-            # A person who cancels a batch does not want its rows to be sent again at once.
+            # Somebody who cancels a batch does not want its rows to be sent again at once.
             if collected.unanswered.get(ended.batch_id)
         ]
         if waits_for := [*collected.spoilt, *cancelled]:
@@ -232,7 +232,7 @@ class Collector:
                 if merged.tally.rows != shard.rows:
                     raise IncompleteResultsError(
                         f"{job.source(piece)} has {merged.tally.rows} rows, but {shard.rows} were planned: the file is "
-                        "damaged. The batches are untouched, and so are their results at the service.",
+                        "damaged. The batches and their results at the service are untouched.",
                         batch_id=job.batch_id(piece),
                     )
                 tally.add(merged.tally)
@@ -244,13 +244,13 @@ class Collector:
     def _merge_shard(
         self, piece: Piece, files: Sequence[BatchFiles], results: Any, errors: Any, collected: Collected
     ) -> MergedShard:
-        """Merge a shard. A line that cannot be read costs its own row; its batch is remembered as spoilt."""
+        """Merge a shard. A line that cannot be read costs its own row, and its batch counts as spoilt."""
         name = self._job.options.replacements[piece.model]
         merged = merge_shard(self._job.source(piece), files, results, errors, model=name, strict=False)
         for spoilt in merged.spoilt:
-            # One whose rows all have a result, from elsewhere or in other lines, withholds nothing.
+            # An unreadable line loses nothing if every row has a result from elsewhere.
             if spoilt.rows and spoilt.batch_id is not None and spoilt.batch_id not in collected.spoilt:
-                log.error("Batch %s cannot be read whole: %s", spoilt.batch_id, spoilt.reason)
+                log.error("Batch %s cannot be read completely: %s", spoilt.batch_id, spoilt.reason)
                 collected.spoilt[spoilt.batch_id] = spoilt.reason
         return merged
 
@@ -258,7 +258,7 @@ class Collector:
     def _files(
         self, piece: Piece, collected: Collected, *, shared: bool = False
     ) -> Iterator[list[BatchFiles]]:
-        """Download what a piece brought: its batch, the ones that died before it, or why it was refused."""
+        """Download the results of a piece: its batch, those that died before it, or why it was refused."""
         job = self._job
         ended, refused = job.ended(piece), job.refused(piece)
         found: list[BatchFiles] = []
@@ -269,7 +269,7 @@ class Collector:
             if ended is not None:
                 found.append(self._collected_files(stack, piece, ended, collected, shared=shared))
             elif refused is not None and piece.round == 0:
-                # In a later round the rows have a result already, which says more.
+                # In a later round the rows already have a result, which says more.
                 folder = stack.enter_context(temporary_folder())
                 path = folder / "error.jsonl"
                 lines = refused_lines(job.source(piece), status=refused.status, message=refused.message)
@@ -307,7 +307,7 @@ class Collector:
     def _opened(
         self, stack: contextlib.ExitStack, piece: Piece, retired: Ended, *, shared: bool
     ) -> BatchFiles:
-        """Download a batch that was replaced since it had no answer to any row; late ones are paid for all the same."""
+        """Download a batch that was replaced since it had answered no row; answers that came later are paid for too."""
         try:
             downloading = self._downloaded(
                 piece, retired.batch_id, ended_at=retired.at, shared=shared, patience=()
@@ -316,14 +316,14 @@ class Collector:
         except SiliconFlowError as exc:
             if self._is_not_about_one(exc):
                 raise
-            log.warning("%s Batch %s was replaced, so the job goes on without it.", exc, retired.batch_id)
+            log.warning("%s Batch %s was replaced, so the job continues without it.", exc, retired.batch_id)
             raise _LeftOut from exc
 
     def _spoil(self, batch_id: str, error: SiliconFlowError, collected: Collected) -> None:
         """
         Remember a batch that cannot be read.
 
-        :raises SiliconFlowError: it is not about this batch alone.
+        :raises SiliconFlowError: the error does not concern this batch alone.
         """
         if self._is_not_about_one(error):
             raise error
@@ -347,7 +347,7 @@ class Collector:
         shared: bool = False,
         patience: Sequence[float] = LATE_FILE_PATIENCE,
     ) -> Iterator[tuple[Batch, BatchFiles]]:
-        # What was waited for in vain once is not waited for in each round.
+        # A file that did not arrive in an earlier round is not waited for again.
         if batch_id in self._short:
             patience = ()
         with downloaded(
@@ -368,7 +368,7 @@ class Collector:
     # Manifest ---------------------------------------------------------------------------------------------
 
     def manifest(self, collected: Collected) -> dict[str, Any]:
-        """Return the manifest of what was collected, fit for XCom."""
+        """Return the manifest of the collected results, as XCom takes it."""
         options = self._job.options
         runs = [
             ModelRun(
@@ -406,7 +406,7 @@ class Collector:
 
 
 class _LeftOut(Exception):  # noqa: N818
-    """A batch that the results do without."""
+    """A batch that is left out of the results."""
 
 
 def _write_lines(path: Path, lines: Iterable[bytes]) -> None:

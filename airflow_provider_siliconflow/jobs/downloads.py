@@ -1,7 +1,7 @@
 """
-Reading what a batch produced: fresh references, patience until it is settled, nothing lost in silence.
+Downloading the results of a batch: with fresh references, once it is settled, and without losing rows silently.
 
-Result files come from outside: they are limited in size, by the rows that were sent and by the free disk.
+Result files come from outside, so their size is limited by the rows that were sent and by the free disk space.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ log = logging.getLogger(__name__)
 Kind = Literal["output", "error"]
 KINDS: tuple[Kind, ...] = ("output", "error")
 
-#: Pauses while the result files of a batch are not complete yet, in seconds: a minute in all.
+#: Pauses while the result files of a batch are not complete yet, in seconds; one minute in total.
 LATE_FILE_PATIENCE = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 
-#: Bytes of a result file: so many a row on average, and so many more for a small batch. An answer of 128,000 tokens has
+#: Most bytes of a result file: so many per row on average, and so many in addition. An answer of 128,000 tokens has
 #: 1 MB, one with log probabilities several.
 _ROW_BYTES, _SPARE_BYTES = 4 << 20, 64 << 20
-#: Bytes of the disk that a download leaves free.
+#: Bytes that a download leaves free on the disk.
 _RESERVED_BYTES = 256 << 20
 
-#: Field of a batch that says when it ended, by its status.
+#: The field of a batch that states when it ended, by its status.
 _END_FIELDS = {
     BatchStatus.COMPLETED: "completed_at",
     BatchStatus.FAILED: "failed_at",
@@ -82,8 +82,8 @@ class ResultFiles:
     The result files of one ended batch.
 
     :param api: the calls.
-    :param batch_id: the batch; it is read anew, since a signature may have aged.
-    :param rows: rows that were sent in it, if that is known.
+    :param batch_id: the batch; it is read again, since the signatures of its URLs may have expired.
+    :param rows: rows that were sent in it, if known.
     :raises BatchError: the batch has not ended.
     """
 
@@ -98,13 +98,13 @@ class ResultFiles:
             )
 
     def reference(self, kind: Kind) -> str | None:
-        """Return the URL or id of a result file, or ``None`` if there is none."""
+        """Return the URL or id of a result file; ``None`` if there is none."""
         return self.batch.output_file_id if kind == "output" else self.batch.error_file_id
 
     def refresh(self) -> None:
         """Read the batch again."""
         fresh, known = self._api.get_batch(self.batch.id), self.batch
-        # A replica of the service that lags behind must not make a file disappear, nor the batch pending again.
+        # A stale answer must neither make a file disappear nor make the batch pending again.
         self.batch = (fresh if fresh.is_terminal else known).model_copy(
             update={
                 "output_file_id": fresh.output_file_id or known.output_file_id,
@@ -116,7 +116,7 @@ class ResultFiles:
         """
         Yield the bytes of a result file; nothing if there is none.
 
-        :raises IncompleteResultsError: it is larger than the results of its rows can be, or than the disk.
+        :raises IncompleteResultsError: it is larger than the results of its rows can be.
         """
         reference = self.reference(kind)
         if reference is None:
@@ -131,9 +131,9 @@ class ResultFiles:
 
     def copy(self, kind: Kind, path: Path) -> int:
         """
-        Write a result file to the disk and return its number of lines.
+        Write a result file to the disk, and return its number of lines.
 
-        :raises IncompleteResultsError: the disk has no room for it.
+        :raises IncompleteResultsError: the disk has no room for it, or as for :meth:`chunks`.
         """
         lines, last, written = 0, b"\n", 0
         room = shutil.disk_usage(path.parent).free - _RESERVED_BYTES
@@ -142,8 +142,9 @@ class ResultFiles:
                 written += len(chunk)
                 if written > room:
                     raise IncompleteResultsError(
-                        f"The {kind} file of batch {self.batch.id} does not fit on the disk of {path.parent}: only "
-                        f"{max(room, 0)} bytes may be used. The results are kept for 30 days; a retry downloads them.",
+                        f"The {kind} file of batch {self.batch.id} does not fit on the disk of {path.parent}, where "
+                        f"only {max(room, 0)} bytes may be used. The service keeps the results for 30 days; a retry "
+                        "downloads them.",
                         batch_id=self.batch.id,
                     )
                 target.write(chunk)
@@ -154,7 +155,7 @@ class ResultFiles:
 
 @dataclass(slots=True)
 class _Copies:
-    """The best copy of each result file so far: what was there once must not be given up for fewer lines."""
+    """The best copy of each result file so far: a later copy with fewer lines must not replace it."""
 
     folder: Path
     lines: dict[Kind, int] = field(default_factory=dict)
@@ -193,14 +194,14 @@ def downloaded(
     requests: Source | None = None,
 ) -> Iterator[tuple[Batch, BatchFiles]]:
     """
-    Download the result files of a settled batch into a temporary folder, for as long as the block lasts.
+    Download the result files of a settled batch into a temporary folder that lasts as long as the block.
 
-    :param number: the round the batch belongs to.
-    :param shared: whether the batch holds rows of several shards.
-    :param rows: rows that were sent in it, if that is known.
-    :param ended_at: when it was first seen in a terminal status, by our own clock; by default when the service says
-        that it ended.
-    :param patience: pauses, in seconds, while the batch is not settled.
+    :param number: the round to which the batch belongs.
+    :param shared: whether the batch contains rows of several shards.
+    :param rows: rows that were sent in it, if known.
+    :param ended_at: when it was first seen in a terminal status, by our own clock; by default the end that the service
+        states.
+    :param patience: pauses while the batch is not settled, in seconds.
     :param requests: the request file of a ``shared`` batch.
     :raises IncompleteResultsError: the batch is not settled; a retry downloads it again.
     """
@@ -213,7 +214,7 @@ def downloaded(
             copies.take(files)
             batch, held = files.batch, copies.held(batch_id)
             found = judge_files(batch, held, rows)
-            # Our own clock, if it was there when the batch ended.
+            # Measured by our own clock, if a process of ours saw the batch end.
             age = None if ended_at is None else clock.time() - ended_at
             if found is Settled.YES or (found is Settled.PERHAPS and (age or 0.0) >= SETTLE_PATIENCE):
                 break
@@ -225,8 +226,8 @@ def downloaded(
                     log.warning("%s That is final, an hour after its end.", _story(batch, held))
                     break
                 raise IncompleteResultsError(
-                    f"{_story(batch, held)} The rows are paid for and kept for 30 days; a retry downloads them again, "
-                    "and pays for nothing.",
+                    f"{_story(batch, held)} The rows are paid for and kept for 30 days; a retry downloads them again "
+                    "at no extra cost.",
                     batch_id=batch_id,
                 )
             log.warning("%s Downloading them again in %.0f s.", _story(batch, held), pause)
@@ -240,7 +241,7 @@ def downloaded(
                 round=number,
                 shared=shared,
                 batch_id=batch_id,
-                # Rows that are counted as answered are paid for, whether or not the files have them.
+                # Rows that count as answered are paid for, even if the files lack them.
                 short=held.output < batch.request_counts.completed,
                 requests=requests,
             ),
@@ -248,10 +249,10 @@ def downloaded(
 
 
 def stated_end(batch: Batch, now: float) -> float:
-    """Return when a batch ended as the service says, in epoch seconds; long ago if it does not say or cannot be."""
+    """Return the end of a batch as the service states it, in epoch seconds; minus infinity if it does not."""
     field_name = _END_FIELDS.get(BatchStatus(batch.status)) if batch.is_terminal else None
     stated = getattr(batch, field_name) if field_name else None
-    # A day covers a clock that is off; what is later than that is not in seconds.
+    # A day allows for a wrong clock; a later time is not in seconds.
     return float(stated) if stated is not None and 0 < stated < now + 86400.0 else -math.inf
 
 
@@ -265,7 +266,7 @@ def _story(batch: Batch, held: Held) -> str:
 
 def outcomes_in(files: BatchFiles) -> dict[str, Outcome]:
     """
-    Return what became of the rows that the files of a batch tell of, by ``custom_id``.
+    Return the outcomes of the rows in the files of a batch, by ``custom_id``.
 
     A row that never ran because its batch was cancelled counts as expired.
 
@@ -288,7 +289,7 @@ def outcomes_in(files: BatchFiles) -> dict[str, Outcome]:
 
 def iter_results(api: ResultAPI, batch_id: str, clock: Clock | None = None) -> Iterator[BatchResult]:
     """
-    Yield the results of an ended batch, line by line: first the output file, then the error file.
+    Yield the results of an ended batch line by line: first those of the output file, then those of the error file.
 
     :param api: the calls.
     :param batch_id: the batch.
@@ -310,10 +311,10 @@ def download_results(
     api: ResultAPI, batch_id: str, output_dir: Any, clock: Clock | None = None
 ) -> dict[str, Any]:
     """
-    Write what a batch produced to a folder, and return the manifest.
+    Write the results of a batch to a folder, and return the manifest.
 
     :param output_dir: a ``pathlib.Path`` or an ``ObjectStoragePath``.
-    :raises IncompleteResultsError: the batch is not settled: its files hold fewer rows than it counts.
+    :raises IncompleteResultsError: the batch is not settled: its files have fewer rows than it counts.
     """
     with downloaded(api, batch_id, clock) as (batch, files):
         paths = {name: str(output_dir / f"{name}.jsonl") for name in ("results", "errors")}

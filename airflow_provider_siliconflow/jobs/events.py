@@ -1,8 +1,8 @@
 """
-What a trigger says to the task that resumes.
+The events that a trigger sends to the task that resumes.
 
-An event is one of three data classes, with one encoder and one decoder. Its payload holds all that is needed: the task
-that resumes is a new object.
+An event is one of three data classes, with one encoder and one decoder. Its payload contains everything that is needed,
+since the task that resumes is a new object.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class BatchesEnded:
 @dataclass(frozen=True, slots=True)
 class WaitTimedOut:
     """
-    The wait's deadline came first.
+    The wait reached its deadline first.
 
-    :param message: the whole story.
-    :param batch_ids: what was waited for.
+    :param message: the full error message.
+    :param batch_ids: the batches of the wait.
     :param retryable: whether a retry of the task can succeed.
     """
 
@@ -59,10 +59,10 @@ class WaitTimedOut:
 @dataclass(frozen=True, slots=True)
 class WaitFailed:
     """
-    The wait could not go on.
+    The wait could not continue.
 
-    :param message: the whole story.
-    :param batch_ids: what was waited for.
+    :param message: the full error message.
+    :param batch_ids: the batches of the wait.
     :param retryable: whether a retry of the task can succeed.
     """
 
@@ -73,12 +73,12 @@ class WaitFailed:
 
 Event: TypeAlias = BatchesEnded | WaitTimedOut | WaitFailed
 
-#: Bytes of the largest payload: it travels through Airflow's database and stays in the worker's memory.
+#: Most bytes of a payload: it passes through Airflow's database and stays in the worker's memory.
 MAX_BYTES = 1 << 20
-#: Characters of a message, messages of a batch and characters of each, and ids of batches that a payload names.
+#: Most characters of a message, messages per batch, characters of each of those, and batch ids of a failure.
 _MESSAGE, _ERRORS, _ERROR, _IDS = 4000, 5, 500, 1000
 
-#: Fields of a batch that travel, and those that a job of many batches asks for.
+#: Fields of a batch in a payload: usually, for a job of many batches, and if the payload would be too large.
 _FIELDS = tuple(name for name in Batch.model_fields if name not in ("request_counts", "errors", "metadata"))
 _COUNTS_ONLY = ("id", "status", "in_progress_at")
 _SLIM = (*_COUNTS_ONLY, "output_file_id", "error_file_id")
@@ -97,12 +97,12 @@ def failed(error: SiliconFlowError, batch_ids: Sequence[str]) -> WaitTimedOut | 
 
 def encode(event: Event, *, counts_only: bool = False) -> dict[str, Any]:
     """
-    Return the payload of an event, as JSON types that every encoder and database of Airflow's takes.
+    Return the payload of an event, as JSON types that every encoder and database of Airflow takes.
 
-    A payload has at most :data:`MAX_BYTES`. Of too many batches it has less of each; a job gets as many of them as
-    there is room for, since it waits for the others again.
+    A payload has at most :data:`MAX_BYTES`. With too many batches, each has fewer fields. A job gets as many batches as
+    there is room for, and waits for the others again.
 
-    :param counts_only: of each batch only its id, status, counts and errors.
+    :param counts_only: whether to include only the id, status, counts and errors of each batch, for a job.
     """
     try:
         payload = _payload(event, counts_only=counts_only)
@@ -110,13 +110,13 @@ def encode(event: Event, *, counts_only: bool = False) -> dict[str, Any]:
             return payload
         return _encode_failure(
             WaitFailed(
-                f"The batches ended, but {len(payload['batches'])} are too many to be handed to the task in one event. "
+                f"The batches ended, but {len(payload['batches'])} batches are too many for one event to the task. "
                 "They are untouched. Wait for fewer batches at once.",
                 tuple(batch["id"] for batch in payload["batches"]),
                 retryable=False,
             )
         )
-    # Whatever a batch may hold that is not foreseen here, the wait must end with an event.
+    # The wait must end with an event, even if a batch contains something unforeseen.
     except Exception as exc:  # noqa: BLE001
         batches = event.batches if isinstance(event, BatchesEnded) else ()
         ids = tuple(batch.id for batch in batches) or getattr(event, "batch_ids", ())
@@ -137,7 +137,7 @@ def _payload(event: Event, *, counts_only: bool) -> dict[str, Any]:
     }
     if _size(payload) > MAX_BYTES:
         log.warning(
-            "%d batches are too many for one event: it leaves out their metadata and times",
+            "%d batches are too many for one event; it leaves out their metadata and times",
             len(event.batches),
         )
         payload["batches"] = [_described(batch, _SLIM) for batch in event.batches]
@@ -159,7 +159,7 @@ def _as_many_as_fit(described: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _described(batch: Batch, names: Sequence[str], *, metadata: bool = False) -> dict[str, Any]:
-    """Return fields of a batch, bounded. Signed URLs lose their query."""
+    """Return fields of a batch, within limits. Signed URLs lose their query."""
     counts = batch.request_counts
     found = {name: storable(shown(getattr(batch, name)), levels=0) for name in names}
     found["request_counts"] = storable(
@@ -167,7 +167,7 @@ def _described(batch: Batch, names: Sequence[str], *, metadata: bool = False) ->
     )
     found["errors"] = [storable_text(message, _ERROR) for message in batch.error_messages[:_ERRORS]] or None
     if metadata:
-        # The author's own; the service takes 16 pairs.
+        # Written by the DAG's author; the service takes at most 16 pairs.
         found["metadata"] = storable(without_secrets(dict(list(batch.metadata.items())[:16])))
     return found
 
@@ -183,9 +183,9 @@ def _encode_failure(event: WaitTimedOut | WaitFailed) -> dict[str, Any]:
 
 def _size(payload: Any) -> int:
     """
-    Return the bytes of a payload as JSON, having proven that it encodes.
+    Return the size of a payload as JSON, in bytes, which also proves that it can be encoded.
 
-    :raises ValueError: it does not.
+    :raises ValueError: it cannot be encoded.
     """
     return len(json.dumps(payload, ensure_ascii=False, allow_nan=False).encode("utf-8"))
 
@@ -194,20 +194,20 @@ def decode(payload: Any) -> Event:
     """
     Return the event of a payload.
 
-    :raises BatchError: it is none of ours.
+    :raises BatchError: it is not one of the known events.
     """
     status = payload.get("status") if isinstance(payload, dict) else None
     if status == "ended" and isinstance(payload.get("batches"), list):
         with contextlib.suppress(ValidationError):
             return BatchesEnded(tuple(map(Batch.model_validate, payload["batches"])))
     if status in ("timeout", "error"):
-        message = storable_text(str(payload.get("message") or "the trigger gave no reason"), _MESSAGE)
+        message = storable_text(str(payload.get("message") or "The trigger gave no reason."), _MESSAGE)
         ids = payload.get("batch_ids")
         batch_ids = tuple(map(str, ids if isinstance(ids, list | tuple) else ()))
         if status == "timeout":
             return WaitTimedOut(message, batch_ids, bool(payload.get("retryable", True)))
         return WaitFailed(message, batch_ids, bool(payload.get("retryable", BatchWaitError.retryable)))
-    raise BatchError(f"The trigger sent an event this version does not know: {brief(repr(payload))}")
+    raise BatchError(f"The trigger sent an event that this version does not know: {brief(repr(payload))}")
 
 
 def batches_of(payload: Any) -> list[Batch]:
@@ -216,8 +216,8 @@ def batches_of(payload: Any) -> list[Batch]:
 
     :param payload: what :func:`encode` returned.
     :raises BatchTimeoutError: the wait timed out.
-    :raises BatchWaitError: the wait could not go on.
-    :raises BatchError: the event is none of ours.
+    :raises BatchWaitError: the wait could not continue.
+    :raises BatchError: the event is not one of the known events.
     """
     event = decode(payload)
     if isinstance(event, BatchesEnded):

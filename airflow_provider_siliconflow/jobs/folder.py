@@ -1,4 +1,4 @@
-"""What a job keeps in its folder for the process that goes on with it."""
+"""Reading and removing the folder in which a job keeps its state for later processes."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from airflow_provider_siliconflow.batch_files.atomic_files import load_json, loc
 
 log = logging.getLogger(__name__)
 
-#: Largest file of a job's folder that is read as JSON, in bytes.
+#: Size of the largest file that is read as JSON, in bytes.
 MAX_JSON_BYTES = 64 << 20
 
 
-def read_json(path: Any, *, or_cut: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
+def read_json(path: Any, *, otherwise: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
     """
-    Return the object in a JSON file; ``None`` if there is no file, or one that is damaged.
+    Return the object in a JSON file; ``None`` if the file does not exist or is damaged.
 
-    A store without atomic writes may leave a part of a file. All that is needed to go on is written before anything is
-    sent by it. A local link is not followed: it counts as damaged.
+    A store without atomic writes may leave a partial file. This is safe, since every file is written before anything is
+    sent that depends on it. A local link is not followed; it counts as damaged.
 
-    :param or_cut: what becomes of a damaged one, for the log.
-    :param max_bytes: a larger one counts as damaged.
+    :param otherwise: what happens instead if the file is damaged, for the log.
+    :param max_bytes: a larger file counts as damaged.
     """
     try:
-        return read_object(path, or_cut=or_cut, max_bytes=max_bytes)
+        return read_object(path, otherwise=otherwise, max_bytes=max_bytes)
     except FileNotFoundError:
         return None
 
 
-def read_object(path: Any, *, or_cut: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
+def read_object(path: Any, *, otherwise: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
     """
     Return the object in a JSON file; ``None`` if it is damaged. Parameters as for :func:`read_json`.
 
@@ -40,16 +40,16 @@ def read_object(path: Any, *, or_cut: str, max_bytes: int = MAX_JSON_BYTES) -> d
     try:
         value = load_json(path, limit=max_bytes)
     except InvalidInputError as exc:
-        log.warning("%s; %s", exc, or_cut)
+        log.warning("%s; %s", exc, otherwise)
         return None
     if not isinstance(value, dict):
-        log.warning("%s is not a JSON object; %s", path, or_cut)
+        log.warning("%s is not a JSON object; %s", path, otherwise)
         return None
     return value
 
 
 def remove_tree(folder: Any) -> None:
-    """Remove a job's folder, and the folder of all jobs when it was the last."""
+    """Remove a job's folder, and the folder of all jobs if it was the last one."""
     local = local_path(folder)
     if local is not None:
         import shutil
@@ -57,12 +57,12 @@ def remove_tree(folder: Any) -> None:
         try:
             shutil.rmtree(local)
         except OSError as exc:
-            log.warning("The job's folder %s is left behind: %s", folder, exc)
+            log.warning("The job's folder %s cannot be removed: %s", folder, exc)
         with contextlib.suppress(OSError):
             local.parent.rmdir()
         return
     try:
         folder.fs.rm(folder.path, recursive=True)
-    # Stores raise errors of their own kinds; all is done and paid for, and none of them may undo that.
+    # Stores raise errors of their own. The work is done and paid for, so none of them may fail the task.
     except Exception as exc:  # noqa: BLE001
-        log.warning("The job's folder %s is left behind: %s", folder, exc)
+        log.warning("The job's folder %s cannot be removed: %s", folder, exc)

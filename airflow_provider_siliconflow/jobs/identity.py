@@ -1,9 +1,9 @@
 """
-What makes a piece of work the same piece of work, and what proves that a batch is it.
+The identity of a piece of work, and the proof that a batch belongs to it.
 
-A batch carries its identity in its ``metadata`` and an uploaded file carries it in its name, so that a later
-try finds what an earlier one paid for without any state of its own. Anybody with the account can copy both, so neither
-is proof by itself: see :func:`prove`.
+A batch carries its identity in its ``metadata``, an uploaded file in its name, so that a later try finds what an
+earlier one paid for without any state of its own. Anybody with access to the account can copy both, so neither is proof
+by itself: see :func:`prove`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from airflow_provider_siliconflow.api.models import Batch, UploadedFile
 #: Metadata keys of the identity, of the readable name, of the task instance in its generation, and of the deployment.
 WORK_KEY, WORK_LABEL, WORK_SUBMITTER, WORK_DEPLOYMENT = arguments.IDENTITY_KEYS
 
-#: What a person does who wants a batch although an earlier one may exist; for messages.
-SUBMIT_ANEW = "a manual clear of the task submits anew"
+#: How to get a new batch although an earlier one may exist; for messages.
+SUBMIT_ANEW = "a manual clear of the task submits a new batch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,10 @@ class Submitter:
     """
     Who submits: one task instance, in one generation of its tries.
 
-    :param generation: grows when a manual clear is to submit anew, and stays the same over automatic retries, so that
-        a retry finds the work.
-    :param deployment_id: ``[siliconflow] deployment_id``. Without it, two Airflows with the same DAG and run on one
-        account share their work.
+    :param generation: increases if a manual clear is to submit again, and stays the same over automatic retries, so
+        that a retry finds the work.
+    :param deployment_id: ``[siliconflow] deployment_id``. Without it, two Airflow deployments that run the same DAG and
+        run id on one account share their work.
     """
 
     dag_id: str
@@ -47,20 +47,20 @@ class Submitter:
 
     @property
     def label(self) -> str:
-        """``dag/task/run`` for people who look at the account's batches."""
+        """``dag/task/run``, to be read in the account's list of batches."""
         mapped = f"[{self.map_index}]" if self.map_index >= 0 else ""
         return f"{self.dag_id}/{self.task_id}{mapped}/{self.run_id}"[: arguments.MAX_METADATA_VALUE]
 
     @property
     def mark(self) -> str:
-        """16 hexadecimal digits that tell this task instance in this generation from all others."""
+        """16 hexadecimal digits that identify this task instance in this generation."""
         return self.key()[:16]
 
     def key(self, **content: Any) -> str:
         """
         Return the identity of one piece of this submitter's work.
 
-        :param content: all that makes it a different piece when it changes, as JSON values.
+        :param content: everything whose change makes it a different piece, as JSON values.
         """
         who = [self.dag_id, self.run_id, self.task_id, self.map_index, self.generation]
         if self.deployment_id:
@@ -72,10 +72,10 @@ class Submitter:
 @dataclass(frozen=True, slots=True)
 class Upload:
     """
-    A file to be uploaded exactly once.
+    A file that must be uploaded exactly once.
 
     :param key: its identity.
-    :param filename: its name at the service, which holds the identity; see :func:`upload_name`.
+    :param filename: its name at the service, which contains the identity; see :func:`upload_name`.
     :param size: its size in bytes.
     :param sha256: of its content, in hexadecimal.
     :param send: uploads it.
@@ -88,19 +88,19 @@ class Upload:
     send: Callable[[], UploadedFile]
 
     def may_be(self, file: UploadedFile) -> bool:
-        """Whether a file of the account has the name and, as far as the service says it, the size."""
+        """Whether a file of the account has the same name and, if the service states it, the same size."""
         return file.filename == self.filename and file.bytes in (None, self.size)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchWork:
     """
-    A batch to be created exactly once: its identity, and the request as the service takes it.
+    A batch that must be created exactly once: its identity, and the arguments of the request.
 
-    :param input_file_id: the input file, if the service has it already; else ``upload`` says how it gets there.
-    :param submitter: adds the marks of the task instance and of the deployment to the metadata, where there is room.
-    :param only_one: whether the submitter creates this batch and no other, so that a batch of its under another key
-        was made from another input.
+    :param input_file_id: the input file if the service has it already; otherwise ``upload`` sends it.
+    :param submitter: adds the marks of the task instance and of the deployment to the metadata if there is room.
+    :param only_one: whether the submitter creates only this batch, so that a batch of the same submitter under another
+        key was made from another input.
     """
 
     key: str
@@ -116,7 +116,7 @@ class BatchWork:
 
     @property
     def tagged_metadata(self) -> dict[str, str]:
-        """The author's metadata with the identity, and with the other marks as far as there is room."""
+        """The author's metadata with the identity, and with as many of the other marks as there is room for."""
         tagged = {**self.metadata, WORK_KEY: self.key}
         marks = {WORK_LABEL: self.label}
         if self.submitter is not None:
@@ -144,22 +144,22 @@ class BatchWork:
 
 
 class Proof(Enum):
-    """What a batch of the account is to a piece of work."""
+    """How certain it is that a batch of the account belongs to a piece of work."""
 
-    #: Its mark, its input file and whatever else the service states are those of the work.
+    #: Its mark, its input file and everything else that the service states match the work.
     OURS = "ours"
-    #: Something that the service states of it is another's.
+    #: Something that the service states about it does not match.
     FOREIGN = "foreign"
-    #: Nothing speaks against it, but the service states too little: it may be paid for by us.
+    #: Nothing contradicts it, but the service states too little: we may have paid for it.
     UNPROVEN = "unproven"
 
 
 def prove(work: BatchWork, batch: Batch, *, our_files: Set[str], file_is_anothers: bool) -> Proof:
     """
-    Say whether a batch is the batch of a piece of work.
+    Say whether a batch belongs to a piece of work.
 
-    :param our_files: ids of input files that are certainly the work's.
-    :param file_is_anothers: whether its input file, if it is none of those, is certainly not the work's.
+    :param our_files: ids of input files that certainly belong to the work.
+    :param file_is_anothers: whether an input file that is not among them certainly does not belong to the work.
     """
     mark, file_id = batch.metadata.get(WORK_KEY), batch.input_file_id
     if mark is not None and mark != work.key:
@@ -178,14 +178,14 @@ def prove(work: BatchWork, batch: Batch, *, our_files: Set[str], file_is_another
 
 
 def _hours(window: Any) -> int | None:
-    """Return a completion window in hours, whichever way it is written; ``None`` if it cannot be read."""
+    """Return a completion window in hours, however it is written; ``None`` if it cannot be read."""
     match = re.fullmatch(r"\s*(\d{1,6})\s*h?\s*", str(window))
     return int(match[1]) if match else None
 
 
 def upload_name(path: str, key: str) -> str:
     """
-    Return the name a file gets at the service: readable, and with its identity.
+    Return the name of a file at the service: readable, and with its identity.
 
     :param path: path or URI of the file.
     :param key: identity of the upload.

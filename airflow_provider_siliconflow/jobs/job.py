@@ -1,4 +1,4 @@
-"""An open job: its batches, and what each is now."""
+"""An open job: its batches and their states."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ log = logging.getLogger(__name__)
 
 class OpenJob:
     """
-    A job whose plan was made, in this process.
+    A job that has a plan, opened in this process.
 
-    :param options: what is asked; models, window and metadata are taken from the plan.
+    :param options: the job's options; models, window and metadata are taken from the plan.
     :param plan: the plan.
     :param plans: the job's folder.
-    :param ledger: what each batch is.
-    :param submission: submits over that ledger.
+    :param ledger: the states of its batches.
+    :param submission: submits batches and records them in that ledger.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class OpenJob:
         self.ledger = ledger
         self.submission = submission
         self.submitter: Submitter = plan.submitter
-        # Not the host: under another name of the same service the work is the same, and must not be paid again.
+        # Without the host: the same service under another name is the same work, and must not be paid for again.
         self._where = {"conn_id": plan.conn_id}
         self.rounds = [self._pieces(0, dict.fromkeys(self.models, plan.split.shards))]
         while (shards := plans.read_round(len(self.rounds), self.models)) is not None:
@@ -75,12 +75,12 @@ class OpenJob:
 
     @property
     def current(self) -> list[Piece]:
-        """The batches of the last round, and those of earlier ones that have not ended, having been refused before."""
+        """The batches of the last round, and those of earlier rounds that were refused then and have not ended."""
         late = [piece for pieces in self.rounds[:-1] for piece in pieces if self.ended(piece) is None]
         return [*late, *self.rounds[-1]]
 
     def _pieces(self, number: int, shards: Mapping[int, Sequence[Shard]]) -> list[Piece]:
-        """Return the batches of a round, shard by shard, so that an upload serves its models one after another."""
+        """Return the batches of a round shard by shard, so that the models of an upload follow each other."""
         pieces = [
             self._piece(number, model, shard)
             for model, model_shards in shards.items()
@@ -108,15 +108,15 @@ class OpenJob:
         )
 
     def add_round(self, shards: Mapping[int, Sequence[Shard]]) -> None:
-        """Plan another round of these shards, by model."""
+        """Plan another round with these shards, by model."""
         number = len(self.rounds)
         self.plans.write_round(number, shards)
         self.rounds.append(self._pieces(number, shards))
 
     def add_rest(self, piece: Piece, shard: Shard | None) -> None:
-        """Plan a batch of the rows that a dead one did not answer; ``None`` if it answered all."""
+        """Plan a batch of the rows that a dead batch did not answer; ``None`` if it answered all."""
         if shard is not None:
-            # Of which shards of the first round they are: the merge reads only the batches that it must.
+            # Keep from which shards of the first round they come: the merge then reads only the batches it needs.
             shard = replace(shard, sources=piece.shard.sources if piece.round else (piece.shard.index,))
         rest = Rest(piece.work_key, shard)
         self.plans.write_rests([*self._rests, rest])
@@ -133,7 +133,7 @@ class OpenJob:
             self.rounds[dead.round].append(made)
 
     def name(self, piece: Piece) -> str:
-        """Return what messages call a batch that has no id yet."""
+        """Return how messages call a batch that has no id yet."""
         model = self.options.replacements[piece.model]
         what = "the unanswered rows of a batch that died" if piece.rest_of else f"shard {piece.shard.index}"
         return f"{what} of round {piece.round}{f', {model}' if model else ''}"
@@ -149,8 +149,8 @@ class OpenJob:
         :param send: uploads its request file under a name, when it is needed.
         """
         model = self.options.replacements[piece.model]
-        # Not its round or index: the same rows in another round are the same upload, and its name is a part of the
-        # proof that a batch over it is ours.
+        # Without round and index: the same rows in another round are the same upload, and the name of the file is part
+        # of the proof that a batch over it is ours.
         name = upload_name(self.submitter.task_id, piece.upload_key)
         upload = Upload(piece.upload_key, name, piece.shard.bytes, piece.shard.sha256, lambda: send(name))
         return BatchWork(
@@ -168,7 +168,7 @@ class OpenJob:
     # States -----------------------------------------------------------------------------------------------
 
     def state(self, piece: Piece) -> State:
-        """Return what a batch is."""
+        """Return the state of a batch."""
         return self.ledger.state(piece.work_key)
 
     def batch_id(self, piece: Piece) -> str | None:
@@ -177,28 +177,28 @@ class OpenJob:
         return state.batch_id if isinstance(state, Sent | Ended) else None
 
     def ended(self, piece: Piece) -> Ended | None:
-        """Return what became of a batch that has ended."""
+        """Return the state of a batch that has ended; ``None`` for any other."""
         state = self.state(piece)
         return state if isinstance(state, Ended) else None
 
     def dead(self, piece: Piece) -> Ended | None:
-        """Return what became of a batch that failed or was cancelled, and whose rest is not known."""
+        """Return the state of a batch that failed or was cancelled, unless a batch of its rest is planned."""
         ended = self.ended(piece)
         if ended is None or ended.status not in DEAD_STATUSES:
             return None
         return None if any(rest.of == piece.work_key for rest in self._rests) else ended
 
     def refused(self, piece: Piece) -> Refused | None:
-        """Return what the service said if it did not take the batch in this try."""
+        """Return the refusal of a batch if the service refused it in this try."""
         state = self.state(piece)
         return state if isinstance(state, Refused) else None
 
     def is_waiting(self, piece: Piece) -> bool:
-        """Whether a batch is still to be submitted, or to be searched for."""
+        """Whether a batch must still be submitted or searched for."""
         return isinstance(self.state(piece), Planned | Sending)
 
     def retired(self, piece: Piece) -> tuple[Ended, ...]:
-        """Return the batches that died before the present one; rows of theirs may be paid for."""
+        """Return the batches that died before the current one; some of their rows may be paid for."""
         return self.ledger.retired(piece.work_key)
 
     @property
@@ -208,7 +208,7 @@ class OpenJob:
 
     @property
     def open_batches(self) -> tuple[str, ...]:
-        """Ids of the batches that were submitted and have not ended, or are not settled, as far as this job knows."""
+        """Ids of the batches that were submitted and are not known to have ended and settled."""
         states = map(self.state, self.current)
         return tuple(state.batch_id for state in states if isinstance(state, Sent))
 
@@ -220,15 +220,15 @@ class OpenJob:
 
     @property
     def has_paid(self) -> bool:
-        """Whether a batch was created, dead ones included."""
+        """Whether any batch was created, dead ones included."""
         return bool(self.batch_ids) or any(map(self.retired, self.current))
 
     def record_ended(self, batches: Iterable[Batch], *, at: float) -> None:
         """
-        Record what became of batches: those that are settled are not waited for any more.
+        Record batches that have ended; those that are settled need no more waiting.
 
-        :param batches: as they were read; those that have not ended are left out.
-        :param at: when they were first seen like this, in epoch seconds.
+        :param batches: batches as they were read; those that have not ended are ignored.
+        :param at: when they were first seen to have ended, in epoch seconds.
         """
         by_id = {batch.id: batch for batch in batches if batch.is_terminal}
         states: dict[str, State] = {}
@@ -244,7 +244,7 @@ class OpenJob:
         self._record(states)
 
     def record_settled(self, piece: Piece, batch: Batch) -> None:
-        """Record that a batch which was not settled when it was first seen to have ended is so now."""
+        """Record that a batch is settled now which was not settled when it was first seen to have ended."""
         state = self.state(piece)
         assert isinstance(state, Sent)
         assert state.terminal_since

@@ -1,4 +1,4 @@
-"""What outlives a try: the record of what was about to be sent, and what came of it."""
+"""The record that outlives a try: the requests that were about to be sent, and their results."""
 
 from __future__ import annotations
 
@@ -38,83 +38,83 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Keys of work and of uploads are hashes in hexadecimal; anything else in a ledger is none of ours.
+#: Keys of work and of uploads are hashes in hexadecimal; a ledger of ours has no other keys.
 _KEY = re.compile(r"[0-9A-Za-z_.-]{1,64}")
-#: Largest ledger and owner file that are read, in bytes. 10,000 batches take about 2 MB.
+#: Sizes of the largest ledger and owner file that are read, in bytes. 10,000 batches take about 2 MB.
 _MAX_LEDGER_BYTES, _MAX_OWNER_BYTES = 64 << 20, 1 << 16
 
 
 class Ledger(Protocol):
     """
-    A record that outlives a try: what was about to be sent, and what came of it.
+    A record that outlives a try: the requests that were about to be sent, and their results.
 
-    ``complete`` says that a key without an entry was certainly never sent; ``damaged``, that entries are lost, so that
-    the account has to be searched for every key that has none.
+    ``complete`` means that a key without an entry was certainly never sent. ``damaged`` means that entries are lost, so
+    that the account must be searched for every key without an entry.
     """
 
     complete: bool
     damaged: bool
 
     def state(self, key: str) -> State:
-        """Return what a piece of work is; :class:`~.states.Planned` if nothing is recorded."""
+        """Return the state of a piece of work; :class:`~.states.Planned` if nothing is recorded."""
         ...
 
     def record(self, key: str, state: State) -> None:
         """
-        Record what a piece of work is now.
+        Record the new state of a piece of work.
 
-        When it returns, a :class:`~.states.Sending` survives a crash. What came of it may be written with the next
-        one: whoever finds the intent alone searches for what came of it.
+        A :class:`~.states.Sending` survives a crash once this returns. Its result may be written later, with the next
+        intent: a try that finds only the intent searches for the result.
 
         :raises ImpossibleTransitionError: the state cannot follow the one before.
-        :raises JobTakenOverError: a newer try does this work now; nothing may be sent.
+        :raises JobTakenOverError: a newer try has taken over the job; nothing may be sent.
         """
         ...
 
     def retire(self, key: str) -> None:
         """
-        Plan a piece of work anew whose batch died, and keep that batch among the retired.
+        Plan a piece of work again whose batch died, and keep that batch among the retired ones.
 
         :raises ImpossibleTransitionError: its batch has not ended, or is completed.
         """
         ...
 
     def retired(self, key: str) -> tuple[Ended, ...]:
-        """Return the batches of a piece of work that died before the present one; rows of theirs may be paid."""
+        """Return the batches of a piece of work that died before the current one; rows may be paid for."""
         ...
 
     def recorded_batches(self) -> Mapping[str, int]:
         """
         Return the batches that are recorded under any key, dead ones included, with their numbers.
 
-        Of two numbers above 0 the larger one is certainly that of the newer batch; 0 says nothing.
+        Of two batches with numbers above 0, the one with the larger number is certainly newer; 0 says nothing.
         """
         ...
 
     def earlier_work(self, key: str) -> tuple[str, State] | None:
         """
-        Return the key and the state of the work that the same task recorded before this one, for another input.
+        Return the key and state of the work that the same task recorded earlier, for another input.
 
         ``None`` if it recorded none, or if it has many pieces of work at once.
         """
         ...
 
     def next_number(self) -> int:
-        """Return a number for the next intent or answer, larger than all so far."""
+        """Return a number for the next intent or answer, larger than all earlier ones."""
         ...
 
     def upload(self, key: str) -> UploadState:
-        """Return what an upload is; :class:`~.states.Planned` if nothing is recorded."""
+        """Return the state of an upload; :class:`~.states.Planned` if nothing is recorded."""
         ...
 
     def record_upload(self, key: str, state: UploadState) -> None:
-        """Record what an upload is now; an :class:`~.states.Uploading` survives a crash when this returns."""
+        """Record the new state of an upload; an :class:`~.states.Uploading` survives a crash once this returns."""
         ...
 
 
 class NoLedger:
     """
-    What a try knows by itself, if nothing outlives it: every retry searches the account.
+    A ledger in memory, which does not outlive the try: every retry searches the account.
 
     Within the try it is a ledger like the others.
     """
@@ -129,24 +129,24 @@ class NoLedger:
         self._number = 0
 
     def state(self, key: str) -> State:
-        """Return what a piece of work is."""
+        """Return the state of a piece of work."""
         return self._work.get(key, Planned())
 
     def record(self, key: str, state: State) -> None:
-        """Record what a piece of work is now."""
+        """Record the new state of a piece of work."""
         check_transition(key, self.state(key), state)
         _put(self._work, key, state)
         self._number = max(self._number, _number_of(state))
 
     def retire(self, key: str) -> None:
-        """Plan a piece of work anew whose batch died, and keep that batch among the retired."""
+        """Plan a piece of work again whose batch died, and keep that batch among the retired ones."""
         state = self.state(key)
         self.record(key, Planned())
         if isinstance(state, Ended):
             self._retired[key] = (*self.retired(key), state)
 
     def retired(self, key: str) -> tuple[Ended, ...]:
-        """Return the batches of a piece of work that died before the present one; rows of theirs may be paid."""
+        """Return the batches of a piece of work that died before the current one; rows may be paid for."""
         return self._retired.get(key, ())
 
     def recorded_batches(self) -> Mapping[str, int]:
@@ -161,31 +161,31 @@ class NoLedger:
             yield from states
 
     def earlier_work(self, key: str) -> tuple[str, State] | None:
-        """Return none: what another try recorded is not known."""
+        """Return ``None``: other tries leave no record here."""
         return None
 
     def next_number(self) -> int:
-        """Return a number that is larger than all so far."""
+        """Return a number that is larger than all earlier ones."""
         return self._number + 1
 
     def upload(self, key: str) -> UploadState:
-        """Return what an upload is."""
+        """Return the state of an upload."""
         return self._uploads.get(key, Planned())
 
     def record_upload(self, key: str, state: UploadState) -> None:
-        """Record what an upload is now."""
+        """Record the new state of an upload."""
         _put(self._uploads, key, state)
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
     """
-    The try that does a job now.
+    The try that owns a job.
 
-    :param token: random; it tells two tries apart whatever else they share.
-    :param try_id: Airflow's id of the try (the task instance's ``id`` on Airflow 3), or ``""``: a resumption after a
-        deferral finds by it that the job is its own.
-    :param host: where it runs; with ``pid`` and ``at`` for people who look into the folder.
+    :param token: random; it distinguishes two tries, whatever else they have in common.
+    :param try_id: Airflow's id of the try (the task instance's ``id`` on Airflow 3), or ``""``. It shows a resumption
+        after a deferral that the job is its own.
+    :param host: the host it runs on; like ``pid`` and ``at``, for people who read the file.
     """
 
     token: str
@@ -216,27 +216,27 @@ class Owner:
         )
 
     def __str__(self) -> str:
-        """Say who it is, for messages."""
+        """Describe the try, for messages."""
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(self.at))
         return f"try {self.try_number} of {self.task_id} (pid {self.pid} on {self.host}, since {when} UTC)"
 
 
 class FolderLedger(NoLedger):
     """
-    A ledger in a file, written whole at each change.
+    A ledger in a file, which is written completely at each change.
 
-    What came of an intent is written with the next intent or by :meth:`flush`: until then the intent alone leads to it.
-    So one write serves each batch, and a crash leaves one intent open at most.
+    The result of an intent is written with the next intent or by :meth:`flush`; until then a later try has only the
+    intent to go by. So each batch needs one write, and a crash leaves at most one intent open.
 
-    Two tries may be alive at once. Each calls :meth:`claim` when it starts, which leaves its token in ``owner.json``
-    beside the ledger; every write of a try that has claimed the job reads the token again, and stops if it is
-    another's. An intent is checked before and after it is written: a newer try reads the ledger after it has left its
-    token, so either it sees the intent, or this one sees the token.
+    Two tries may be alive at once. Each calls :meth:`claim` when it starts, which writes its token to ``owner.json``
+    beside the ledger. Every write of a try that has claimed the job reads the token again, and fails if it is not its
+    own. An intent is checked before and after it is written: since a newer try reads the ledger after writing its
+    token, either it sees the intent, or this try sees the token.
 
     :param path: the file.
     :param complete: whether a key without an entry was certainly never sent.
-    :param is_new: whether the job begins, so that there is no file to be missed; otherwise a ledger without its file is
-        not complete.
+    :param is_new: whether the job is new, so that no file is expected; otherwise a ledger without its file is not
+        complete.
     """
 
     def __init__(self, path: Any, *, complete: bool, is_new: bool = False) -> None:
@@ -257,7 +257,7 @@ class FolderLedger(NoLedger):
         self._deadline = _decode_deadline(parts.get("deadline"))
         self._written_by = parts.get("owner")
         self._number = max((_number_of(each) for each in self._all_states()), default=0)
-        # Without its file, cut or gone, the account is what is left to ask; also for every try after this one.
+        # If the file is damaged or missing, only the account can be asked, also by every later try.
         self.complete = (
             self._expected_complete
             and is_read
@@ -267,34 +267,34 @@ class FolderLedger(NoLedger):
         self.damaged = self._expected_complete and not self.complete
 
     def _stored(self) -> tuple[dict[str, Any], bool]:
-        """Return what the file holds, and whether nothing can be missing in it."""
+        """Return the content of the file, and whether it is certainly complete."""
         try:
             found = read_object(
-                self._path, or_cut="the account is searched for what was sent", max_bytes=_MAX_LEDGER_BYTES
+                self._path, otherwise="the account is searched for what was sent", max_bytes=_MAX_LEDGER_BYTES
             )
         except FileNotFoundError:
             return {}, self._is_new
         return ({}, False) if found is None else (found, True)
 
-    # What is recorded -------------------------------------------------------------------------------------
+    # States -----------------------------------------------------------------------------------------------
 
     def record(self, key: str, state: State) -> None:
-        """Record what a piece of work is now; an intent is written before this returns."""
+        """Record the new state of a piece of work; an intent is written before this returns."""
         if self.state(key) == state:
-            # An intent after an intent says nothing that was not known, but is as good a reason to ask whose job it is.
+            # A repeated intent adds no information, but the owner is checked for every intent.
             if isinstance(state, Sending):
                 self.check_owner()
             return
         self._set(key, state)
         if isinstance(state, Sending):
             self._write()
-            # A newer try that claimed the job in between has not seen this intent, and may be sending.
+            # A newer try that claimed the job in the meantime has not seen this intent, and may be sending.
             self.check_owner()
         elif isinstance(state, Planned):
             self._write()
 
     def record_all(self, states: Mapping[str, State]) -> None:
-        """Record several pieces of work in one write, with whatever is not written yet."""
+        """Record the states of several pieces of work in one write, with everything that is not written yet."""
         for key, state in states.items():
             check_transition(key, self.state(key), state)
         for key, state in states.items():
@@ -307,7 +307,7 @@ class FolderLedger(NoLedger):
 
     def retire(self, key: str) -> None:
         """
-        Plan a piece of work anew whose batch died, and keep that batch among the retired; in one write.
+        Plan a piece of work again whose batch died, and keep that batch among the retired ones, in one write.
 
         :raises ImpossibleTransitionError: its batch has not ended, or is completed.
         """
@@ -329,7 +329,7 @@ class FolderLedger(NoLedger):
         self.flush()
 
     def record_upload(self, key: str, state: UploadState) -> None:
-        """Record what an upload is now; the intent is written before this returns."""
+        """Record the new state of an upload; an intent is written before this returns."""
         if self.upload(key) == state:
             return
         super().record_upload(key, state)
@@ -338,12 +338,12 @@ class FolderLedger(NoLedger):
             self._write()
 
     def work(self) -> Iterator[tuple[str, State]]:
-        """Yield the key and the state of each piece of work that something is recorded of."""
+        """Yield the key and state of each recorded piece of work."""
         yield from list(self._work.items())
 
     @property
     def open_batches(self) -> tuple[str, ...]:
-        """What may run and be billed: ids of batches that have not ended, and keys of work whose outcome is open."""
+        """What may run and be billed: ids of batches that have not ended, and keys of work with unknown outcome."""
         return tuple(
             state.batch_id if isinstance(state, Sent) else key
             for key, state in self._work.items()
@@ -352,15 +352,15 @@ class FolderLedger(NoLedger):
 
     def remove_folder(self) -> bool:
         """
-        Remove the folder that the ledger lies in, with all that is in it, unless something of it may run.
+        Remove the folder of the ledger, unless batches of it may still run.
 
         :returns: whether it was removed.
-        :raises JobTakenOverError: a newer try does this job now.
+        :raises JobTakenOverError: a newer try has taken over the job.
         """
         self.check_owner()
         if open_batches := self.open_batches:
             log.warning(
-                "%s stays: %d batches of it have not ended, or may exist (%s), and the folder is their only record",
+                "%s is kept as the only record of %d batches that have not ended, or may exist (%s)",
                 self._path.parent,
                 len(open_batches),
                 ", ".join(open_batches[:5]),
@@ -370,7 +370,7 @@ class FolderLedger(NoLedger):
         return True
 
     def flush(self) -> None:
-        """Write what is not written yet."""
+        """Write everything that is not written yet."""
         if self._unwritten:
             self._write()
 
@@ -389,23 +389,23 @@ class FolderLedger(NoLedger):
         )
         self._unwritten = False
 
-    # Whose job it is --------------------------------------------------------------------------------------
+    # The owner --------------------------------------------------------------------------------------------
 
     def owner(self) -> Owner | None:
         """Return the try that claimed the job last; ``None`` if none did, or its file is damaged."""
         return _decode_owner(
-            read_json(self._owner_path, or_cut="nobody is taken for its owner", max_bytes=_MAX_OWNER_BYTES)
+            read_json(self._owner_path, otherwise="the job counts as unclaimed", max_bytes=_MAX_OWNER_BYTES)
         )
 
     def claim(self, owner: Owner) -> None:
         """
-        Take the job over from whichever try had it, and read what that one left.
+        Take the job over from the try that had it, and read the record of that try.
 
         :param owner: this try, with a fresh token.
         """
         before = self.owner()
         if before is not None:
-            log.info("This try takes the job over from %s", before)
+            log.info("This try takes over the job from %s", before)
         write_json(self._owner_path, asdict(owner))
         self._read()
         if before is not None:
@@ -415,19 +415,19 @@ class FolderLedger(NoLedger):
 
     def _distrust_others(self, token: str) -> None:
         """
-        Take the record for damaged if an older try wrote over what the last owner had recorded.
+        Treat the record as damaged if an older try overwrote it after the last owner had claimed the job.
 
-        It can, if it was stopped between its check and its write for as long as the other one took.
+        That happens if the older try was suspended between its check and its write.
         """
         if self._written_by != token:
             log.warning(
-                "%s was written by a try that no longer owned it; the account is searched", self._path
+                "%s was written by a try that no longer owned the job; the account is searched", self._path
             )
             self.complete, self.damaged = False, True
 
     def continue_as(self, token: str) -> None:
         """
-        Go on with a job that another process of the same try has claimed.
+        Continue with a job that another process of the same try has claimed.
 
         :param token: the token of its owner.
         :raises JobTakenOverError: a newer try has claimed the job since.
@@ -438,9 +438,9 @@ class FolderLedger(NoLedger):
 
     def check_owner(self) -> None:
         """
-        Stop if another try has claimed the job; a job that this process did not claim is not checked.
+        Check that no other try has claimed the job; a job that this process did not claim is not checked.
 
-        :raises JobTakenOverError: it has; nothing may be sent or written any more.
+        :raises JobTakenOverError: another try has; nothing may be sent or written any more.
         """
         if self._token is None:
             return
@@ -448,29 +448,29 @@ class FolderLedger(NoLedger):
         if owner is None:
             raise JobTakenOverError(
                 f"{self._owner_path} is gone: another try of this task has finished the job, or somebody removed its "
-                "folder. This try sends and writes nothing more; a retry finds what was submitted in the account."
+                "folder. This try sends and writes nothing more; a retry finds the submitted batches in the account."
             )
         if owner.token != self._token:
             raise JobTakenOverError(
                 f"Another try of this task has taken over the job: {owner}. This try stops and sends nothing more. "
-                "What it submitted is not lost: the other try takes it up."
+                "Its batches are not lost: the other try continues with them."
             )
 
 
 def _is_whole(part: Any) -> bool:
-    """Whether a part of a ledger has nothing but keys that can be ours."""
+    """Whether a part of a ledger has only valid keys."""
     return isinstance(part, dict) and all(map(_KEY.fullmatch, part))
 
 
 def _entries(stored: Any, read: Callable[[Any], T]) -> Iterator[tuple[str, T]]:
-    """Yield the entries of one part of a ledger; what is damaged is read as being in doubt, never believed."""
+    """Yield the entries of one part of a ledger; a damaged entry is in doubt, and never trusted."""
     if not isinstance(stored, dict):
         return
     for key, entry in stored.items():
         if not _KEY.fullmatch(key):
-            log.warning("The ledger holds a key that is none of ours; it is dropped: %.80r", key)
+            log.warning("The ledger contains an invalid key, which is dropped: %.80r", key)
             continue
-        # Nothing is kept of what is only planned, so this is damage too.
+        # Planned states are not stored, so an entry of one is damaged too.
         state = read({} if entry is None else entry)
         if state == IN_DOUBT or (isinstance(state, Uploading) and not state.at):
             log.warning("The ledger's entry %s is damaged; the account is searched for it", key)
@@ -478,7 +478,7 @@ def _entries(stored: Any, read: Callable[[Any], T]) -> Iterator[tuple[str, T]]:
 
 
 def _put(entries: dict[str, Any], key: str, state: State | UploadState) -> None:
-    """Keep a state; nothing is kept of what is only planned."""
+    """Store a state; planned ones are not stored."""
     if isinstance(state, Planned):
         entries.pop(key, None)
     else:

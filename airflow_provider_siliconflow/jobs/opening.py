@@ -1,9 +1,9 @@
 """
-Opening a job: its plan, made or taken up, and what else is in its output folder.
+Opening a job: making its plan or continuing with an existing one, and checking for other jobs in its output folder.
 
-All jobs keep their folders below ``<output_dir>/.siliconflow``, each under a name made of its identity. What is found
-there decides by money: a plan is taken up whatever the try number says, nothing that may run is removed, and nobody
-writes over the results of a job that runs.
+All jobs keep their folders below ``<output_dir>/.siliconflow``, each named after its identity. Paid work decides what
+happens there: a plan is used again whatever the try number is, a folder is not removed while its batches may run, and
+the results of a running job are not overwritten.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from airflow_provider_siliconflow.jobs.submission import Submission
 
 log = logging.getLogger(__name__)
 
-#: Folder below the output in which jobs keep what outlives a process.
+#: Folder in the output folder in which jobs keep the state that outlives a process.
 WORK_FOLDER = ".siliconflow"
-#: Seconds for which a job that has submitted nothing yet counts as one that is starting.
+#: Seconds for which a job that has not submitted anything counts as starting.
 _STARTING = 900.0
-#: Seconds for which a request whose outcome another job did not record counts as one that may run.
+#: Seconds for which a request of another job without a recorded outcome counts as a batch that may run.
 _OPEN_INTENT = 3600.0
-#: Folders of jobs that are looked at, in one output folder.
+#: Most job folders that are read in one output folder.
 _MOST_FOLDERS = 1000
 _FOLDER_NAME = re.compile("[0-9a-f]{16}")
 
@@ -59,16 +59,16 @@ OpenSubmission = Callable[[FolderLedger], Submission]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobTry:
     """
-    One try of one job: what is asked, by whom, where and over which connection.
+    One try of one job.
 
-    :param options: what is asked.
-    :param submitter: who asks.
+    :param options: the job's options.
+    :param submitter: the task instance.
     :param client: the calls.
-    :param conn_id: the connection, a part of the identity.
+    :param conn_id: the connection; part of the identity.
     :param output_dir: ``pathlib.Path`` or ``ObjectStoragePath`` of the results.
-    :param open_submission: makes the submission over the job's ledger.
+    :param open_submission: returns the submission that uses the job's ledger.
     :param earlier_tries: whether an earlier try of this generation may have left batches behind.
-    :param owner: this try, with a fresh token; a resumption is told by ``try_id`` and ``try_number``.
+    :param owner: this try, with a fresh token; ``try_id`` and ``try_number`` identify a resumption.
     :param cancel_on_kill: whether to cancel what an earlier generation of this task left open in ``output_dir``.
     :param clock: time.
     """
@@ -94,7 +94,7 @@ class Opening:
 
     def __init__(self, job_try: JobTry) -> None:
         self._try = job_try
-        # Not the host: under another name of the same service the job is the same.
+        # Without the host: the same service under another name is the same job.
         self.key = job_try.submitter.key(
             run=str(job_try.output_dir), models=list(job_try.options.models), conn_id=job_try.conn_id
         )
@@ -103,19 +103,19 @@ class Opening:
     # Manifests --------------------------------------------------------------------------------------------
 
     def manifest(self) -> dict[str, Any]:
-        """Return the manifest in the output folder, whosever it is; empty if there is none."""
-        return read_json(self._try.output_dir / "manifest.json", or_cut="it will be replaced") or {}
+        """Return the manifest in the output folder, of this or another job; empty if there is none."""
+        return read_json(self._try.output_dir / "manifest.json", otherwise="it will be replaced") or {}
 
     def finished_manifest(self) -> dict[str, Any] | None:
-        """Return the manifest if this job wrote it, having done everything else."""
+        """Return the manifest if this job wrote it as its last step."""
         manifest = self.manifest()
         return manifest if manifest.get("run") == self.key else None
 
     def refuse_sibling(self) -> None:
         """
-        Refuse to write over the results of another map index of the same task and run.
+        Refuse to overwrite the results of another map index of the same task and run.
 
-        :raises InvalidInputError: they are there.
+        :raises InvalidInputError: the output folder has such results.
         """
         theirs, mine = self.manifest().get("task"), asdict(self._try.submitter)
         if not isinstance(theirs, dict):
@@ -123,18 +123,18 @@ class Opening:
         same = ("dag_id", "run_id", "task_id", "generation")
         if theirs.get("map_index") != mine["map_index"] and all(theirs.get(n) == mine[n] for n in same):
             raise InvalidInputError(
-                f"output_dir: {self._try.output_dir} holds the results of map index {theirs.get('map_index')} of this "
-                "task. A mapped task needs a folder per map index, such as '.../{{ ti.map_index }}'"
+                f"output_dir: {self._try.output_dir} contains the results of map index {theirs.get('map_index')} of "
+                "this task. A mapped task needs a folder per map index, such as '.../{{ ti.map_index }}'"
             )
 
     # Opening ----------------------------------------------------------------------------------------------
 
     def prepare(self, requests: Callable[[], Any], name: str) -> OpenJob:
         """
-        Claim the job for this try, and make its plan or take up the one that is there.
+        Claim the job for this try, and make a plan or continue with the existing one.
 
         :param requests: returns the rows.
-        :param name: what messages call them.
+        :param name: how messages call the rows.
         :raises InvalidInputError: rows are wrong, or were changed since they were submitted; or another job runs here.
         """
         self.refuse_sibling()
@@ -157,15 +157,15 @@ class Opening:
         Open a job that another process of this try prepared.
 
         :returns: the job, and this try as that process recorded it.
-        :raises JobTakenOverError: another try does the job now.
+        :raises JobTakenOverError: another try has taken over the job.
         :raises InvalidInputError: the job's folder is gone.
         """
         stored = self.plans.read()
         if stored is None:
             raise InvalidInputError(
-                f"{self.plans} holds no plan any more: output_dir must be seen by every worker, and render the "
-                "same, while the task waits. The batches are untouched. A retry makes the plan anew, searches the "
-                "account and adopts them; a clear that submits anew would pay for all again.",
+                f"{self.plans} no longer contains a plan: output_dir must be accessible to every worker, and must "
+                "render to the same value, while the task waits. The batches are untouched. A retry makes a new plan, "
+                "searches the account and adopts them; a manual clear that submits again would pay for all of them.",
                 retryable=True,
             )
         job = self._open(stored)
@@ -175,12 +175,12 @@ class Opening:
             job.ledger.claim(self._try.owner)
             return job, self._try.owner
         if owner.try_number < self._try.owner.try_number:
-            # Ended before it began in earnest, this try has claimed nothing; what is open is its task's all the same.
+            # This try was ended before it claimed the job, but the open batches belong to its task.
             return job, owner
         if (owner.try_id, owner.try_number) != (self._try.owner.try_id, self._try.owner.try_number):
             raise JobTakenOverError(
                 f"Another try of this task has taken over the job: {owner}. This try stops and sends nothing more. "
-                "What it submitted is not lost: the other try takes it up."
+                "Its batches are not lost: the other try continues with them."
             )
         job.ledger.continue_as(owner.token)
         return job, owner
@@ -192,7 +192,7 @@ class Opening:
         ledger = FolderLedger(plans.path / "ledger.json", complete=stored.complete)
         return OpenJob(
             self._try.options,
-            # Whose it is is a part of where it is: the plan of another is not believed to be ours.
+            # The folder's name contains the identity, so a plan with another submitter is not ours.
             replace(
                 stored,
                 submitter=self._try.submitter,
@@ -209,13 +209,13 @@ class Opening:
     # Planning ---------------------------------------------------------------------------------------------
 
     def _usable_plan(self, requests: Callable[[], Any], name: str) -> Plan | None:
-        """Return the plan that an earlier try made of the same rows; ``None`` if a new one is to be made."""
+        """Return the plan that an earlier try made from the same rows; ``None`` if a new one is needed."""
         stored = self.plans.read()
         if stored is None:
             return None
         if not self._try.earlier_tries:
             log.warning(
-                "%s exists although this is the first try; it is taken up, so nothing is paid again",
+                "%s exists although this is the first try; the job continues with it, at no extra cost",
                 self.plans,
             )
         try:
@@ -223,24 +223,23 @@ class Opening:
             if hasattr(rows, "open"):
                 with rows.open("rb"):
                     pass
-        # An input that is gone, or a function that fails, must not keep a retry from what is paid for.
+        # If the input is gone, or its function fails, a retry must still get the results that are paid for.
         except Exception as exc:  # noqa: BLE001
-            log.warning("%s cannot be read again (%s); the job goes on with the rows as planned", name, exc)
+            log.warning("%s cannot be read again (%s); the job continues with the rows as planned", name, exc)
             return stored
         if stored.is_of(rows, self._try.options, name=name):
             return stored
         self._refuse_changed(self._open(stored), name)
-        log.warning(
-            "%s was changed, and no batch of the earlier rows is running: they are planned anew", name
-        )
+        log.warning("%s was changed, and no batch of the earlier rows is running; a new plan is made", name)
         remove_tree(self.plans.path)
         return None
 
     def _refuse_changed(self, job: OpenJob, name: str) -> None:
         """
-        Refuse to go on if rows were changed of which batches are paid for.
+        Refuse to continue if the rows were changed after batches of them were paid for.
 
-        :raises InvalidInputError: they are. A run that was deleted and made again is no reason, if all have ended.
+        :raises InvalidInputError: they were. If the run was deleted and created again, only batches that have not ended
+            count.
         """
         paid = [piece for piece in job.pieces if not isinstance(job.state(piece), Planned | Refused)]
         if not paid or (not self._try.earlier_tries and self._may_run(job.ledger, self._try.conn_id) is None):
@@ -249,8 +248,8 @@ class Opening:
         raise InvalidInputError(
             f"{name} was changed since an earlier try submitted its rows: {len(paid)} batches are paid for ({ids}"
             f"{', ...' if len(job.batch_ids) > 5 else ''}). Nothing was sent. Restore the rows, their order and "
-            "request_params and let the task retry, which takes the batches up; or submit the new rows by a manual "
-            "clear, which pays for all of them; or give the new rows another output_dir.",
+            "request_params and let the task retry, which continues with these batches; or submit the new rows by a "
+            "manual clear, which pays for all of them; or give the new rows another output_dir.",
             retryable=True,
         )
 
@@ -258,7 +257,7 @@ class Opening:
         options = self._try.options
         path = self.plans.path / "ledger.json"
         ledger = FolderLedger(path, complete=not self._try.earlier_tries, is_new=True)
-        # Before the rows are made, which may take long: from now on others see that a job starts here.
+        # Other jobs must see that a job starts here before the rows are made, which may take long.
         ledger.claim(self._try.owner)
         try:
             rows = requests()
@@ -280,11 +279,11 @@ class Opening:
             options.max_bytes,
             digest_of(options.request_params),
             version,
-            # An earlier try may have sent batches that this folder knows nothing of.
+            # An earlier try may have sent batches that this folder does not know.
             complete=not self._try.earlier_tries,
         )
         self.plans.write(stored)
-        # Two jobs that start at once each see the other here, before anything is sent.
+        # Two jobs that start at the same time see each other here, before anything is sent.
         try:
             self._refuse_others()
         except InvalidInputError:
@@ -295,7 +294,7 @@ class Opening:
         return job
 
     def _warn_of_unknown_models(self) -> None:
-        """Look the models up in the account's list, which costs nothing; the list does not say which batches take."""
+        """Warn of models that the account does not list. The list does not say which of them the batch API takes."""
         if not self._try.options.models:
             return
         try:
@@ -319,10 +318,10 @@ class Opening:
 
     def _refuse_others(self) -> None:
         """
-        Refuse to start where another job runs: their results would be mixed.
+        Refuse to start in the output folder of another running job, whose results would be mixed with ours.
 
-        :raises InvalidInputError: one does.
-        :raises JobTakenOverError: it is a newer generation of this very task.
+        :raises InvalidInputError: another job runs there.
+        :raises JobTakenOverError: it is a newer generation of this task.
         """
         for plans in self._other_folders():
             stored = plans.read()
@@ -331,7 +330,7 @@ class Opening:
                 owner = ledger.owner()
                 if owner is not None and 0 <= self._try.clock.time() - owner.at < _STARTING:
                     raise InvalidInputError(
-                        _in_use(self._try.output_dir, str(owner), "starts there"), retryable=True
+                        _in_use(self._try.output_dir, str(owner), "is starting there"), retryable=True
                     )
                 continue
             theirs, mine = stored.submitter, self._try.submitter
@@ -340,26 +339,26 @@ class Opening:
                     continue
                 if theirs.generation > mine.generation:
                     raise JobTakenOverError(
-                        f"{self._try.output_dir} holds the job of a later clear of this task. This try stops and sends "
-                        "nothing."
+                        f"{self._try.output_dir} contains the job of a later clear of this task. This try stops and "
+                        "sends nothing."
                     )
                 if (running := self._may_run(ledger, stored.conn_id)) is not None:
                     raise InvalidInputError(
                         "models, conn_id or output_dir of this task were changed since an earlier try submitted "
-                        f"batches: {running} is paid for and may run. Nothing was sent. Restore them and let the task "
-                        "retry, which takes the batches up; or cancel them first.",
+                        f"batches: {running} is paid for and may be running. Nothing was sent. Restore the arguments "
+                        "and let the task retry, which continues with the batches; or cancel the batches first.",
                         retryable=True,
                     )
             elif (running := self._may_run(ledger, stored.conn_id)) is not None:
                 raise InvalidInputError(
-                    _in_use(self._try.output_dir, theirs.label, f"runs there (batch {running})")
+                    _in_use(self._try.output_dir, theirs.label, f"is running there (batch {running})")
                 )
 
     def _may_run(self, ledger: FolderLedger, conn_id: str) -> str | None:
         """
-        Return what of a job may run: the id of a batch, or the key of one whose creation was not recorded.
+        Return a batch of a job that may run: its id, or its key if its creation was not recorded.
 
-        :param conn_id: its connection. Through another one its batches may not be seen, and count as running.
+        :param conn_id: the job's connection. If it is another one, its batches may be invisible and count as running.
         """
         for key, state in ledger.work():
             if isinstance(state, Sending) and self._try.clock.time() - state.at < _OPEN_INTENT:
@@ -377,12 +376,12 @@ class Opening:
 
     def tidy_older(self, *, cancels: bool) -> None:
         """
-        Cancel what older generations of this task have open in the output folder, and remove what has ended.
+        Cancel open batches of older generations of this task in the output folder, and remove jobs that have ended.
 
-        A manual clear that submits anew leaves the older job to nobody: it may have been waiting in the triggerer, or
-        in the queue.
+        After a manual clear that submits again nothing else takes care of the older job, which may have been deferred
+        or queued.
 
-        :param cancels: whether to cancel; otherwise their batches go on and are billed.
+        :param cancels: whether to cancel; otherwise their batches continue and are billed.
         """
         for plans in self._other_folders():
             stored = plans.read()
@@ -393,10 +392,10 @@ class Opening:
             try:
                 self._tidy(self._opened(plans, stored), cancels=cancels)
             except SiliconFlowError as exc:
-                log.warning("%s, of an earlier generation of this task, is left as it is: %s", plans, exc)
+                log.warning("%s, of an earlier generation of this task, is not removed: %s", plans, exc)
 
     def _tidy(self, job: OpenJob, *, cancels: bool) -> None:
-        # A try of that generation that is still alive stops by this.
+        # This stops a try of that generation that is still alive.
         job.ledger.claim(self._try.owner)
         for piece in job.pieces:
             state = job.state(piece)
@@ -408,9 +407,13 @@ class Opening:
                     log.warning("Cancelling batch %s of an earlier generation of this task", batch.id)
                     batch = cancel(self._try.client, batch.id)
                 else:
-                    log.warning("Batch %s is not proven to be of this task; it is left alone", batch.id)
+                    log.warning(
+                        "Batch %s is not proven to belong to this task; it is not cancelled", batch.id
+                    )
             elif not batch.is_terminal:
-                log.warning("Batch %s of an earlier generation of this task goes on and is billed", batch.id)
+                log.warning(
+                    "Batch %s of an earlier generation of this task continues and is billed", batch.id
+                )
             if batch.is_terminal:
                 job.ledger.record(piece.work_key, Ended.of(batch, state.number, at=self._try.clock.time()))
         job.ledger.flush()
@@ -418,18 +421,18 @@ class Opening:
 
 
 def _never(name: str) -> Any:
-    raise AssertionError("nothing of an earlier generation is uploaded")
+    raise AssertionError("an earlier generation uploads nothing")
 
 
 def _in_use(output_dir: Any, who: str, what: str) -> str:
     return (
-        f"output_dir: the job of {who} {what}, and its results would be mixed with these in {output_dir}. Nothing was "
+        f"output_dir: the job of {who} {what}, and the results of both would be mixed in {output_dir}. Nothing was "
         "sent. Give each task and run a folder of its own, such as '.../{{ run_id }}/{{ task.task_id }}'"
     )
 
 
 def _names(folder: Any) -> list[str]:
-    """Return the names in a folder; none if there is no such folder."""
+    """Return the names in a folder; none if it does not exist."""
     local = local_path(folder)
     try:
         if local is not None:

@@ -1,4 +1,4 @@
-"""What is asked of a job, and whether what came of it is a success."""
+"""The options of a job, with the check of the arguments they come from."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from airflow_provider_siliconflow.batch_files.prices import check_prices
 @dataclass(frozen=True, slots=True)
 class RunOptions:
     """
-    What is asked of a job, checked.
+    The options of a job, checked.
 
-    :param models: models by ``replace``; empty where the rows name theirs.
-    :param max_rows: rows per batch.
-    :param max_bytes: bytes per batch.
-    :param max_in_flight: batches open at once; ``None`` for all.
+    :param models: models given by ``replace``; empty if the rows name their models.
+    :param max_rows: most rows per batch.
+    :param max_bytes: most bytes per batch.
+    :param max_in_flight: most open batches at a time; ``None`` for no limit.
     :param max_row_attempts: how often a row is sent at most.
-    :param max_error_rate: share of rows (0 to 1) that may not succeed; ``None`` for any.
+    :param max_error_rate: share of rows (0 to 1) that may fail; ``None`` for no limit.
     :param request_params: body parameters for rows that lack them.
     """
 
@@ -40,7 +40,7 @@ class RunOptions:
 
     @property
     def replacements(self) -> tuple[str | None, ...]:
-        """The models to run over, ``None`` standing for what the rows name."""
+        """The models to run over; ``None`` stands for the models that the rows name."""
         return self.models or (None,)
 
 
@@ -62,7 +62,7 @@ def check_options(
     """
     Check the arguments of a job.
 
-    :raises InvalidInputError: one is wrong; the message names it.
+    :raises InvalidInputError: an argument is wrong; the message names it.
     """
     arguments.check_limits(
         max_rows_per_batch=max_rows_per_batch,

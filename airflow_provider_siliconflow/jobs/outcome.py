@@ -1,4 +1,4 @@
-"""What counts as success: of a batch, a download and a job, and the sentence that says so."""
+"""What counts as success of a batch, a download or a job, and the sentence that reports it."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def judge_batch(
     :param fail_on_partial_error: whether a single failed or expired row is a failure.
     :param allow_all_failed: whether a batch without any successful row may pass.
     :param reason: the most common error of the rows, if it was looked up.
-    :param certain: whether the counts are known to be those of every row. Otherwise a batch without any successful row
-        may have some that are not there yet, and a retry reads it again.
-    :returns: ``None`` for a flawless batch, else a sentence to warn with.
-    :raises BatchError: it is a failure, by the kind of it.
+    :param certain: whether the counts are known to include every row. Otherwise successful rows may not be counted yet,
+        and a retry reads the batch again.
+    :returns: ``None`` for a flawless batch, otherwise a warning.
+    :raises BatchError: the batch is a failure; the subclass depends on the reason.
     """
     counts = batch.request_counts
     lost = max(counts.total - counts.completed, counts.failed, 0)
@@ -73,16 +73,16 @@ def judge_batch(
     fetch = "The rows that succeeded are billed and can be downloaded for 30 days."
     if batch.status == BatchStatus.FAILED:
         raise BatchFailedError(
-            f"{story}. It was rejected as a whole; a retry submits a new batch.", batch_id=batch.id
+            f"{story}. The batch was rejected as a whole; a retry submits a new one.", batch_id=batch.id
         )
     if batch.status == BatchStatus.CANCELLED:
         raise BatchCancelledError(f"{story}. {fetch} A retry submits a new batch.", batch_id=batch.id)
     nothing = (counts.completed == 0 and counts.total > 0) or (not counts.total and not batch.output_file_id)
     if batch.status == BatchStatus.EXPIRED and nothing and not allow_all_failed:
-        # Without counts it is the missing output file that tells, and that may come late.
+        # Without counts only the missing output file shows it, and the file may come late.
         raise BatchExpiredError(
-            f"{story}. The completion window ended before any row did; a retry finds the same batch. Clear "
-            "the task to submit anew, with a longer completion_window.",
+            f"{story}. The completion window ended before any row did; a retry finds the same batch. Clear the task to "
+            "submit a new batch, with a longer completion_window.",
             batch_id=batch.id,
             retryable=not (certain and counts.total),
         )
@@ -95,7 +95,7 @@ def judge_batch(
         )
     if not counts.total and not batch.output_file_id and not allow_all_failed:
         raise BatchFailedError(
-            f"{story}. The service gives no counts and names no file with results; a retry reads the same batch again.",
+            f"{story}. The service states no counts and no result file; a retry reads the same batch again.",
             batch_id=batch.id,
         )
     if lost == 0 and batch.status != BatchStatus.EXPIRED:
@@ -117,14 +117,14 @@ def finish_batch(
     clock: Clock | None = None,
 ) -> str | None:
     """
-    Judge an ended batch, with the most common error of its rows unless it is flawless.
+    Judge an ended batch, and report the most common error of its rows.
 
-    If its counts do not add up, its files are counted instead.
+    If its counts do not add up, the rows in its files are counted instead.
 
     :param api: the calls.
-    :param batch: the batch that a wait ended with.
+    :param batch: an ended batch, as a wait returned it.
     :param clock: time.
-    :returns: a sentence to warn with, or ``None``.
+    :returns: a warning; ``None`` for a flawless batch.
     :raises IncompleteResultsError: the batch is not settled yet; a retry reads it again.
     :raises BatchError: the batch is a failure.
     """
@@ -142,7 +142,7 @@ def finish_batch(
 
 
 def _counted_by_files(api: ResultAPI, batch: Batch, clock: Clock | None) -> tuple[Batch, bool]:
-    """Return a batch with the counts that its files give, and whether those are known to be of every row."""
+    """Return a batch with counts taken from its files, and whether they are known to include every row."""
     with downloaded(api, batch.id, clock) as (fresh, files):
         if is_settled(fresh):
             return fresh, True
@@ -150,7 +150,7 @@ def _counted_by_files(api: ResultAPI, batch: Batch, clock: Clock | None) -> tupl
     ok, total = outcomes.count(Outcome.OK), fresh.request_counts.total
     counts = RequestCounts(total=max(total, len(outcomes)), completed=ok, failed=len(outcomes) - ok)
     log.info(
-        "The counts of batch %s do not add up; by its files %d of %d rows succeeded", batch.id, ok, total
+        "The counts of batch %s do not add up; in its files %d of %d rows succeeded", batch.id, ok, total
     )
     return fresh.model_copy(update={"request_counts": counts}), 0 < total <= len(outcomes)
 
@@ -179,8 +179,8 @@ def judge_run(manifest: Mapping[str, Any], options: RunOptions) -> str | None:
     """
     Say whether a finished job is a success.
 
-    :returns: ``None`` for a flawless one, else a sentence to warn with.
-    :raises BatchPartialFailureError: it is a failure; the results are written.
+    :returns: ``None`` for a flawless job, otherwise a warning.
+    :raises BatchPartialFailureError: the job is a failure; its results are written.
     """
     rows = manifest["rows"]
     lost = rows["total"] - rows["ok"]
@@ -189,7 +189,7 @@ def judge_run(manifest: Mapping[str, Any], options: RunOptions) -> str | None:
     story = _rows_story(manifest)
     if worth := manifest.get("worth_another_attempt"):
         story += (
-            f". {worth} of them failed for a transient reason: with max_row_attempts above "
+            f". {worth} of them failed for a transient reason; with max_row_attempts above "
             f"{options.max_row_attempts} the task would have sent them again"
         )
     story += f". The results are in {manifest['paths']['output_dir']}"
@@ -209,8 +209,8 @@ def refuse_partial(manifest: Mapping[str, Any], what: str) -> None:
     """
     Fail if any row of a manifest did not succeed.
 
-    :param what: what the rows belong to, for the message.
-    :raises BatchPartialFailureError: one did not; the files are written.
+    :param what: name of the batch or download, for the message.
+    :raises BatchPartialFailureError: a row did not succeed; the files are written.
     """
     rows = manifest["rows"]
     if rows["ok"] != rows["total"]:
@@ -232,11 +232,11 @@ def _rows_story(manifest: Mapping[str, Any]) -> str:
 
 def unfinished_job(job: OpenJob, collected: Collected, output_dir: Any) -> BatchError | None:
     """
-    Return the error for batches that a retry has to submit (again) or to read; ``None`` if there are none.
+    Return the error for batches that a retry has to submit or to read; ``None`` if there are none.
 
     :param job: the job; the results of its other batches are written.
-    :param collected: what its batches brought.
-    :param output_dir: where the results are, for the message.
+    :param collected: the results of its batches.
+    :param output_dir: folder of the results, for the message.
     """
     pieces = list(job.pieces)
     story: list[str] = []
@@ -255,7 +255,7 @@ def unfinished_job(job: OpenJob, collected: Collected, output_dir: Any) -> Batch
         models = {job.options.replacements[piece.model] or "the rows' own models" for piece, _ in refused}
         first = refused[0][1]
         story.append(
-            f"{len(refused)} of {len(pieces)} batches were refused, of {', '.join(sorted(models))}: HTTP "
+            f"{len(refused)} of {len(pieces)} batches were refused, for {', '.join(sorted(models))}: HTTP "
             f"{first.status}, {first.message.rstrip('.')}."
         )
     for batch_id, why in list(collected.spoilt.items())[:5]:
@@ -265,7 +265,7 @@ def unfinished_job(job: OpenJob, collected: Collected, output_dir: Any) -> Batch
     kind = BatchFailedError if dead or refused else IncompleteResultsError
     named_first = dead[0].batch_id if dead else next(iter(collected.spoilt), None)
     return kind(
-        f"{' '.join(story)} The rows of the other batches are written to {output_dir}. A retry submits the rows that "
-        "have no answer, reads again what could not be read, and pays for nothing else again.",
+        f"{' '.join(story)} The rows of the other batches are written to {output_dir}. A retry submits only the rows "
+        "without an answer and reads again what could not be read; nothing else is paid for again.",
         batch_id=named_first,
     )

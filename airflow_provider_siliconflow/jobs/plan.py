@@ -1,7 +1,7 @@
 """
-What a job consists of: rows cut into shards, each shard over each model, in rounds.
+The plan of a job: rows split into shards, each shard over each model, in rounds.
 
-A plan is made once, by the first try, and kept in the job's folder: every later process works on the same shards.
+The first try makes the plan and stores it in the job's folder, so that every later process works on the same shards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: What stores say of a file that changes when the file does.
+#: Fields of a store's file information that change if the file changes.
 _VERSION_FIELDS = (
     "ETag",
     "etag",
@@ -48,13 +48,13 @@ class Piece:
     """
     One batch of a job: a shard over a model in a round.
 
-    :param round: 0 for the first attempt of the rows, 1 for the first retry and so on.
-    :param model: index of the model among :attr:`RunOptions.replacements`.
-    :param folder: where the shard is, below the job's folder.
+    :param round: 0 for the first attempt of the rows, 1 for the second, and so on.
+    :param model: index of the model in :attr:`RunOptions.replacements`.
+    :param folder: folder of the shard, relative to the job's folder.
     :param upload_key: identity of the upload of the shard, which its models share.
     :param work_key: identity of the batch.
-    :param rest_of: identity of the batch that died, if these are the rows that it did not answer. They are in the round
-        of that batch: none of them has had an attempt in it.
+    :param rest_of: identity of the dead batch if these are the rows that it did not answer. They belong to the same
+        round, since they have not had their attempt in it.
     """
 
     round: int
@@ -77,7 +77,7 @@ class Rest:
     The rows that a dead batch did not answer.
 
     :param of: identity of the batch.
-    :param shard: the rows; ``None`` if it answered all.
+    :param shard: the rows; ``None`` if the batch answered all.
     """
 
     of: str
@@ -85,26 +85,26 @@ class Rest:
 
     @property
     def folder(self) -> str:
-        """Where the shard is, below the job's folder."""
+        """Folder of the shard, relative to the job's folder."""
         return f"rest-{self.of[:16]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """
-    What the try that planned the job fixed for all later ones.
+    What the first try of a job fixes for all later ones.
 
-    The window and the metadata are kept, since a template such as ``now()`` renders anew on every try, and the same
-    work under another identity would be paid for again.
+    It keeps the window and the metadata, since a template such as ``now()`` renders differently on every try, and the
+    same work under another identity would be paid for again.
 
-    :param submitter: whose job it is.
-    :param conn_id: the connection that leads to its batches.
-    :param models: models by ``replace``, in the order of their indexes.
-    :param max_rows: rows per shard at most, as the rows were cut.
-    :param max_bytes: bytes per shard at most.
+    :param submitter: the task instance to which the job belongs.
+    :param conn_id: the connection of its batches.
+    :param models: models given by ``replace``, in the order of their indexes.
+    :param max_rows: most rows per shard, as used for the split.
+    :param max_bytes: most bytes per shard, as used for the split.
     :param params: digest of the body parameters that were put into the rows.
-    :param source: what told the input's version cheaply when it was read, see :func:`source_version`.
-    :param complete: whether no earlier try can have sent a batch that the folder does not know of.
+    :param source: version of the input when it was read, see :func:`source_version`.
+    :param complete: whether the folder knows every batch that earlier tries can have sent.
     """
 
     split: Split
@@ -138,9 +138,9 @@ class Plan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """
-        Return the plan that :meth:`to_dict` described.
+        Return the plan that :meth:`to_dict` encoded.
 
-        :raises ValueError: it was damaged, or others wrote it.
+        :raises ValueError: it is damaged, or not written by this code.
         """
         return cls(
             split=Split.from_dict(data["split"]),
@@ -158,9 +158,9 @@ class Plan:
 
     def is_of(self, requests: Any, options: RunOptions, *, name: str) -> bool:
         """
-        Whether the plan was made of these rows.
+        Whether the plan was made from these rows.
 
-        A file that is the same by :func:`source_version` is not read; anything else is cut into shards again, which are
+        A file with the same :func:`source_version` is not read. Any other input is split again, and the shards are
         compared with those of the plan.
 
         :param requests: a file (something that opens) or rows.
@@ -186,10 +186,10 @@ def digest_of(params: Mapping[str, Any] | None) -> str:
 
 def source_version(requests: Any) -> str | None:
     """
-    Return what tells a version of a file from another without reading it: its size, and what its store says of it.
+    Return the version of a file without reading it: its size, and what its store reports about it.
 
     :param requests: a file or rows.
-    :returns: ``None`` for rows, and where the store says too little.
+    :returns: the version; ``None`` for rows, and if the store reports too little.
     """
     try:
         if (local := local_path(requests)) is not None:
@@ -198,9 +198,9 @@ def source_version(requests: Any) -> str | None:
         if not hasattr(requests, "fs"):
             return None
         info = requests.fs.info(requests.path)
-    # Stores raise errors of their own kinds, and the file is read then.
+    # Stores raise errors of their own; after any of them the file is read instead.
     except Exception as exc:  # noqa: BLE001
-        log.info("Cannot tell the version of the input without reading it: %s", exc)
+        log.info("The version of the input is unknown, so the input is read: %s", exc)
         return None
     known = {name: str(info[name])[:200] for name in _VERSION_FIELDS if info.get(name)}
     return json.dumps({"size": info.get("size"), **known}, sort_keys=True) if known else None
@@ -222,10 +222,10 @@ class PlanFolder:
 
     def read(self) -> Plan | None:
         """Return the plan; ``None`` if there is none."""
-        return self._read("plan.json", Plan.from_dict, or_cut="the plan is made anew")
+        return self._read("plan.json", Plan.from_dict, otherwise="a new plan is made")
 
     def write(self, plan: Plan) -> None:
-        """Keep the plan."""
+        """Store the plan."""
         write_json(self.path / "plan.json", plan.to_dict())
 
     def read_round(self, number: int, models: range) -> dict[int, tuple[Shard, ...]] | None:
@@ -235,31 +235,36 @@ class PlanFolder:
         :param models: indexes of the models that the job has.
         """
         decode = partial(_shards_by_model, models=models)
-        return self._read(f"round-{number}.json", decode, or_cut="the round is planned anew")
+        return self._read(f"round-{number}.json", decode, otherwise="the round is planned again")
 
     def read_rests(self) -> list[Rest]:
-        """Return the rests of dead batches, in the order of their making."""
-        read = self._read("rests.json", _rests, or_cut="the rests of dead batches are looked up again")
+        """Return the rests of dead batches, in the order in which they were planned."""
+        read = self._read("rests.json", _rests, otherwise="the rests of dead batches are determined again")
         return read or []
 
     def write_rests(self, rests: Sequence[Rest]) -> None:
-        """Keep the rests of dead batches."""
+        """Store the rests of dead batches."""
         stored = [{"of": rest.of, "shard": rest.shard and rest.shard.to_dict()} for rest in rests]
         write_json(self.path / "rests.json", {"rests": stored})
 
     def write_round(self, number: int, shards: Mapping[int, Sequence[Shard]]) -> None:
-        """Keep the shards of a later round, by model."""
+        """Store the shards of a later round, by model."""
         planned = {str(model): [shard.to_dict() for shard in items] for model, items in shards.items()}
         write_json(self.path / f"round-{number}.json", {"shards": planned})
 
-    def _read(self, name: str, decode: Callable[[dict[str, Any]], T], *, or_cut: str) -> T | None:
-        stored = read_json(self.path / name, or_cut=or_cut)
+    def _read(self, name: str, decode: Callable[[dict[str, Any]], T], *, otherwise: str) -> T | None:
+        stored = read_json(self.path / name, otherwise=otherwise)
         if stored is None:
             return None
         try:
             return decode(stored)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as exc:
-            log.warning("%s is damaged, or not one of ours (%s); %s", self.path / name, exc, or_cut)
+            log.warning(
+                "%s is damaged, or was not written by this provider (%s); %s",
+                self.path / name,
+                exc,
+                otherwise,
+            )
             return None
 
 
@@ -287,11 +292,11 @@ def _shards_by_model(stored: dict[str, Any], models: range) -> dict[int, tuple[S
 
 def plan(requests: Any, folder: Any, *, name: str, options: RunOptions) -> Split:
     """
-    Cut rows into shards.
+    Split rows into shards.
 
     :param requests: a file (something that opens) or rows.
-    :param folder: where the shards go.
-    :param name: what messages call the rows.
+    :param folder: folder for the shards.
+    :param name: how messages call the rows.
     :raises InvalidInputError: rows are wrong, or some name no model and none is given.
     """
     split = split_requests(
@@ -305,18 +310,18 @@ def plan(requests: Any, folder: Any, *, name: str, options: RunOptions) -> Split
     )
     if split.rows_without_model and not options.models:
         raise InvalidInputError(
-            f"{name}: {split.rows_without_model} of {split.rows} rows name no model; give model= or models=, or "
-            "put it into their body. Nothing was uploaded."
+            f"{name}: {split.rows_without_model} of {split.rows} rows name no model. Set model or models, or put a "
+            "model into each row's body. Nothing was uploaded."
         )
     return split
 
 
 def estimate(requests: Any, *, name: str, options: RunOptions) -> dict[str, Any]:
     """
-    Plan a job without sending anything, and return what it would take.
+    Plan a job without sending anything, and return its estimated size and cost.
 
-    Prompt tokens are estimated at a quarter per ASCII character of the messages and one per other character;
-    completions cannot be known, so ``cost`` is that of the prompts alone.
+    Prompt tokens are estimated at a quarter per ASCII character of the messages and one per other character. The length
+    of the completions is unknown, so ``cost`` covers only the prompts.
     """
     with temporary_folder() as folder:
         split = plan(requests, folder, name=name, options=options)

@@ -1,4 +1,4 @@
-"""Sending a request that must count once: what each answer means, and when it may be sent again."""
+"""Sending a request that must take effect once: what each answer means, and when it may be sent again."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: How long definite refusals (429, overloaded, no connection) are sat out, in seconds.
+#: How long to wait out definite refusals (429, overloaded, no connection), in seconds.
 REFUSAL_PATIENCE = 900.0
-#: How often a request is sent of which each time it stayed open whether it counted.
+#: How often a request is sent if each time the outcome remains unknown.
 MAX_OPEN_SENDS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Request(Generic[T]):
     """
-    A request that must count once.
+    A request that must take effect once.
 
     :param what: method, path and label, for messages.
     :param send: records the intent, and sends.
-    :param find: returns what an open send left at the service, having looked long enough to be sure.
-    :param forget: takes the intent back, since nothing was created.
+    :param find: returns what a send with unknown outcome created, after searching long enough to be sure.
+    :param forget: removes the intent, since nothing was created.
     :param accept: records that the service may have created it, so that no try sends it again; ``None`` if sending it
         again costs nothing.
-    :param lost: makes the error for what was accepted and cannot be found.
-    :param rate_limit_patience: how long a 429 is sat out, in seconds.
+    :param lost: returns the error for a request that was accepted but whose result cannot be found.
+    :param rate_limit_patience: how long to wait out a 429, in seconds.
     """
 
     what: str
@@ -50,16 +50,16 @@ class Request(Generic[T]):
     rate_limit_patience: float = REFUSAL_PATIENCE
 
     def patience(self, error: SiliconFlowError) -> float:
-        """Return how long a definite refusal is sat out, in seconds."""
+        """Return how long to wait out a definite refusal, in seconds."""
         return self.rate_limit_patience if isinstance(error, RateLimitedError) else REFUSAL_PATIENCE
 
 
 def send_once(request: Request[T], clock: Clock, check_not_stopped: Callable[[str], None]) -> T:
     """
-    Send until it counted once: sit out definite refusals, search after an open outcome.
+    Send a request until it took effect once: wait out definite refusals, and search after an unknown outcome.
 
     :param check_not_stopped: raises if nothing may be sent any more.
-    :raises SubmissionUnknownError: it stayed open whether it counted.
+    :raises SubmissionUnknownError: the outcome remains unknown.
     :raises SiliconFlowError: the service refused; nothing was created.
     """
     began = clock.monotonic()
@@ -79,7 +79,7 @@ def send_once(request: Request[T], clock: Clock, check_not_stopped: Callable[[st
                 continue
         if not protocol.leaves_effect_open(error):
             if open_sends:
-                # This send was refused, an earlier one may have counted and be listed late.
+                # This send was refused, but an earlier one may have taken effect and be listed late.
                 raise unknown(request.what, open_sends, error) from error
             request.forget()
             raise error
@@ -89,7 +89,7 @@ def send_once(request: Request[T], clock: Clock, check_not_stopped: Callable[[st
             return found
         if open_sends >= MAX_OPEN_SENDS:
             raise unknown(request.what, open_sends, error) from error
-        log.warning("%s left nothing in the account; sending it again", request.what)
+        log.warning("%s created nothing in the account; sending it again", request.what)
 
 
 def _check_not_stopped(
@@ -104,7 +104,7 @@ def _check_not_stopped(
 
 
 def _find(request: Request[T], open_sends: int, error: SiliconFlowError) -> T | None:
-    """Search for what a send left whose outcome is open."""
+    """Search for the result of a send with unknown outcome."""
     log.warning("%s; the outcome is unknown, so the account is searched", error)
     # A success status in any form may mean "created".
     accepted = request.accept is not None and isinstance(error, TransportError) and error.accepted
@@ -120,11 +120,11 @@ def _find(request: Request[T], open_sends: int, error: SiliconFlowError) -> T | 
 
 
 def unknown(what: str, sends: int, last: SiliconFlowError) -> SubmissionUnknownError:
-    """Return the error for an outcome that stays open."""
-    # Unlike a bare call of the hook, a retry of this one knows how to search.
+    """Return the error for an outcome that remains unknown."""
+    # Unlike a direct call of the hook, this one can be retried: the retry searches.
     return SubmissionUnknownError(
-        f"{what} was sent {sends} time(s) without a usable answer, and may have taken effect: the account lists "
-        "nothing of it so far, or cannot be read. A retry of this task searches the account before it sends "
-        f"again; a clear that submits anew would not, and might pay twice. Last answer: {last}",
+        f"{what} was sent {sends} time(s) without a usable answer, and it may have taken effect: the account does not "
+        "list its result yet, or cannot be read. A retry of this task searches the account before it sends again; a "
+        f"manual clear that submits again does not, and might pay twice. Last answer: {last}",
         retryable=True,
     )

@@ -1,4 +1,4 @@
-"""A progress bar for people who wait in a terminal or a notebook."""
+"""A progress bar for waits in a terminal or a notebook."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 class ProgressBar:
     """
-    Shows the rows of a wait with ``rich``; without a terminal, as in a task, it shows nothing.
+    Shows the rows of a wait with ``rich``. Without a terminal, for example in a task, it shows nothing.
 
     :param wait: the wait.
     """
@@ -40,7 +40,7 @@ class ProgressBar:
         return self
 
     def show(self) -> None:
-        """Bring the bar up to date."""
+        """Update the bar."""
         if self._bar is None:
             return
         rows = self._wait.rows
@@ -54,6 +54,6 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Leave the bar as it was last."""
+        """Stop updating the bar."""
         if self._bar is not None:
             self._bar.stop()

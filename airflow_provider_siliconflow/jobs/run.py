@@ -1,7 +1,7 @@
 """
-A whole job: rows of any number over one model or several, in rounds, back into files in the order of the rows.
+A whole job: any number of rows over one or more models, in rounds, with results in the order of the rows.
 
-:class:`BatchRun` is the only one that knows the order of the steps. It never waits: :meth:`~BatchRun.start` and
+Only :class:`BatchRun` knows the order of the steps. It never waits: :meth:`~BatchRun.start` and
 :meth:`~BatchRun.resume` return a :class:`Wait` for their caller to carry out, in this process or another one, until
 they return ``None`` and :meth:`~BatchRun.finish` writes the manifest::
 
@@ -10,8 +10,8 @@ they return ``None`` and :meth:`~BatchRun.finish` writes the manifest::
         wait = run.resume(hook.wait_for_batches(wait.batch_ids, min_ended=wait.min_ended, deadline=wait.deadline))
     manifest = run.finish()
 
-A process may die anywhere. Everything that a later one needs is in a folder below the output: the plan, the shards
-and a ledger of what was uploaded and created.
+A process may die at any point. A folder in the output folder contains everything that a later process needs: the plan,
+the shards, and a ledger of what was uploaded and created.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Wait:
     """
-    What a job waits for.
+    A wait that the job needs before its next step.
 
     :param batch_ids: the open batches.
     :param min_ended: how many of them must end before :meth:`BatchRun.resume`; ``None`` for all.
@@ -55,7 +55,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """A job in this process, and who works on it."""
+    """A job opened in this process, with what works on it."""
 
     job: OpenJob
     sender: Sender
@@ -66,7 +66,7 @@ class BatchRun:
     """
     The driver of one job, in one process.
 
-    :param job_try: the try that does it.
+    :param job_try: the try that it belongs to.
     """
 
     def __init__(self, job_try: JobTry) -> None:
@@ -82,18 +82,18 @@ class BatchRun:
 
     def start(self, requests: Callable[[], Any], name: str, *, timeout: float | None) -> Wait | None:
         """
-        Begin a try: plan and submit, or take up what an earlier try left.
+        Begin a try: plan and submit, or continue what an earlier try left.
 
-        :param requests: returns the rows, a file or Python objects. Rows that an earlier try planned are compared with
-            them.
-        :param name: what messages call them.
+        :param requests: returns the rows, a file or Python objects. They are compared with the rows of an earlier
+            try's plan.
+        :param name: how messages call the rows.
         :param timeout: seconds until the try's waits end, over all of its deferrals; ``None`` leaves it to the batches.
         :returns: what to wait for; ``None`` if nothing is left but :meth:`finish`.
         :raises InvalidRequestFileError: rows are wrong; nothing was uploaded.
         :raises InvalidInputError: rows were changed since they were submitted, or another job runs in ``output_dir``.
-        :raises SiliconFlowError: the service refuses, and has taken no batch of this job.
+        :raises SiliconFlowError: the service refuses, and has accepted no batch of this job.
         """
-        # On a first try a manifest is of a run that was deleted and made again under the same id.
+        # On a first try, a manifest belongs to a deleted run that was created again under the same id.
         self._earlier_manifest = self._opening.finished_manifest() if self._try.earlier_tries else None
         if self._earlier_manifest is not None:
             log.info("An earlier try wrote all results and the manifest; nothing is left to do")
@@ -102,7 +102,7 @@ class BatchRun:
         opened = self._take(job, began=self._try.owner.at)
         split = job.plan.split
         log.info(
-            "%d rows in %d shards over %s: %d batches, about %d prompt tokens each time",
+            "%d rows in %d shards over %s: %d batches, about %d prompt tokens per model",
             split.rows,
             len(split.shards),
             ", ".join(job.options.models) or "the models that the rows name",
@@ -115,12 +115,12 @@ class BatchRun:
 
     def resume(self, ended: Iterable[Batch]) -> Wait | None:
         """
-        Go on after a wait, also in another process than the one that started.
+        Continue after a wait, in any process.
 
         :param ended: the batches that ended.
         :returns: what to wait for next; ``None`` if nothing is left but :meth:`finish`.
         :raises InvalidInputError: the job's folder is gone.
-        :raises JobTakenOverError: another try does the job now.
+        :raises JobTakenOverError: another try has taken over the job.
         """
         try:
             opened = self._open()
@@ -128,7 +128,7 @@ class BatchRun:
             self._earlier_manifest = self._opening.finished_manifest()
             if self._earlier_manifest is None:
                 raise
-            log.info("Another try of this task has finished the job; its manifest is taken")
+            log.info("Another try of this task has finished the job; using its manifest")
             return None
         opened.job.ledger.check_owner()
         batches = list(ended)
@@ -152,7 +152,7 @@ class BatchRun:
         manifest["task"] = asdict(self._try.submitter)
         log.info("Results are in %s\n%s", self._try.output_dir, render_summary(manifest))
         unfinished = unfinished_job(opened.job, collected, self._try.output_dir)
-        # With this key the manifest says that nothing is left to do, whatever the verdict on it.
+        # This key marks the manifest as final, whether or not the job counts as a success.
         manifest["unfinished" if unfinished else "run"] = self._opening.key
         opened.job.ledger.check_owner()
         write_json(self._try.output_dir / "manifest.json", manifest)
@@ -185,13 +185,13 @@ class BatchRun:
     @staticmethod
     def _min_ended(job: OpenJob) -> int | None:
         waiting = any(map(job.is_waiting, job.current))
-        # A task that is woken for every single batch would be woken 200 times by a large job.
+        # Otherwise a large job would wake its task 200 times, once for every batch.
         return max(len(job.open_batches) // 4, 1) if waiting else None
 
     # Opening ----------------------------------------------------------------------------------------------
 
     def _open(self) -> _Opened:
-        """Return the job, opened from its folder if this process did not do so yet."""
+        """Return the job; open it from its folder if this process has not done so yet."""
         if self._opened is None:
             job, owner = self._opening.reopen()
             return self._take(job, began=owner.at)
@@ -205,7 +205,7 @@ class BatchRun:
             sender.stop(cancels=self._cancels)
         return self._opened
 
-    # From outside -----------------------------------------------------------------------------------------
+    # For callers that end the task ------------------------------------------------------------------------
 
     @property
     def batch_ids(self) -> tuple[str, ...]:
@@ -215,13 +215,13 @@ class BatchRun:
 
     @property
     def open_batches(self) -> tuple[str, ...]:
-        """Ids of the batches of this try that were submitted and have not ended as far as the job knows."""
+        """Ids of the batches of this try that were submitted and are not known to have ended."""
         job = self._known_job
         return () if job is None else job.open_batches
 
     @property
     def _known_job(self) -> OpenJob | None:
-        """The job, also before this process opened it; ``None`` if there is none, or another try does it now."""
+        """The job, even if this process has not opened it yet; ``None`` if there is none, or another try has it."""
         try:
             job = self._open().job
             job.ledger.check_owner()
@@ -234,7 +234,7 @@ class BatchRun:
         """
         Send nothing from now on, and return the ids of the batches that are known to be open.
 
-        If another try does the job now, they are that one's, and none is returned.
+        If another try has taken over the job, they belong to that try, and none is returned.
 
         :param cancels: whether to cancel a batch that is being created right now, once its answer comes.
         """
@@ -245,18 +245,18 @@ class BatchRun:
 
     def check_not_stopped(self) -> None:
         """
-        Refuse to go on after :meth:`stop`.
+        Refuse to continue after :meth:`stop`.
 
         :raises SiliconFlowError: the task was ended.
         """
         if self._stopped:
-            raise SiliconFlowError("The job does not go on: the task was ended from outside")
+            raise SiliconFlowError("The job does not continue: the task was ended from outside")
 
     def find_unrecorded(self, patience: float) -> list[str]:
         """
         Search the account for batches that were being created.
 
-        :param patience: how long to search again for one that is not listed, in seconds.
+        :param patience: for how many seconds to repeat the search if one is not listed.
         :raises SiliconFlowError: the account cannot be searched.
         """
         return [] if self._opened is None else self._opened.sender.find_unrecorded(patience)

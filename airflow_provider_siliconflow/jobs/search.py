@@ -1,8 +1,9 @@
 """
-Searching the account for the batch of a piece of work, and proving that what is found is that batch.
+Searching the account for the batch of a piece of work, and proving that it is the right one.
 
-What carries our mark is not ours for that: whoever has the account can copy it. What carries no mark may be ours all
-the same: the list may leave metadata out. And what is not listed may exist: the list may lag, be cut, or be short.
+A batch with our mark may belong to others, since everybody with access to the account can copy a mark. A batch without
+a mark may be ours, since the list may leave out metadata. A batch that is not listed may exist, since the list may lag
+or be incomplete.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from airflow_provider_siliconflow.jobs.states import Planned, Refused, files_of
 
 log = logging.getLogger(__name__)
 
-#: How long the account's listing may take to show a new batch, in seconds, and the pauses between two searches of it.
+#: How long the account's listing may take to show a new batch, and the pauses between two searches, in seconds.
 LIST_LAG = 60.0
 _LIST_PAUSES = (2.0, 3.0, 5.0, 10.0, 15.0, 25.0)
-#: How long the end of a cancellation is waited for, in seconds.
+#: How long to wait for the end of a cancellation, in seconds.
 CANCEL_PATIENCE = 900.0
-#: Batches without any metadata that are read by their id, in one search: those over a file of ours, and the first of
-#: the list that name no file at all.
+#: Batches without metadata that one search reads by their id: those over a file of ours, and the first ones in the list
+#: that name no file at all.
 _MAX_READS_OVER_FILE, _MAX_READS_WITHOUT_FILE = 200, 50
 
 
@@ -47,11 +48,11 @@ class SearchAPI(AccountAPI, Protocol):
 @dataclass(frozen=True, slots=True)
 class Found:
     """
-    What a look at the account showed.
+    The result of one search.
 
-    :param live: batches that are certainly the work's, and whose rows are paid or will be; the oldest first.
-    :param dead: batches that are certainly the work's, and that failed or were cancelled before their rows were done.
-    :param doubtful: ids of batches that may be the work's; the service states too little of them.
+    :param live: batches that certainly belong to the work and whose rows are or will be paid for, oldest first.
+    :param dead: batches that certainly belong to the work, and failed or were cancelled before their rows were done.
+    :param doubtful: ids of batches that may belong to the work; the service states too little about them.
     """
 
     live: tuple[Batch, ...]
@@ -64,7 +65,7 @@ class AccountSearch:
     Searches for one try.
 
     :param api: the calls.
-    :param ledger: what earlier tries recorded.
+    :param ledger: the record of earlier tries.
     :param since: no try can have sent anything before this time (epoch seconds of Airflow's clock).
     :param clock: time.
     """
@@ -76,16 +77,16 @@ class AccountSearch:
         self._clock = clock
         self.files = AccountFiles(api, clock)
         self.batches = AccountBatches(api, self.files, clock)
-        self._told_of: set[str] = set()
+        self._logged_copies: set[str] = set()
 
-    # Reading ----------------------------------------------------------------------------------------------
+    # Reading and searching --------------------------------------------------------------------------------
 
     def read(self, batch_id: str, *, watch: bool = True) -> Batch | None:
         """
         Read a batch.
 
-        :param watch: wait for the end of one that is being cancelled.
-        :returns: ``None`` if the account does not know it, or answers about another.
+        :param watch: whether to wait for the end of a batch that is being cancelled.
+        :returns: ``None`` if the account does not know the batch, or answers about another one.
         """
         try:
             batch = self._api.get_batch(batch_id)
@@ -106,17 +107,17 @@ class AccountSearch:
             return None
         return batch
 
-    def looks(self, work: BatchWork, listed_by: float, *, watch: bool = True) -> Iterator[Found]:
+    def searches(self, work: BatchWork, listed_by: float, *, watch: bool = True) -> Iterator[Found]:
         """
-        Look at the account again and again, with pauses, until the work must be listed if it exists.
+        Search the account repeatedly, with pauses, until the work must be listed if it exists.
 
         :param listed_by: monotonic time from which on the listing can be trusted.
-        :param watch: wait for the end of a batch that is being cancelled.
+        :param watch: whether to wait for the end of a batch that is being cancelled.
         """
         pauses = iter(_LIST_PAUSES)
         while True:
             self.batches.read(work, self._anchor(work), listed_by, self._ledger.recorded_batches())
-            yield self._look(work, watch=watch)
+            yield self._search(work, watch=watch)
             left = listed_by - self.batches.read_at
             if left <= 0:
                 return
@@ -128,21 +129,21 @@ class AccountSearch:
             self._clock.sleep(pause)
 
     def _anchor(self, work: BatchWork) -> float | None:
-        """Return a time of the service's clock before which no batch of the work can be; ``None`` if none is known."""
+        """Return the time, by the service's clock, before which the work has no batch; ``None`` if it is unknown."""
         try:
             self.files.read()
         except SiliconFlowError as exc:
-            log.info("The account's files cannot be listed, so all of its batches are: %s", exc)
+            log.info("The account's files cannot be listed, so all of its batches are searched: %s", exc)
             return None
         ours = self.our_files(work)
         if not ours:
-            # No batch can be ours then, so it is of no use to go back further than any try.
+            # No batch can be ours then, so going back further than the first try is useless.
             return self._since
         times = [file.created_at if (file := self.files.get(file_id)) else None for file_id in ours]
         known = [time for time in times if time is not None]
         return min(known) if len(known) == len(times) else None
 
-    def _look(self, work: BatchWork, *, watch: bool) -> Found:
+    def _search(self, work: BatchWork, *, watch: bool) -> Found:
         doubtful = self._read_unmarked(work)
         retired = {ended.batch_id for ended in self._ledger.retired(work.key)}
         live: list[Batch] = []
@@ -150,8 +151,8 @@ class AccountSearch:
         for listed in self.batches.marked(work.key):
             if listed.id in retired:
                 continue
-            # The listing may be behind: only the batch itself says whether it is still alive. Listed, it exists,
-            # whatever a gateway answers to its id for a moment.
+            # The listing may be stale: only the batch itself shows whether it is still alive. A listed batch exists,
+            # even if a gateway briefly answers something else for its id.
             batch = self.read(listed.id, watch=watch) or listed.batch()
             proof = self.prove(work, batch)
             if proof is Proof.UNPROVEN:
@@ -162,18 +163,18 @@ class AccountSearch:
                 (dead if is_replaceable(batch) else live).append(batch)
         if len(live) > 1:
             log.warning(
-                "The account has %d batches of this task (%s); going on with the oldest",
+                "The account has %d batches of this task (%s); continuing with the oldest",
                 len(live),
                 ", ".join(batch.id for batch in live),
             )
         return Found(tuple(live), tuple(dead), tuple(doubtful))
 
     def _log_copy(self, work: BatchWork, batch: Batch) -> None:
-        if batch.id not in self._told_of:
-            self._told_of.add(batch.id)
+        if batch.id not in self._logged_copies:
+            self._logged_copies.add(batch.id)
             log.error(
-                "Batch %s carries our mark (%s=%s) but is not ours: its input file (%s), endpoint or completion window "
-                "differs. It is left alone",
+                "Batch %s carries the mark of this work (%s=%s), but its input file (%s), endpoint or completion "
+                "window differs. It is not used",
                 batch.id,
                 WORK_KEY,
                 work.key,
@@ -184,22 +185,22 @@ class AccountSearch:
 
     def _read_unmarked(self, work: BatchWork) -> list[str]:
         """
-        Read batches that are listed without our marks by their ids, if they may be the work's.
+        Read batches that are listed without our marks by their ids, if they may belong to the work.
 
-        :returns: those that may be, and that nothing more can be told of.
+        :returns: the ids of those that may belong to it, but about which nothing more can be found out.
         """
         chosen, unread = self._unmarked(work)
         for listed in chosen:
-            if not self.batches.is_told(listed.id):
+            if not self.batches.was_read(listed.id):
                 batch = self.read(listed.id, watch=False)
                 if batch is not None:
-                    self.batches.told(batch)
-        # A service that keeps the metadata of others has none of these: somebody else created them.
+                    self.batches.add_read(batch)
+        # If the service returns metadata, batches without any were created by somebody else.
         doubtful = [] if self.batches.shows_marks else [listed.id for listed in self._unmarked(work)[0]]
         return [*doubtful, *unread]
 
     def _unmarked(self, work: BatchWork) -> tuple[list[Listed], list[str]]:
-        """Return the batches that may be the work's by what the list shows, and the ids of those beyond the limits."""
+        """Return the batches that may belong to the work by the list, and the ids of those beyond the limits."""
         over_file: list[Listed] = []
         without_file: list[Listed] = []
         ours, recorded = self.our_files(work), self._ledger.recorded_batches()
@@ -215,7 +216,7 @@ class AccountSearch:
     # Proof ------------------------------------------------------------------------------------------------
 
     def our_files(self, work: BatchWork) -> set[str]:
-        """Return the input files that a batch of the work can have, as far as the ledger and the account tell."""
+        """Return the input files that a batch of the work can have, according to the ledger and the account."""
         if work.upload is None:
             return {work.input_file_id} if work.input_file_id else set()
         self.files.read()
@@ -223,44 +224,44 @@ class AccountSearch:
         return listed | self.recorded_files(work.upload)
 
     def recorded_files(self, upload: Upload) -> set[str]:
-        """Return the files that the ledger names, but for those that the account lists as something else."""
+        """Return the files that the ledger names, without those that the account lists as something else."""
         recorded = {file_id: self.files.get(file_id) for file_id in files_of(self._ledger.upload(upload.key))}
         return {file_id for file_id, file in recorded.items() if file is None or upload.may_be(file)}
 
     def prove(self, work: BatchWork, batch: Batch) -> Proof:
-        """Say whether a batch is that of a piece of work."""
+        """Say whether a batch belongs to a piece of work."""
         ours, upload = self.our_files(work), work.upload
         file = self.files.get(batch.input_file_id or "")
         only_listed = (
             file is not None and upload is not None and file.id in ours - self.recorded_files(upload)
         )
-        # Name and size can be copied; the content can be compared, if the service lets it be read.
+        # Name and size can be copied, but the content can be compared if the service lets it be read.
         if only_listed and file and upload and self.files.has_content_of(file, upload) is False:
             return Proof.FOREIGN
-        # The ledger knows every file that a batch of ours can have, if it knows all that was sent.
+        # A complete ledger knows every file that a batch of ours can have.
         is_anothers = self._ledger.complete if file is None else file.id not in ours
         return prove(work, batch, our_files=ours, file_is_anothers=is_anothers)
 
     def proves_record(self, work: BatchWork, batch: Batch) -> bool:
         """
-        Whether a batch that the ledger names is the work's; anybody may have written into a shared folder.
+        Whether a batch that the ledger names belongs to the work; others may have written into a shared folder.
 
         :raises SubmissionUnknownError: the service states too little to tell.
         """
         proof = self.prove(work, batch)
         if proof is Proof.UNPROVEN and batch.input_file_id in self.our_files(work):
-            # The record and the input file agree, and the service keeps no metadata.
+            # The record and the input file agree, and the service returns no metadata.
             return True
         if proof is Proof.UNPROVEN:
             raise SubmissionUnknownError(
                 f"Batch {batch.id} is recorded for {work.label}, but the service states neither its metadata nor its "
-                "input file, so it may not be ours. Nothing was sent. A retry reads it again.",
+                "input file, so it may belong to others. Nothing was sent. A retry reads it again.",
                 retryable=True,
             )
         if proof is Proof.FOREIGN:
             log.error(
-                "The record names batch %s for %s, but it belongs to other work (mark %s, input file %s). It is left "
-                "alone, and the account is searched",
+                "The record names batch %s for %s, but it belongs to other work (mark %s, input file %s). It is not "
+                "used, and the account is searched",
                 batch.id,
                 work.label,
                 batch.metadata.get(WORK_KEY),
@@ -270,40 +271,41 @@ class AccountSearch:
 
     def check_conclusive(self, work: BatchWork, found: Found) -> None:
         """
-        Refuse to take a search that found nothing for proof that there is nothing.
+        Check that a search that found nothing proves that there is nothing.
 
-        :raises SubmissionUnknownError: the work may have a batch all the same.
+        :raises SubmissionUnknownError: the work may have a batch nevertheless.
         """
         manual = f"On the console, its batch has the metadata {WORK_KEY}={work.key}. If there is none, {SUBMIT_ANEW}."
         if found.doubtful:
             raise SubmissionUnknownError(
-                f"An earlier try may have paid for {work.label}: {', '.join(found.doubtful[:5])} may be its batch, and "
-                "the service states too little to tell (metadata, input file). Nothing was sent. A retry reads again. "
-                f"{manual}",
+                f"An earlier try may have paid for {work.label}: {', '.join(found.doubtful[:5])} may be its batch, but "
+                "the service states too little to tell (metadata, input file). Nothing was sent. A retry reads it "
+                f"again. {manual}",
                 retryable=True,
             )
         if self.batches.unreadable:
             raise SubmissionUnknownError(
                 f"The account lists {self.batches.unreadable} batches that cannot be read, and one of them may be "
-                f"{work.label}, paid for by an earlier try. Nothing was sent. A retry searches again. {manual}",
+                f"{work.label}, which an earlier try may have paid for. Nothing was sent. A retry searches again. "
+                f"{manual}",
                 retryable=True,
             )
         if not self.batches.shows_all_of(self._anchor(work), self._older_batches(work)):
             raise SubmissionUnknownError(
-                f"The account lists its newest {len(self.batches)} batches only, and none is {work.label}: it may be "
-                f"an older one, paid for by an earlier try. Nothing was sent. A retry searches again. {manual}",
+                f"The account lists only its newest {len(self.batches)} batches, and none of them is {work.label}: an "
+                f"earlier try may have paid for an older one. Nothing was sent. A retry searches again. {manual}",
                 retryable=True,
             )
 
     def _older_batches(self, work: BatchWork) -> set[str]:
-        """Return the recorded batches that are certainly older than any of the work, if its intent is recorded."""
+        """Return the recorded batches that are certainly older than any of the work's, if its intent is recorded."""
         state = self._ledger.state(work.key)
         number = 0 if isinstance(state, Planned | Refused) else state.number
         return {batch_id for batch_id, other in self._ledger.recorded_batches().items() if 0 < other < number}
 
 
 def is_replaceable(batch: Batch) -> bool:
-    """Whether a batch failed or was cancelled, and has rows without an answer: its work may be submitted anew."""
+    """Whether a batch failed or was cancelled and has unanswered rows, so that its work may be submitted again."""
     counts = batch.request_counts
     all_done = batch.status == BatchStatus.CANCELLED and 0 < counts.total <= counts.completed
     return batch.is_dead and not all_done

@@ -1,4 +1,4 @@
-"""Submitting the batches of a job: what an earlier try left, what may be open at once, what the service refuses."""
+"""Submitting the batches of a job, with those of earlier tries, the limit of open batches, and refusals."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from airflow_provider_siliconflow.jobs.states import Planned, Refused, Sending, 
 
 log = logging.getLogger(__name__)
 
-#: Refused batches of a model, none being taken, before the others of the model are not sent either.
+#: Refusals of a model, none of whose batches was accepted, after which its other batches are not sent either.
 _REFUSALS_OF_A_MODEL = 3
-#: Seconds for which a full account (429) is sat out while batches of the job are open.
+#: Seconds to wait for a full account (429) while batches of the job are open.
 FULL_ACCOUNT_PATIENCE = 20.0
 
 
 class _AccountIsFull(Exception):  # noqa: N818
-    """The service takes no more batches until one of this job ends."""
+    """The service accepts no more batches until one of this job ends."""
 
 
 class Sender:
@@ -44,9 +44,9 @@ class Sender:
 
     :param job: the job.
     :param client: the calls.
-    :param collector: reads what a dead batch answered.
+    :param collector: reads which rows a dead batch answered.
     :param clock: time.
-    :param began: when this try began, in epoch seconds: a batch that died before may be replaced in it.
+    :param began: when this try began, in epoch seconds: it may replace batches that died before.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Sender:
         self._job.submission.stop()
 
     def take_up(self) -> None:
-        """Look at the batches of earlier tries; what the service refused them may be submitted again."""
+        """Read the batches of earlier tries; batches that the service refused may be submitted again."""
         job = self._job
         found = []
         unread = []
@@ -85,7 +85,7 @@ class Sender:
                 unread.append(piece)
                 continue
             log.info(
-                "Taking up batch %s (%s) of an earlier try: nothing is paid again", batch.id, batch.status
+                "Continuing with batch %s (%s) of an earlier try, at no extra cost", batch.id, batch.status
             )
             found.append(batch)
         job.record_ended(found, at=self._began)
@@ -96,22 +96,22 @@ class Sender:
         """
         Submit as many batches as may be open at once.
 
-        A batch that the service refuses stops no other: those that were taken are paid, and their results wanted. The
-        job fails at its end then.
+        A refused batch does not stop the others: those that were accepted are paid for, and their results are wanted.
+        The job then fails at its end.
 
         :returns: whether the account has no room for more batches until one of this job ends.
-        :raises SiliconFlowError: the service refuses, and has taken no batch of this job.
+        :raises SiliconFlowError: the service refuses, and has accepted no batch of this job.
         """
         is_full = False
         try:
-            # What is adopted may have ended already, and makes room for more.
+            # An adopted batch may have ended already, which makes room for more.
             while self._replace_dead() or self._submit_some():
                 pass
         except _AccountIsFull as exc:
-            log.warning("%s The next batch is submitted when one of the open ones has ended.", exc)
+            log.warning("%s The next batch is submitted once an open one has ended.", exc)
             is_full = True
         except SiliconFlowError:
-            # The ids that came before are worth more than the intents that lead to them.
+            # Without the ids recorded so far, a later try would have to search for them by their intents.
             with contextlib.suppress(SiliconFlowError):
                 self._job.ledger.flush()
             raise
@@ -124,7 +124,7 @@ class Sender:
         """
         Plan batches of the rows that dead batches of earlier tries did not answer; return whether there are any.
 
-        Within a try a batch that died is not replaced: whoever cancelled it may have had a reason.
+        A batch that died in this try is not replaced in it: somebody may have cancelled it for a reason.
         """
         job = self._job
         replaced = False
@@ -185,13 +185,13 @@ class Sender:
                 self._refuse(self._refused_alike(piece), exc)
                 return True
             if self._cancels_late:
-                # Ended while the request was on its way, when there was no batch to be found yet.
+                # The task was ended while the request was under way, when there was no batch to be found yet.
                 self._client.cancel_batch(batch.id)
             log.info("Batch %s: %s", batch.id, job.name(piece))
         return bool(now)
 
     def _submit(self, piece: Piece) -> Batch:
-        # Sitting a full account out makes no sense while batches of this job are what fills it.
+        # If this job's own batches fill the account, waiting here does not make room.
         patience = FULL_ACCOUNT_PATIENCE if self._job.running else REFUSAL_PATIENCE
         batch = self._job.submission.submit(self._work(piece), rate_limit_patience=patience, adopt_dead=True)
         self._job.record_ended([batch], at=self._clock.time())
@@ -205,7 +205,7 @@ class Sender:
         """
         Search the account for batches that were being created.
 
-        :param patience: how long to search again for one that is not listed, in seconds.
+        :param patience: for how many seconds to repeat the search if one is not listed.
         :raises SiliconFlowError: the account cannot be searched.
         """
         job = self._job
@@ -213,7 +213,7 @@ class Sender:
         return [batch.id for batch in job.submission.find(works, patience)] if works else []
 
     def _refused_alike(self, piece: Piece) -> list[Piece]:
-        """Return a refused batch, and all others of its model once enough of them were refused and none was taken."""
+        """Return a refused batch, with all others of its model if enough were refused and none was accepted."""
         job = self._job
         same = [other for other in job.current if other.model == piece.model and other.round == piece.round]
         tried = sum(job.refused(other) is not None for other in same) + 1
@@ -222,14 +222,14 @@ class Sender:
         return [piece, *self._surely_unsent(same, piece)]
 
     def _surely_unsent(self, pieces: Iterable[Piece], but: Piece) -> list[Piece]:
-        """Return those of which no try can have left a batch: one with an intent is looked for, and may be paid."""
+        """Return the pieces for which no try can have left a batch; one with an intent may be paid for."""
         return [piece for piece in pieces if piece != but and isinstance(self._job.state(piece), Planned)]
 
     def _refuse(self, pieces: Sequence[Piece], error: APIError) -> None:
         """
-        Record batches that the service does not take, and go on to collect the others.
+        Record batches that the service refuses, so that the others are still collected.
 
-        :raises SiliconFlowError: there are no others; nothing was paid, so there is nothing to lose.
+        :raises SiliconFlowError: there are no others, so nothing was paid and nothing can be lost.
         """
         job = self._job
         refused = Refused(error.status_code, error.message)
@@ -238,10 +238,10 @@ class Sender:
             raise error
         log.error("Refused: %s: %s", job.name(pieces[0]), error)
         if len(pieces) > 1:
-            log.error("%d more like it are not sent in this try", len(pieces) - 1)
+            log.error("%d more batches of the same model are not sent in this try", len(pieces) - 1)
         if not self._refusals_are_logged:
             self._refusals_are_logged = True
             log.error(
-                "The accepted batches go on. Their results are collected, and the task fails then; a retry "
-                "sends what was refused, and nothing else."
+                "The accepted batches continue. The task collects their results and then fails; a retry sends only "
+                "what was refused."
             )

@@ -1,16 +1,16 @@
 """
-When a batch is settled: the one rule for the sensor, the operators, a download and a job.
+When a batch is settled: one rule for the sensor, the operators, downloads and jobs.
 
-A batch reaches a terminal status a moment before its counts and its result files are complete, and some services never
-give counts. If it were judged then, rows that are paid for would pass for missing, and be paid for again. So a batch is
-settled when its counts add up and its files hold what they promise, or when its files answer every row that was sent.
-Until then nothing is judged, nothing is sent again and nothing fails for good.
+A batch may reach a terminal status a moment before its counts and result files are complete, and some services never
+give counts. Judged at that moment, rows that are paid for would look missing and would be paid for again. So a batch is
+settled when its counts add up and its files have as many lines as the counts promise, or when its files answer every
+row that was sent. Until then it is not judged, none of its rows is sent again, and no task fails for good.
 
-A batch that was cancelled, failed or expired may never answer some of its rows, and its counts then need not add up. If
-its files hold exactly what they promise, that is enough once :data:`SETTLE_PATIENCE` has passed; but counts of zero may
-be counts that are not there yet. After :data:`SETTLE_LIMIT` what the files hold is final in any case, so that nothing
-waits for ever. Both are counted by our own clock, from when the batch was first seen in a terminal status: that of the
-service may be hours off.
+A batch that was cancelled, failed or expired may never answer some of its rows, so its counts need not add up. If its
+files have exactly as many lines as the counts promise, that is enough after :data:`SETTLE_PATIENCE`, unless the counts
+are zero: they may not be there yet. After :data:`SETTLE_LIMIT` the content of the files is final in any case, so that
+no wait lasts forever. Both times are measured by our own clock from when the batch was first seen in a terminal status,
+since the service's clock may be hours off.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from enum import Enum
 
 from airflow_provider_siliconflow.api.models import DEAD_STATUSES, Batch, BatchStatus
 
-#: Seconds for which counts and files may come later than the terminal status.
+#: Seconds after the terminal status in which counts and files may still arrive.
 SETTLE_PATIENCE = 120.0
-#: Seconds after which what the files hold is final.
+#: Seconds after which the content of the files is final.
 SETTLE_LIMIT = 3600.0
-#: Seconds between two polls of a batch that is not settled, at most.
+#: Longest pause between two polls of a batch that is not settled, in seconds.
 SETTLE_POLL = 15.0
 
 
 class Settled(Enum):
-    """How sure it is that a batch in a terminal status will not change any more."""
+    """How certain it is that a batch in a terminal status is complete."""
 
     #: It is settled.
     YES = "yes"
-    #: It is, if it stays like this for :data:`SETTLE_PATIENCE`.
+    #: It is settled if it stays like this for :data:`SETTLE_PATIENCE`.
     PERHAPS = "perhaps"
-    #: Something that is promised is not there yet.
+    #: Lines that the counts promise are not there yet.
     NO = "no"
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
     """
-    What the result files of a batch hold.
+    The sizes of a batch's result files.
 
-    :param output: lines of the output file; 0 if none is named.
-    :param errors: lines of the error file; 0 if none is named.
-    :param count_rows: counts the different rows in them; costs reading them.
+    :param output: lines of the output file; 0 if there is none.
+    :param errors: lines of the error file; 0 if there is none.
+    :param count_rows: counts the distinct rows in them, by reading them.
     """
 
     output: int
@@ -57,9 +57,9 @@ class Held:
 
 def is_settled(batch: Batch) -> bool:
     """
-    Whether a terminal batch is settled as far as can be said without its files.
+    Whether a terminal batch is settled, judged without its files.
 
-    It is if its counts add up, or if it was stopped before any row ran.
+    It is settled if its counts add up, or if it was stopped before any row ran.
     """
     counts = batch.request_counts
     if counts.total > 0 and counts.completed + counts.failed == counts.total:
@@ -74,11 +74,11 @@ def is_settled(batch: Batch) -> bool:
 
 def judge_files(batch: Batch, held: Held, rows: int | None) -> Settled:
     """
-    Say whether a terminal batch is settled, from its files.
+    Say whether a terminal batch is settled, judged by its files.
 
-    :param batch: as it was read last.
-    :param held: what its files hold.
-    :param rows: rows that were sent in it; ``None`` if that is not known.
+    :param batch: the batch as it was last read.
+    :param held: the sizes of its files.
+    :param rows: rows that were sent in it; ``None`` if unknown.
     """
     counts, lines = batch.request_counts, held.output + held.errors
     promised = counts.completed + counts.failed
@@ -86,14 +86,14 @@ def judge_files(batch: Batch, held: Held, rows: int | None) -> Settled:
     if not lacks and is_settled(batch):
         return Settled.YES
     sent = rows or counts.total
-    # Not counts.total + x: a service that counts a row twice would never be settled.
+    # The counts are not used here: a batch of which the service counts a row twice would never be settled.
     if sent and lines >= sent and held.count_rows() >= sent:
         return Settled.YES
     if lacks or (batch.status == BatchStatus.COMPLETED and sent):
         # Every row of a completed batch has a result.
         return Settled.NO
     if not sent and lines:
-        # Nobody knows how many rows there are, so some must be enough; of a completed batch, answered ones.
+        # The number of rows is unknown, so any lines must be enough; a completed batch needs answered ones.
         return Settled.PERHAPS if held.output or batch.status != BatchStatus.COMPLETED else Settled.NO
     rejected = batch.status == BatchStatus.FAILED and not lines
     counted = promised > 0 and (held.output, lines) == (counts.completed, promised)

@@ -1,16 +1,16 @@
 """
-Everything that a piece of work may be, and what may follow what: all of it is here.
+The states of a piece of work and the transitions between them; both are defined only here.
 
-A piece of work is one batch to be created exactly once::
+A piece of work is one batch that must be created exactly once::
 
     Planned -> Sending -> Sent -> Ended -> Planned      a batch that died is replaced
     Planned -> Refused -> Planned                       the next try asks again
 
-``Sending`` is written before the request leaves and says that the batch may exist. Whoever finds it searches the
-account, whatever else is known. A file to be uploaded once goes the same way: see :data:`UploadState`.
+``Sending`` is written before the request leaves and means that the batch may exist. Code that finds it searches the
+account, whatever else is known. A file to be uploaded once has similar states: see :data:`UploadState`.
 
-States are what a ledger stores, and a ledger may lie where others can write. So :func:`decode` believes nothing: an
-entry that is damaged or unknown is read as :data:`IN_DOUBT`, which makes the reader search.
+A ledger stores these states, possibly in a place to which others can write. So :func:`decode` trusts nothing: a damaged
+or unknown entry is read as :data:`IN_DOUBT`, which makes the reader search.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from typing import Any, TypeAlias
 from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
 from airflow_provider_siliconflow.api.models import TERMINAL_STATUSES, Batch, BatchStatus
 
-#: Longest text that is kept of an id, of a message and of a status, in characters.
+#: Longest id, message and status that are kept, in characters.
 MAX_ID, _MAX_MESSAGE, _MAX_STATUS = 256, 2000, 64
-#: Messages kept of a batch that ended, and files kept of an upload that was replaced.
+#: Messages that are kept of an ended batch, and earlier files that are kept of an upload.
 MAX_ERRORS, MAX_EARLIER_FILES = 3, 16
-#: Largest number that is believed: what every JSON reader can hold.
+#: Largest number that is accepted: every JSON reader can hold it.
 _MAX_NUMBER = 2**53 - 1
-#: The service's ids are letters, digits and marks that need no escape in a path.
+#: The service's ids consist of letters, digits and marks that need no escape in a path.
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:~+=@-]*")
 _COUNTS = ("total", "completed", "failed")
 
 
 class ImpossibleTransitionError(SiliconFlowError):
-    """A piece of work would have become what it cannot become; nothing was sent and nothing recorded."""
+    """A piece of work cannot make this transition. Nothing was sent and nothing was recorded."""
 
     retryable = False
 
@@ -46,7 +46,7 @@ class ImpossibleTransitionError(SiliconFlowError):
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """Nothing is recorded. If the ledger is complete, nothing was ever sent."""
+    """Nothing is recorded. In a complete ledger this means that nothing was ever sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,10 @@ class Sending:
     """
     The request was about to leave, so a batch may exist.
 
-    :param number: grows with each intent and with each answer of a ledger: a batch whose number is smaller, and not 0,
-        existed before this request was first about to leave.
-    :param at: when it was recorded, in epoch seconds of the worker's clock.
-    :param accepted: the service answered in a way that may mean "created": from now on the account is searched, and
+    :param number: increases with each intent and each answer that a ledger records: a batch with a smaller number other
+        than 0 existed before this request was first about to leave.
+    :param at: when this was recorded, in epoch seconds of the worker's clock.
+    :param accepted: whether the service's answer may mean "created". If so, the account is searched from now on, and
         the request is never sent again.
     """
 
@@ -72,9 +72,9 @@ class Sent:
     The batch exists.
 
     :param batch_id: its id.
-    :param number: that of the answer that told its id, see :class:`Sending`; 0 if a search found it.
-    :param terminal_since: when it was first seen in a terminal status that is not settled yet, in epoch seconds of the
-        worker's clock; 0 if it was not. See :mod:`~.jobs.settled`.
+    :param number: the number of the answer that named it, see :class:`Sending`; 0 if a search found it.
+    :param terminal_since: when it was first seen in a terminal status without being settled, in epoch seconds of the
+        worker's clock; 0 if that has not happened. See :mod:`~.jobs.settled`.
     """
 
     batch_id: str
@@ -85,14 +85,14 @@ class Sent:
 @dataclass(frozen=True, slots=True)
 class Ended:
     """
-    The batch is in a status that it never leaves.
+    The batch is in a terminal status.
 
     :param batch_id: its id.
     :param number: as in :class:`Sent`.
     :param status: ``completed``, ``expired``, ``failed`` or ``cancelled``.
     :param counts: ``total``, ``completed`` and ``failed``, in rows.
-    :param errors: the first messages of the service about the batch as a whole, at most three.
-    :param at: when it was first seen in that status, in epoch seconds of the worker's clock; 0 if that is not known.
+    :param errors: the service's first messages about the batch as a whole, at most three.
+    :param at: when it was first seen in that status, in epoch seconds of the worker's clock; 0 if unknown.
     """
 
     batch_id: str
@@ -105,17 +105,17 @@ class Ended:
     @classmethod
     def of(cls, batch: Batch, number: int, *, at: float = 0.0) -> Ended:
         """
-        Return what is kept of a batch.
+        Return the record of an ended batch.
 
         :param number: as in :class:`Sent`.
-        :param at: when it was first seen in its status; 0 if an earlier try left it, and nobody knows.
+        :param at: when it was first seen in its status; 0 if it belongs to an earlier try, so that this is unknown.
         """
         counts = batch.request_counts
         numbers = {"total": counts.total, "completed": counts.completed, "failed": counts.failed}
         return cls(batch.id, number, batch.status, numbers, tuple(batch.error_messages[:MAX_ERRORS]), at)
 
     def __post_init__(self) -> None:
-        """Bound what is kept, and freeze it."""
+        """Limit the counts and messages, and freeze the counts."""
         counts = {name: _clamped(self.counts.get(name)) for name in _COUNTS if name in self.counts}
         object.__setattr__(self, "counts", MappingProxyType(counts))
         object.__setattr__(
@@ -123,42 +123,42 @@ class Ended:
         )
 
     def __hash__(self) -> int:
-        """Hash by the batch; counts are a mapping."""
+        """Hash without the counts: a mapping has no hash."""
         return hash((self.batch_id, self.number, self.status))
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
     """
-    The service did not take the batch in this try.
+    The service refused the batch in this try.
 
-    :param status: HTTP status of its answer.
-    :param message: what it said, at most 2,000 characters.
+    :param status: HTTP status of the refusal.
+    :param message: the service's message, at most 2,000 characters.
     """
 
     status: int
     message: str
 
     def __post_init__(self) -> None:
-        """Bound what is kept."""
+        """Limit the message."""
         object.__setattr__(self, "message", _cut(self.message, _MAX_MESSAGE))
 
 
 State: TypeAlias = Planned | Sending | Sent | Ended | Refused
 
-#: What is read from an entry that cannot be believed: something may have been sent, so the account is searched.
+#: The state of an entry that cannot be trusted: something may have been sent, so the account is searched.
 IN_DOUBT = Sending(number=0, at=0.0)
 
-#: Which state may follow which; :func:`check_transition` adds what depends on their content.
+#: Which state may follow which; :func:`check_transition` adds the rules that depend on their content.
 TRANSITIONS: Mapping[type[State], frozenset[type[State]]] = MappingProxyType(
     {
-        # Sent at once: an earlier try's batch was found in the account.
+        # Sent: an earlier try's batch was found in the account.
         Planned: frozenset({Sending, Sent, Refused}),
-        # Planned: the service certainly created nothing. Sending: its answer left it open.
+        # Planned: the service certainly created nothing. Sending: its answer left that open.
         Sending: frozenset({Sending, Planned, Sent, Refused}),
         # Sent: the account has the work under another id. Sending: the record proved wrong, so the account decides.
         Sent: frozenset({Sent, Sending, Ended}),
-        # Planned: a batch that died is to be replaced. Sending: as above.
+        # Planned: the batch died and is to be replaced. Sending: as above.
         Ended: frozenset({Planned, Sending}),
         Refused: frozenset({Planned}),
     }
@@ -167,7 +167,7 @@ TRANSITIONS: Mapping[type[State], frozenset[type[State]]] = MappingProxyType(
 
 def check_transition(key: str, before: State, after: State) -> None:
     """
-    Refuse what cannot follow. Recording the same state twice is no transition and always allowed.
+    Refuse an impossible transition. Recording the same state again is not a transition and always allowed.
 
     :param key: identity of the work, for the message.
     :raises ImpossibleTransitionError: ``after`` cannot follow ``before``.
@@ -177,7 +177,7 @@ def check_transition(key: str, before: State, after: State) -> None:
     possible = type(after) in TRANSITIONS[type(before)]
     match before, after:
         case Sending(accepted=True), Sending(accepted=False) | Planned() | Refused():
-            # What may have been created is not forgotten for anything but a batch.
+            # A batch that may have been created is only superseded by a batch.
             possible = False
         case Sending(number=old), Sending(number=new):
             possible = new == old or old == 0
@@ -188,13 +188,13 @@ def check_transition(key: str, before: State, after: State) -> None:
             possible = False
     if not possible:
         raise ImpossibleTransitionError(
-            f"Work {key} cannot go from {before} to {after}. Nothing was sent for it by this step. This is a fault of "
-            "the provider, or of a ledger that was edited by hand."
+            f"Work {key} cannot change from {before} to {after}. This step sent nothing. Either the provider has a "
+            "bug, or the ledger was edited by hand."
         )
 
 
 def encode(state: State) -> dict[str, Any] | None:
-    """Return what a ledger stores of a state, as JSON types; ``None`` for nothing."""
+    """Return what a ledger stores for a state, as JSON types; ``None`` if it stores nothing."""
     match state:
         case Planned():
             return None
@@ -223,9 +223,9 @@ def encode(state: State) -> dict[str, Any] | None:
 
 def decode(entry: Any) -> State:
     """
-    Read what a ledger stored.
+    Read what a ledger stored for a piece of work.
 
-    :param entry: JSON of any shape, or ``None`` for nothing.
+    :param entry: JSON of any shape, or ``None`` if nothing is stored.
     :returns: the state; :data:`IN_DOUBT` if the entry is damaged or unknown.
     """
     if entry is None:
@@ -261,7 +261,7 @@ def _decode(entry: dict[str, Any]) -> State:
             )
         case "refused":
             return Refused(_number(entry["status"]), _text(entry["message"], _MAX_MESSAGE))
-    raise ValueError("no state of ours")
+    raise ValueError("not a known state")
 
 
 # Uploads --------------------------------------------------------------------------------------------------
@@ -272,8 +272,8 @@ class Uploading:
     """
     The upload was about to begin, so a file may exist.
 
-    :param at: when that was recorded, in epoch seconds of the worker's clock.
-    :param earlier: files of the same work that the service had before; batches over them are still ours.
+    :param at: when this was recorded, in epoch seconds of the worker's clock.
+    :param earlier: earlier files of the same work; batches over them are still ours.
     """
 
     at: float
@@ -286,19 +286,19 @@ class Uploaded:
     The file exists.
 
     :param file_id: its id.
-    :param earlier: files of the same work that it replaced, the newest last; batches over them are still ours.
+    :param earlier: files of the same work that it replaced, newest last; batches over them are still ours.
     """
 
     file_id: str
     earlier: tuple[str, ...] = ()
 
 
-#: ``Uploading`` and ``Uploaded`` may each follow either, since an upload is free of charge.
+#: ``Uploading`` and ``Uploaded`` may follow each other in any order, since an upload is free of charge.
 UploadState: TypeAlias = Planned | Uploading | Uploaded
 
 
 def files_of(state: UploadState) -> tuple[str, ...]:
-    """Return the files that are recorded for an upload, the present one last."""
+    """Return the files that are recorded for an upload, the current one last."""
     match state:
         case Planned():
             return ()
@@ -309,7 +309,7 @@ def files_of(state: UploadState) -> tuple[str, ...]:
 
 
 def encode_upload(state: UploadState) -> dict[str, Any] | None:
-    """Return what a ledger stores of an upload, as JSON types; ``None`` for nothing."""
+    """Return what a ledger stores for an upload, as JSON types; ``None`` if it stores nothing."""
     match state:
         case Planned():
             return None
@@ -321,10 +321,10 @@ def encode_upload(state: UploadState) -> dict[str, Any] | None:
 
 def decode_upload(entry: Any) -> UploadState:
     """
-    Read what a ledger stored of an upload.
+    Read what a ledger stored for an upload.
 
-    :param entry: JSON of any shape, or ``None`` for nothing.
-    :returns: the state; an upload that may or may not have happened if the entry is damaged or unknown.
+    :param entry: JSON of any shape, or ``None`` if nothing is stored.
+    :returns: the state; :class:`Uploading` if the entry is damaged or unknown, since a file may exist.
     """
     if entry is None:
         return Planned()
@@ -341,14 +341,14 @@ def decode_upload(entry: Any) -> UploadState:
     return Uploading(at=0.0)
 
 
-# What is stored, checked ----------------------------------------------------------------------------------
+# Checks of stored values ----------------------------------------------------------------------------------
 
 
 def checked_id(value: Any) -> str:
     """
     Return an id of the service.
 
-    :raises ValueError: it is no text, too long, or holds what no id of the service holds.
+    :raises ValueError: it is not a text, too long, or has characters that ids of the service do not have.
     """
     if not isinstance(value, str) or len(value) > MAX_ID or not _ID.fullmatch(value):
         raise ValueError("not an id")
@@ -398,10 +398,10 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def _terminal(value: Any) -> str:
     if value not in TERMINAL_STATUSES:
-        raise ValueError("not a status that a batch ends in")
+        raise ValueError("not a terminal status")
     return str(value)
 
 
 def _cut(text: str, most: int) -> str:
-    """Return the start of a text, without what no store or log can hold."""
+    """Return the start of a text without characters that stores and logs cannot hold."""
     return text[:most].replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")

@@ -1,8 +1,8 @@
 """
-What may be handed to Airflow: a trigger's event, a manifest in XCom.
+Limits for values that go to Airflow: a trigger's event, a manifest in XCom.
 
-Both travel through a database and through several encoders. Postgres takes no NUL, msgpack no number beyond 64 bits,
-UTF-8 no lone surrogate, and every encoder ends somewhere in depth and size. The service may say any of it.
+Both pass through a database and several encoders. Postgres does not take NUL, msgpack no numbers beyond 64 bits, UTF-8
+no lone surrogates, and every encoder has limits of depth and size. An answer of the service may contain any of these.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 #: Largest whole number of a signed 64-bit column.
 _LARGEST = (1 << 63) - 1
-#: Levels of lists and objects, characters of a text, and entries of a list or object, that are kept.
+#: Levels of lists and objects, characters of a text, and entries of a list or object that are kept.
 _MOST_LEVELS, _MOST_CHARACTERS, _MOST_ENTRIES = 16, 4000, 100_000
 
 
 def storable(value: Any, *, levels: int = _MOST_LEVELS) -> Any:
     """
-    Return a JSON value that every encoder and database of Airflow's takes; what does not fit is cut.
+    Return a JSON value that every encoder and database of Airflow takes; anything beyond the limits is cut.
 
     :param value: JSON types; anything else becomes text.
     :param levels: levels of lists and objects that are kept.
@@ -46,7 +46,7 @@ def storable_text(text: str, limit: int = _MOST_CHARACTERS) -> str:
     """
     Return the start of a text, without NUL and lone surrogates.
 
-    :param limit: characters.
+    :param limit: most characters.
     """
     text = text[:limit]
     if "\x00" in text:

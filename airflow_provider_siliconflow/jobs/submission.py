@@ -1,9 +1,9 @@
 """
 Submission exactly once.
 
-Creating a batch is the call that costs money. After a crash or a lost answer nobody knows whether it was carried out.
-So the intent is recorded before a request leaves; what is recorded is looked up; else the account is searched; what
-proves to be ours is adopted; and only then a request is sent.
+Creating a batch is the call that costs money. After a crash or a lost answer it is unknown whether it was carried out.
+So the intent is recorded before a request leaves. A later try reads the recorded batch or, without a record, searches
+the account, and adopts a batch that is proven to be ours. It sends a request only if there is none.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 Search = Literal["none", "once", "patiently"]
 
-#: Words of a refusal that says that the input file is gone.
+#: Words by which a refusal says that the input file is gone.
 _GONE = re.compile(
     r"not (be )?(exist|found)|no such|n't exist|unknown|invalid|expired|deleted|missing", re.IGNORECASE
 )
@@ -50,7 +50,7 @@ class BatchAPI(SearchAPI, Protocol):
     """The calls submission needs; ``SiliconFlowClient`` has them."""
 
     def create_batch(self, *, repeat: bool = True, **request: Any) -> Batch:
-        """Create a batch; with ``repeat=False`` send one request, whatever comes back."""
+        """Create a batch; with ``repeat=False`` send exactly one request."""
         ...
 
 
@@ -59,9 +59,9 @@ class Submission:
     Creates batches and uploads files exactly once.
 
     :param api: the calls.
-    :param ledger: what outlives a try.
-    :param earlier_tries: how hard they are to be looked for if the ledger is not complete: ``"none"`` if there was no
-        earlier try, ``"once"``, or ``"patiently"`` since the account may list a batch late.
+    :param ledger: the record that outlives a try.
+    :param earlier_tries: how to search for batches of earlier tries if the ledger is not complete: ``"none"`` if there
+        was no earlier try, ``"once"``, or ``"patiently"`` since the account may list a batch late.
     :param since: no earlier try can have sent anything before this time (epoch seconds of Airflow's clock).
     :param clock: time.
     """
@@ -95,8 +95,8 @@ class Submission:
         """
         Send nothing from now on: the task was ended from outside.
 
-        Airflow 3 lets the process go on for five seconds after ``on_kill``, time enough to pay for a batch that
-        nobody waits for.
+        Airflow 3 lets the process run for five seconds after ``on_kill``, long enough to pay for a batch that nothing
+        waits for.
         """
         self._stopped = True
 
@@ -116,13 +116,13 @@ class Submission:
         """
         Return the batch of a piece of work: the one an earlier try left, or a new one.
 
-        :param rate_limit_patience: how long a 429 is sat out, in seconds. A caller with batches open at the service
-            waits for one of those to end instead.
-        :param adopt_dead: return a batch that failed or was cancelled as well, recorded as ended. By default it is kept
-            among the ledger's retired batches, and replaced.
-        :raises SubmissionUnknownError: it stayed open whether a batch exists; a retry searches again.
-        :raises RateLimitedError: the account takes no more for now; nothing was created, and no intent is left.
-        :raises InvalidInputError: the input was changed, and the batch over the old one is paid for.
+        :param rate_limit_patience: for how many seconds to wait out a 429. A caller with open batches of its own waits
+            for one of them to end instead.
+        :param adopt_dead: whether to return a batch that failed or was cancelled too, recorded as ended. By default it
+            is kept among the ledger's retired batches and replaced.
+        :raises SubmissionUnknownError: it is unknown whether a batch exists; a retry searches again.
+        :raises RateLimitedError: the account accepts no more for now; nothing was created, and no intent is left.
+        :raises InvalidInputError: the input was changed, and the batch over the old input is paid for.
         :raises SiliconFlowError: the service refused; no batch was created.
         """
         batch = self._take_up(work, adopt_dead)
@@ -135,16 +135,16 @@ class Submission:
         """
         Return the uploaded file: the one an earlier try left, or a new one.
 
-        :raises SiliconFlowError: the service does not take it, or its files cannot be listed.
+        :raises SiliconFlowError: the service refused it, or its files cannot be listed.
         """
         return self._uploads.upload(upload)
 
     def recorded(self, work: BatchWork) -> Batch | None:
         """
-        Read the batch that the ledger names for a piece of work; one that is being cancelled, to its end.
+        Read the batch that the ledger names for a piece of work. If it is being cancelled, wait for its end.
 
         :returns: the batch, dead or alive; ``None`` if none is recorded, it cannot be read, or it is not ours.
-        :raises SubmissionUnknownError: the service states too little to tell whose it is.
+        :raises SubmissionUnknownError: the service states too little to tell whether it is ours.
         """
         state = self._ledger.state(work.key)
         if not isinstance(state, Sent | Ended):
@@ -154,30 +154,30 @@ class Submission:
 
     def find(self, works: Iterable[BatchWork], patience: float = 0.0) -> list[Batch]:
         """
-        Search the account for live batches of these works: once, and while none is listed, again.
+        Search the account for live batches of these works, repeatedly while one is not listed.
 
-        :param patience: how long, in seconds.
+        :param patience: for how many seconds to repeat the search.
         :returns: batches that are certainly ours.
         """
         listed_by = self._clock.monotonic() + patience
         return [batch for work in works if (batch := self._find_live(work, listed_by)) is not None]
 
     def _find_live(self, work: BatchWork, listed_by: float) -> Batch | None:
-        for found in self._account.looks(work, listed_by, watch=False):
+        for found in self._account.searches(work, listed_by, watch=False):
             for batch in found.live:
                 if batch.status != BatchStatus.CANCELLING:
                     return batch
         return None
 
     def is_ours(self, work: BatchWork, batch: Batch) -> bool | None:
-        """Whether a batch is that of a piece of work; ``None`` if the service states too little to tell."""
+        """Whether a batch belongs to a piece of work; ``None`` if the service states too little to tell."""
         proof = self._account.prove(work, batch)
         return None if proof is Proof.UNPROVEN else proof is Proof.OURS
 
-    # What earlier tries left ------------------------------------------------------------------------------
+    # Batches of earlier tries -----------------------------------------------------------------------------
 
     def _take_up(self, work: BatchWork, adopt_dead: bool) -> Batch | None:
-        """Return the batch that an earlier try left; ``None`` if a new one is certainly to be created."""
+        """Return the batch that an earlier try left; ``None`` if a new one must certainly be created."""
         state = self._ledger.state(work.key)
         unreadable = None
         if isinstance(state, Sent | Ended):
@@ -185,7 +185,7 @@ class Submission:
             if batch is None:
                 unreadable = state.batch_id
             elif self._account.proves_record(work, batch):
-                # If it is dead, nothing is searched: a try that had replaced it would have left an intent.
+                # If it is dead, a search is not needed: a try that replaced it would have left an intent.
                 return self._adopt(work, batch, adopt_dead)
             else:
                 self._ledger.record(work.key, Sending(self._ledger.next_number(), self._clock.time()))
@@ -204,18 +204,18 @@ class Submission:
         return isinstance(state, Sending) and state.accepted
 
     def _must_be_listed_by(self, work: BatchWork, state: State) -> float | None:
-        """Return when the account surely lists what an earlier try left; ``None`` if there is nothing to be found."""
+        """Return when the account must list what an earlier try left; ``None`` if there is nothing to be found."""
         if self._ledger.damaged or not isinstance(state, Planned | Refused):
             return self._started + LIST_LAG
         if self._ledger.complete or self._earlier_tries == "none":
             return None
         if self._earlier_tries == "patiently":
             return self._started + LIST_LAG
-        # There is hardly anything to be found, and nothing at all without an input file of ours.
+        # Little can be found, and nothing at all without an input file of ours.
         return self._started if work.upload is None or self._account.our_files(work) else None
 
     def _search_earlier(self, work: BatchWork, listed_by: float, adopt_dead: bool) -> Batch | None:
-        # Searched once only, there is hardly anything to be found, and no first try may fail for what it cannot see.
+        # With "once" a batch is unlikely, and a first try must not fail because the search is inconclusive.
         has_record = not isinstance(self._ledger.state(work.key), Planned | Refused)
         is_final = has_record or self._ledger.damaged or self._earlier_tries == "patiently"
         try:
@@ -231,13 +231,13 @@ class Submission:
 
     def _search(self, work: BatchWork, listed_by: float, adopt_dead: bool, *, is_final: bool) -> Batch | None:
         """
-        Search until the work must be listed if it exists, and adopt what is found.
+        Search until the listing must show the batch if it exists, and adopt the batch that is found.
 
         :param listed_by: monotonic time from which on the listing can be trusted.
-        :param is_final: whether it must be certain that there is nothing, if nothing is found.
+        :param is_final: whether finding nothing must prove that there is nothing.
         :raises SubmissionUnknownError: the account does not show enough to be sure.
         """
-        for found in self._account.looks(work, listed_by):
+        for found in self._account.searches(work, listed_by):
             for batch in (*found.live, *found.dead):
                 adopted = self._adopt(work, batch, adopt_dead)
                 if adopted is not None:
@@ -247,18 +247,17 @@ class Submission:
         return None
 
     def _adopt(self, work: BatchWork, batch: Batch, adopt_dead: bool) -> Batch | None:
-        """Take a batch that is ours for the work's; ``None`` if it is dead and to be replaced."""
+        """Record a batch that is ours and return it; return ``None`` if it is dead and must be replaced."""
         if batch.status == BatchStatus.CANCELLING:
             raise SubmissionUnknownError(
-                f"Batch {batch.id} of {work.label} is being cancelled, and has not ended within "
-                f"{CANCEL_PATIENCE:.0f} s: its rows may still be answered and paid. Nothing was sent. A retry takes it "
-                "up when it has ended.",
+                f"Batch {batch.id} of {work.label} is being cancelled and has not ended within {CANCEL_PATIENCE:.0f} "
+                "s; its rows may still be answered and billed. Nothing was sent. A retry continues once it has ended.",
                 retryable=True,
             )
         self._record_sent(work, batch)
         if not is_replaceable(batch):
             log.info(
-                "Adopting batch %s (%s), submitted by an earlier try: nothing is paid again",
+                "Adopting batch %s (%s), which an earlier try submitted, at no extra cost",
                 batch.id,
                 batch.status,
             )
@@ -281,28 +280,28 @@ class Submission:
     def _record_ended(self, work: BatchWork, batch: Batch) -> None:
         state = self._ledger.state(work.key)
         if isinstance(state, Sent):
-            # When a batch of an earlier try ended, nobody knows; one that this try sent ended within it.
+            # It is unknown when a batch of an earlier try ended; one that this try sent ended during this try.
             at = self._clock.time() if work.key in self._sent else 0.0
             self._ledger.record(work.key, Ended.of(batch, state.number, at=at))
 
-    # An input that was changed ----------------------------------------------------------------------------
+    # Changed input ----------------------------------------------------------------------------------------
 
     def _refuse_changed_input(self, work: BatchWork) -> None:
         """
-        Refuse to submit beside another batch of the same task, unless that one is dead.
+        Refuse to submit a second batch for the same task, unless the first one is dead.
 
-        :raises InvalidInputError: there is one, and it is paid for.
+        :raises InvalidInputError: the task has another batch, which is paid for.
         """
         for batch_id, key in self._others(work).items():
             batch = self._account.read(batch_id)
             if batch is not None and batch.metadata.get(WORK_KEY, key) != key:
-                # What was recorded, or listed, was not true.
+                # The record or the list was wrong about this batch.
                 continue
             if batch is None or not is_replaceable(batch):
                 raise _changed_input(work, batch_id, batch)
 
     def _others(self, work: BatchWork) -> dict[str, str]:
-        """Return the batches that the same task made from another input, as far as they are known: id to key."""
+        """Return the known batches that the same task made from another input: id to key."""
         if not work.only_one:
             return {}
         listed = self._account.batches.of_submitter(work.submitter.mark) if work.submitter is not None else {}
@@ -311,7 +310,7 @@ class Submission:
         if isinstance(state, Sent | Ended):
             others[state.batch_id] = key
         if isinstance(state, Sending):
-            for _ in self._account.looks(work, self._started + LIST_LAG):
+            for _ in self._account.searches(work, self._started + LIST_LAG):
                 others |= {listed.id: key for listed in self._account.batches.marked(key)}
                 if others:
                     break
@@ -320,7 +319,7 @@ class Submission:
     # Creating ---------------------------------------------------------------------------------------------
 
     def _create(self, work: BatchWork, rate_limit_patience: float, adopt_dead: bool) -> Batch:
-        """Create the batch; if the service no longer has the input file, upload it again, once."""
+        """Create the batch. If the service no longer has the input file, upload it again, once."""
         file_id = self._input_file(work)
         try:
             return self._post(work, file_id, rate_limit_patience, adopt_dead)
@@ -341,7 +340,7 @@ class Submission:
         def send() -> Batch:
             self._record_intent(work)
             self._sent.add(work.key)
-            # One decision about refusals, here: the client would sit out a full account on a worker.
+            # send_once alone decides about refusals: the client would block a worker while the account is full.
             answer = self._api.create_batch(repeat=False, **work.request(file_id))
             batch = self._confirmed(work, file_id, answer)
             # Taken anew: the intent may be that of a try which died long ago, and others were sent since.
@@ -375,9 +374,9 @@ class Submission:
 
     def _confirmed(self, work: BatchWork, file_id: str, answer: Batch) -> Batch:
         """
-        Return the batch that an answer to ``POST /batches`` names, read by its id if the answer says little else.
+        Return the batch that an answer to ``POST /batches`` names, read by its id if the answer contains little else.
 
-        :raises UnexpectedAnswerError: the id is not that of a batch of ours; one may have been created all the same.
+        :raises UnexpectedAnswerError: the id is not one of our batches, although one may have been created.
         """
         may_be_ours = not self._is_of_other_work(work, answer)
         if may_be_ours and answer.is_known_status and answer.input_file_id == file_id:
@@ -418,21 +417,21 @@ def _says_file_is_gone(error: APIError, file_id: str) -> bool:
 
 
 def _unreadable(work: BatchWork, batch_id: str) -> SubmissionUnknownError:
-    """Return the error for a batch that an earlier try recorded and the account does not know."""
+    """Return the error for a batch that an earlier try recorded but the account does not know."""
     return SubmissionUnknownError(
-        f"Batch {batch_id} was submitted for {work.label} by an earlier try, and the account neither knows its id "
-        "nor lists it. Nothing was sent, since that would pay twice. Check that the connection leads to the account "
-        f"that it was submitted with. A retry reads it again; {SUBMIT_ANEW}.",
+        f"An earlier try submitted batch {batch_id} for {work.label}, but the account neither answers to its id nor "
+        "lists it. Nothing was sent, since that would pay twice. Check that the connection leads to the account with "
+        f"which the batch was submitted. A retry reads it again; {SUBMIT_ANEW}.",
         retryable=True,
     )
 
 
 def _lost(work: BatchWork, who: str, answer: SiliconFlowError | None) -> SubmissionUnknownError:
-    """Return the error for a batch that the service may have created, and that the account does not list."""
+    """Return the error for a batch that the service may have created but the account does not list."""
     return SubmissionUnknownError(
-        f"{who.capitalize()} asked for the batch of {work.label}, the service answered with a success status and "
-        "without a usable id, and the account lists no such batch. It is not asked for again, since it may exist and "
-        "be paid for: a retry only searches. Look on the console for a batch with the metadata "
+        f"{who.capitalize()} asked for the batch of {work.label}. The service answered with a success status but "
+        "without a usable id, and the account lists no such batch. It may exist and be paid for, so it is not created "
+        "again: a retry only searches. Look on the console for a batch with the metadata "
         f"{WORK_KEY}={work.key}; if there is none, {SUBMIT_ANEW}."
         f"{f' The answer: {answer}' if answer is not None else ''}",
         retryable=True,
@@ -444,8 +443,8 @@ def _changed_input(work: BatchWork, batch_id: str, batch: Batch | None) -> Inval
     status = f" ({batch.status})" if batch is not None else ""
     return InvalidInputError(
         f"The input of {work.label} was changed between two tries: batch {batch_id}{status} was made from the earlier "
-        "one, and is paid for. Nothing was sent. Either restore the input (rows and their order, completion_window, "
-        "endpoint, replace, conn_id) and let the task retry, which takes the batch up; or cancel that batch and let "
-        f"the task retry. To pay for both, {SUBMIT_ANEW} beside it. durable=False submits on every try.",
+        "input and is paid for. Nothing was sent. Either restore the input (rows and their order, completion_window, "
+        "endpoint, replace, conn_id) and let the task retry, which continues with that batch; or cancel that batch and "
+        f"let the task retry. To pay for both, {SUBMIT_ANEW}. durable=False submits on every try.",
         retryable=True,
     )

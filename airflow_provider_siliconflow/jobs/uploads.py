@@ -1,4 +1,4 @@
-"""Uploading a file exactly once. It costs no money, but a gigabyte is not sent twice."""
+"""Uploading a file exactly once: uploads are free, but sending a gigabyte twice takes time."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Uploads:
     Uploads for one try.
 
     :param files: the account's files.
-    :param ledger: what outlives a try.
-    :param earlier_tries: whether an earlier try may have uploaded something that the ledger does not know.
+    :param ledger: the record that outlives a try.
+    :param earlier_tries: whether an earlier try may have uploaded a file that the ledger does not know.
     :param clock: time.
     :param check_not_stopped: raises if nothing may be sent any more.
     """
@@ -54,10 +54,10 @@ class Uploads:
         """
         Return the uploaded file: the one an earlier try left, or a new one.
 
-        A file that a ledger names is used only if the account lists it with our name and size. One that no ledger names
-        is used only if nothing else has that name, and its content is ours.
+        A file that the ledger names is used only if the account lists it with our name and size. Any other file is used
+        only if it is the only one of that name and has our content.
 
-        :raises SiliconFlowError: the service does not take it, or its files cannot be listed.
+        :raises SiliconFlowError: the service refused it, or its files cannot be listed.
         """
         state = self._ledger.upload(upload.key)
         if isinstance(state, Uploaded) and upload.key in self._checked:
@@ -72,7 +72,7 @@ class Uploads:
 
     def forget(self, upload: Upload, file_id: str) -> None:
         """
-        Take a file for one that the service no longer has.
+        Treat a file as one that the service no longer has.
 
         :param file_id: its id; a batch over it stays ours.
         """
@@ -84,7 +84,7 @@ class Uploads:
         )
 
     def _earlier(self, upload: Upload, state: UploadState, *, but: UploadedFile | None) -> tuple[str, ...]:
-        """Return the recorded files that the present one replaces, without those that prove to be another's."""
+        """Return the recorded files that the current one replaces, without those that belong to other work."""
         found = []
         for file_id in files_of(state):
             listed = self._files.get(file_id)
@@ -106,15 +106,14 @@ class Uploads:
         if file is not None and upload.may_be(file):
             return file
         log.warning(
-            "File %s is recorded for %s, and the account lists no such file of that name and size; the file is "
-            "uploaded again",
+            "File %s is recorded for %s, but the account lists no file with that id, name and size; uploading it again",
             file_id,
             upload.filename,
         )
         return None
 
     def _only_one(self, upload: Upload) -> UploadedFile | None:
-        """Return the account's file of our name, if it is the only one and its content is ours."""
+        """Return the account's file with our name, if it is the only one and has our content."""
         named = self._files.named(upload)
         if len(named) > 1:
             log.warning(
@@ -125,7 +124,9 @@ class Uploads:
             if file.bytes == upload.size and self._files.has_content_of(file, upload):
                 log.info("Using file %s, which was uploaded before", file.id)
                 return file
-            log.info("File %s has our name, but cannot be proven to be ours; it is uploaded again", file.id)
+            log.info(
+                "File %s has the expected name, but its content is not proven; it is uploaded again", file.id
+            )
         return None
 
     def _send(self, upload: Upload, intent: Uploading) -> UploadedFile:

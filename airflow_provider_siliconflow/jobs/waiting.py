@@ -1,8 +1,8 @@
 """
 Waiting for batches: one rule for the hook, the operators, the sensor and the trigger.
 
-:class:`BatchWait` holds the state and takes every decision; it neither reads the network nor sleeps. A driver
-asks it which batches are due, reads them, and hands in what it got.
+:class:`BatchWait` holds the state and makes every decision, but does no network calls and never sleeps. A driver asks
+it which batches are due, reads them, and reports the answers to it.
 """
 
 from __future__ import annotations
@@ -33,37 +33,35 @@ from airflow_provider_siliconflow.jobs import settled
 
 log = logging.getLogger(__name__)
 
-#: Seconds after a batch's own ``expires_at`` at which a wait without a timeout ends.
+#: Seconds after a batch's ``expires_at`` at which a wait without a timeout ends.
 EXPIRY_MARGIN = 3600.0
-#: Seconds for which an unknown batch may be one that is not visible yet.
+#: Seconds for which an unknown batch may simply not be visible yet.
 NOT_FOUND_GRACE = 600.0
-#: Looks in a row that must have missed a batch before it is given up.
-_MISSING_LOOKS = 3
-#: Seconds for which a batch that was never read may be refused as an invalid request.
+#: Failed polls in a row before an unknown batch is given up.
+_MISSING_POLLS = 3
+#: Seconds for which polls of a batch that was never read may be answered with "invalid request".
 REFUSED_GRACE = 3600.0
 #: Longest pause between two polls while the service fails, in seconds.
 FAULT_PAUSE_LIMIT = 600.0
-#: Seconds for the only poll of a wait whose deadline has passed when it is taken up.
+#: Seconds for the single poll of a wait that resumes after its deadline.
 LAST_POLL_SECONDS = 10.0
 #: Polls of one wait that may be under way at once.
 MAX_CONCURRENT_POLLS = 8
-#: Polls fall due at steps of so many seconds: an event loop with thousands of waits then wakes up once for several of
-#: them, which saves a third of what they cost.
+#: Polls are due at multiples of this many seconds, so that an event loop with thousands of waits wakes up once for
+#: several of them, which saves a third of their cost.
 _POLL_STEP = 0.05
-#: Share of the rows done since the last progress line that is worth another one; seconds after which any is.
+#: Progress is logged again after this share of the rows, or after this many seconds if there is any progress.
 _PROGRESS_STEP, _PROGRESS_SECONDS = 0.05, 600.0
-#: Batches of one wait that are still told one by one.
-_FEW = 8
+#: Most batches of one wait whose progress is logged one by one.
+_FEW_BATCHES = 8
 
 
-_CLEAR = (
-    "Clearing a task that only waits goes on waiting; clearing one that submits would pay for a new batch."
-)
+_CLEAR = "A manual clear of a task that only waits continues the wait; one of a task that submits pays for a new batch."
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """What a wait keeps of a batch that goes on: the batch itself takes ten times the memory."""
+class _LastPoll:
+    """The last answer about an open batch, reduced: the batch itself takes ten times the memory."""
 
     status: str
     total: int
@@ -80,17 +78,17 @@ class _Waiting:
     faults: int = 0
     missing_since: float | None = None
     fault: str | None = None
-    seen: _Look | None = None
+    seen: _LastPoll | None = None
     #: When it was first seen in a terminal status, while it is not settled.
     terminal_since: float | None = None
-    said_at: float = 0.0
-    said_done: int = -1
+    logged_at: float = 0.0
+    logged_done: int = -1
     warned_status: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
-    """What the last summary of many batches told."""
+class _LastSummary:
+    """The last summary of many batches that was logged."""
 
     at: float
     done: int
@@ -102,12 +100,12 @@ class BatchWait:
     """
     A wait for one or more batches.
 
-    :param batch_ids: what to wait for.
+    :param batch_ids: the batches to wait for.
     :param now: epoch seconds.
-    :param poll_interval: seconds between two polls of one batch; 20 % jitter either way.
+    :param poll_interval: seconds between two polls of one batch, plus or minus 20 % jitter.
     :param deadline: epoch seconds at which the wait ends; by default an hour after the batches expire.
     :param min_ended: how many ended batches end the wait; by default all.
-    :param began: epoch seconds at which the wait began, where that was in another process; by default now.
+    :param began: epoch seconds at which the wait began, if that was in another process; by default now.
     """
 
     batch_ids: Sequence[str]
@@ -118,12 +116,12 @@ class BatchWait:
     began: float | None = None
     ended: dict[str, Batch] = field(default_factory=dict)
     _pending: dict[str, _Waiting] = field(default_factory=dict)
-    _said: _Said | None = None
+    _summary: _LastSummary | None = None
 
     def __post_init__(self) -> None:
         if self.began is None:
             self.began = self.now
-        # The first polls of many batches are spread a little, so that they do not all fall due together.
+        # The first polls of many batches are spread a little, so that they are not all due at once.
         spread = min(self.poll_interval, 0.02 * len(self.batch_ids))
         self._pending = {
             batch_id: _Waiting(due=self.now + (random.uniform(0, spread) if spread > 1 else 0.0))
@@ -132,7 +130,7 @@ class BatchWait:
 
     @property
     def finished(self) -> bool:
-        """Whether every batch, or as many as are asked for, has ended."""
+        """Whether all batches, or ``min_ended`` of them, have ended."""
         return not self._pending or (self.min_ended is not None and len(self.ended) >= self.min_ended)
 
     @property
@@ -147,10 +145,10 @@ class BatchWait:
 
     @property
     def rows(self) -> RequestCounts:
-        """Rows of all batches together, as far as they were read."""
+        """Rows of all batches that were read so far."""
         seen = (state.seen for state in self._pending.values() if state.seen)
         ended = (batch.request_counts for batch in self.ended.values())
-        counts: list[_Look | RequestCounts] = [*seen, *ended]
+        counts: list[_LastPoll | RequestCounts] = [*seen, *ended]
         return RequestCounts(
             total=sum(count.total for count in counts),
             completed=sum(count.completed for count in counts),
@@ -167,13 +165,13 @@ class BatchWait:
         return [batch_id for _, batch_id in sorted(ready)[:MAX_CONCURRENT_POLLS]]
 
     def make_all_due(self, now: float) -> None:
-        """Let every batch that has not ended be polled now, as a sensor's poke wants it."""
+        """Make every open batch due now, for the poke of a sensor."""
         for state in self._pending.values():
             state.due = min(state.due, now)
 
     @property
-    def misses_some(self) -> bool:
-        """Whether the account did not know a batch when it was last looked at."""
+    def has_missing(self) -> bool:
+        """Whether the account did not know some batch at its last poll."""
         return any(state.missing_since is not None for state in self._pending.values())
 
     def pause(self, now: float) -> float:
@@ -190,24 +188,24 @@ class BatchWait:
         return left if left <= longest else 0.0
 
     def time_left(self, now: float) -> float | None:
-        """Return for how many seconds a poll may go on; ``None`` if nothing ends it."""
+        """Return the seconds that are left for a poll; ``None`` if there is no limit."""
         left = self._deadline() - now
         return None if left == math.inf else max(left, 0.0)
 
     def poll_limit(self, now: float) -> float | None:
         """
-        Return how many seconds a poll that begins now may take; ``None`` if nothing ends it.
+        Return how many seconds a poll that begins now may take; ``None`` if there is no limit.
 
-        A wait that is taken up after its deadline polls once all the same: its batches may have ended.
+        A wait that resumes after its deadline still polls once, since its batches may have ended.
         """
         left = self.time_left(now)
         return None if left is None else left or LAST_POLL_SECONDS
 
     def check_deadline(self, now: float) -> None:
         """
-        End the wait when its time is over.
+        End the wait once its deadline has passed.
 
-        :raises BatchTimeoutError: it is; the batches are untouched.
+        :raises BatchTimeoutError: it has passed; the batches are untouched.
         """
         if self.finished:
             return
@@ -220,32 +218,32 @@ class BatchWait:
             f"The wait ended at {_utc(deadline)}, its deadline, with {len(self._pending)} of "
             f"{len(self.batch_ids)} batch(es) still open: {states}. "
             + (
-                "They go on running and are billed; their results can be fetched when they end. Waiting again, by a "
-                "retry or by a sensor that is cleared, pays nothing."
+                "They continue and are billed; their results can be fetched when they end. Waiting again, by a retry "
+                "or a cleared sensor, costs nothing."
                 if read
-                else "Whether they exist is not known; check the ids and the connection."
+                else "It is not known whether they exist; check the ids and the connection."
             ),
             batch_id=next(iter(self._pending), None),
         )
 
     def _state_of(self, batch_id: str) -> str:
         state = self._pending[batch_id]
-        said = state.seen.status if state.seen else "never read"
-        return f"{batch_id} ({said}{f'; last look: {state.fault}' if state.fault else ''})"
+        status = state.seen.status if state.seen else "never read"
+        return f"{batch_id} ({status}{f'; last poll: {state.fault}' if state.fault else ''})"
 
     def _deadline(self) -> float:
-        """Return the deadline, by default an hour after the last expiry; none while a batch was never read."""
+        """Return the deadline, by default an hour after the last expiry; infinity while a batch was never read."""
         if self.deadline is not None:
             return self.deadline
         seen = [state.seen for state in self._pending.values()]
-        return max((look.deadline if look else math.inf for look in seen), default=math.inf)
+        return max((poll.deadline if poll else math.inf for poll in seen), default=math.inf)
 
     def observe(self, batch_id: str, batch: Batch, now: float) -> bool:
         """
-        Take what a poll answered; return whether the batch has ended.
+        Record the answer of a poll; return whether the batch has ended.
 
-        A status that is not known counts as pending: it must neither crash a wait nor end it. A terminal batch that is
-        not settled counts as pending for :data:`~.settled.SETTLE_PATIENCE`, and has ended as it is then.
+        An unknown status counts as pending: it must neither crash a wait nor end it. A terminal batch that is not
+        settled counts as pending for at most :data:`~.settled.SETTLE_PATIENCE`.
         """
         if batch.id != batch_id:
             answered = UnexpectedAnswerError(
@@ -255,14 +253,14 @@ class BatchWait:
             return False
         state = self._pending[batch_id]
         state.faults, state.missing_since, state.fault = 0, None, None
-        self._say_progress(state, batch, now)
+        self._log_progress(state, batch, now)
         if batch.is_terminal and self._is_over(state, batch, now):
             self.ended[batch_id] = batch
             del self._pending[batch_id]
             return True
         counts = batch.request_counts
-        state.seen = _Look(
-            # Every answer brings a new copy of the few words a status can be.
+        state.seen = _LastPoll(
+            # A status is one of a few words, but every answer brings a new copy of it.
             sys.intern(batch.status),
             counts.total,
             counts.completed,
@@ -277,13 +275,13 @@ class BatchWait:
 
     @staticmethod
     def _is_over(state: _Waiting, batch: Batch, now: float) -> bool:
-        """Whether a terminal batch is settled, or was waited for long enough."""
+        """Whether a terminal batch is settled, or the wait for its counts has been long enough."""
         if settled.is_settled(batch):
             return True
         if state.terminal_since is None:
             state.terminal_since = now
             log.info(
-                "Batch %s is %s, but its counts do not add up yet; waiting up to %.0f s for them",
+                "Batch %s is %s, but its counts do not add up yet; waiting for them for up to %.0f s",
                 batch.id,
                 batch.status,
                 settled.SETTLE_PATIENCE,
@@ -292,35 +290,35 @@ class BatchWait:
 
     def fault(self, batch_id: str, error: SiliconFlowError, now: float) -> None:
         """
-        Take a poll that failed.
+        Record a failed poll.
 
-        :raises BatchWaitError: the wait cannot go on (401, 403, or 404 for ten minutes).
+        :raises BatchWaitError: the wait cannot continue (401, 403, or 404 for ten minutes).
         """
         state = self._pending[batch_id]
         state.faults += 1
         state.fault = str(error)[:300]
         refused = isinstance(error, InvalidRequestError) and state.seen is None and self.deadline is None
         if isinstance(error, NotFoundError) or refused:
-            # Where each look is a process of its own, the first one's time counts.
+            # If each poll is a process of its own, the time of the first one counts.
             state.missing_since = state.missing_since or (self.began if state.seen is None else None) or now
             grace = REFUSED_GRACE if refused else NOT_FOUND_GRACE
-            if now - state.missing_since >= grace and state.faults >= _MISSING_LOOKS:
+            if now - state.missing_since >= grace and state.faults >= _MISSING_POLLS:
                 seen = (
-                    "It was read before, so it exists, is untouched and billed. "
+                    "It was read before, so it exists; it is untouched and billed. "
                     if state.seen
-                    else "Check the id. Where the batch exists, it is untouched. "
+                    else "Check the id. If the batch exists, it is untouched. "
                 )
                 raise BatchWaitError(
                     f"Batch {batch_id} is not known to this account: {error} {seen}Check that the connection is the "
-                    f"one the batch was created with. {_CLEAR}",
+                    f"one with which the batch was created. {_CLEAR}",
                     batch_id=batch_id,
-                    # Whether looks before this process found it, nobody knows.
+                    # Earlier polls in other processes may have found it.
                     retryable=self.began != self.now,
                 ) from error
         elif isinstance(error, AuthenticationError | PermissionDeniedError):
             raise BatchWaitError(
-                f"Waiting for batch {batch_id} ended: {error} The batch is untouched: it goes on running, is "
-                f"billed, and its results can be fetched once the connection is right. {_CLEAR}",
+                f"Waiting for batch {batch_id} ended: {error} The batch is untouched: it continues and is billed, and "
+                f"its results can be fetched once the connection is right. {_CLEAR}",
                 batch_id=batch_id,
             ) from error
         elif not protocol.is_transient(error) and not isinstance(error, APIError):
@@ -329,44 +327,44 @@ class BatchWait:
         state.due = now + max(delay, 1.0)
         log.warning("Reading batch %s failed (%s); polling again in %.0f s", batch_id, error, delay)
 
-    def _say_progress(self, state: _Waiting, batch: Batch, now: float) -> None:
+    def _log_progress(self, state: _Waiting, batch: Batch, now: float) -> None:
         before, counts = state.seen, batch.request_counts
         if not batch.is_known_status and state.warned_status != batch.status:
             state.warned_status = batch.status
             log.warning("Batch %s has the unknown status %r; it counts as pending", batch.id, batch.status)
-        if len(self.batch_ids) > _FEW:
+        if len(self.batch_ids) > _FEW_BATCHES:
             return
         done = counts.completed + counts.failed
         changed = before is None or before.status != batch.status
         if not changed:
-            step = done - max(state.said_done, 0)
+            step = done - max(state.logged_done, 0)
             small = counts.total and step < counts.total * _PROGRESS_STEP
-            if step == 0 or (small and now - state.said_at < _PROGRESS_SECONDS):
+            if step == 0 or (small and now - state.logged_at < _PROGRESS_SECONDS):
                 return
-        state.said_at, state.said_done = now, done
+        state.logged_at, state.logged_done = now, done
         log.info("%s", progress_line(batch, now))
 
-    def say_summary(self, now: float) -> None:
-        """Say how far many batches are together, when that changed; of a few each is told by itself."""
-        if len(self.batch_ids) <= _FEW or any(state.seen is None for state in self._pending.values()):
+    def log_summary(self, now: float) -> None:
+        """Log the progress of many batches together if it changed; a few batches are logged one by one."""
+        if len(self.batch_ids) <= _FEW_BATCHES or any(state.seen is None for state in self._pending.values()):
             return
         rows = self.rows
         total, failed, done = rows.total, rows.failed, rows.completed + rows.failed
-        said = self._said
+        last = self._summary
         step = max(total * _PROGRESS_STEP, 1)
         if (
-            said
-            and done - said.done < step
+            last
+            and done - last.done < step
             and not (
-                (done, len(self.ended)) != (said.done, said.ended) and now - said.at >= _PROGRESS_SECONDS
+                (done, len(self.ended)) != (last.done, last.ended) and now - last.at >= _PROGRESS_SECONDS
             )
         ):
             return
         line = f"{len(self.ended)}/{len(self.batch_ids)} batches ended, {done}/{total} rows done, {failed} failed"
-        if said and done > said.done and not self.finished:
-            rate = (done - said.done) / max(now - said.at, 1e-3)
+        if last and done > last.done and not self.finished:
+            rate = (done - last.done) / max(now - last.at, 1e-3)
             line += f", {rate:.1f} rows/s, expected end {_utc(now + (total - done) / rate)}"
-        self._said = _Said(now, done, len(self.ended))
+        self._summary = _LastSummary(now, done, len(self.ended))
         log.info("%s", line)
 
 
@@ -378,13 +376,13 @@ def default_deadline(batch: Batch, began: float) -> float:
     """
     Return when a wait without a timeout ends, in epoch seconds: an hour after the batch expires.
 
-    A wait that begins later, a retry's, has an hour of its own: a batch may be late.
+    A wait that begins after that, for example of a retry, lasts an hour, since a batch may be late.
 
     :param began: epoch seconds at which the wait began.
     """
     longest = arguments.MAX_WINDOW_HOURS * 3600.0
     expiry = batch.expires_at or (batch.created_at or began) + longest
-    # No batch runs for longer, whatever the service says, and no wait goes on for a thousand years.
+    # The service may state any expiry, but no batch runs longer than the longest window.
     return max(min(expiry, began + longest), began) + EXPIRY_MARGIN
 
 
@@ -392,12 +390,12 @@ def _utc(epoch: float) -> str:
     try:
         return datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (OverflowError, ValueError, OSError):
-        # Some time of the service is not in seconds; a line of the log must not end a wait.
+        # The service stated a time in another unit; a log line must not end a wait.
         return "a time out of range"
 
 
 def progress_line(batch: Batch, now: float) -> str:
-    """Return one line on how far a batch is: rows done, failed and in all, rate, expected end."""
+    """Return one line about the progress of a batch: rows done, failed and total, rate, expected end."""
     counts = batch.request_counts
     line = f"Batch {batch.id}: {batch.status}"
     if not counts.total:

@@ -154,7 +154,7 @@ class BatchSensor(BaseSensorOperator):
             if self.reschedule:
                 # A poke by a process of its own must not take a single 404 for the last word.
                 for pause in _SECOND_POLLS:
-                    if not self._wait.misses_some:
+                    if not self._wait.has_missing:
                         break
                     time.sleep(pause)
                     self._poll(self._wait)

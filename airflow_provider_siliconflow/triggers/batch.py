@@ -226,7 +226,7 @@ class BatchTrigger(BaseTrigger):
                         await poll(due[0])
                     elif due:
                         await _together([poll(batch_id) for batch_id in due])
-            wait.say_summary(time.time())
+            wait.log_summary(time.time())
             if wait.finished:
                 return
             wait.check_deadline(time.time())

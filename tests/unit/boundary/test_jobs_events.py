@@ -100,7 +100,7 @@ def test_a_sensor_gets_every_batch_or_an_error_but_never_some_of_them() -> None:
     assert batches_of(payload)[0].output_file_id
     payload = encode(ended(many(20_000)))
     check(payload)
-    with pytest.raises(BatchWaitError, match="20000 are too many") as caught:
+    with pytest.raises(BatchWaitError, match="20000 batches are too many") as caught:
         batches_of(payload)
     assert not caught.value.retryable
 

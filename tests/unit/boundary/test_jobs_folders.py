@@ -226,7 +226,7 @@ def test_an_output_folder_has_one_owner_at_a_time(
     run, wait = started(first)
     second = small(emulator, tmp_path)
     vars(second).update(other)
-    with pytest.raises(InvalidInputError, match=r"output_dir: the job of dag/task.*/run runs there"):
+    with pytest.raises(InvalidInputError, match=r"output_dir: the job of dag/task.*/run is running there"):
         second.attempt()
     emulator.service.configure(FAST)
     assert first.carry_out(run, wait)["rows"]["ok"] == 10
@@ -246,7 +246,7 @@ def test_a_retry_does_not_begin_where_another_job_runs_by_now(emulator: Emulator
     second.run_id = "other"
     started(second)
     sent = posts(emulator)
-    with pytest.raises(InvalidInputError, match="runs there"):
+    with pytest.raises(InvalidInputError, match="is running there"):
         first.attempt()
     assert posts(emulator) == sent
 
@@ -266,7 +266,7 @@ def test_of_two_jobs_that_start_at_once_none_writes_over_the_other(
         return first.requests
 
     sent = posts(emulator)
-    with pytest.raises(InvalidInputError, match="dag/task/other runs there"):
+    with pytest.raises(InvalidInputError, match="dag/task/other is running there"):
         first.next_try().start(requests, "requests", timeout=None)
     assert posts(emulator) == sent
     assert [path.name for path in (tmp_path / "out" / ".siliconflow").iterdir()] == [theirs.name]
@@ -277,7 +277,7 @@ def test_a_job_that_starts_keeps_others_from_its_folder(emulator: Emulator, tmp_
     second.run_id = "other"
 
     def requests() -> Any:
-        with pytest.raises(InvalidInputError, match="starts there") as caught:
+        with pytest.raises(InvalidInputError, match="is starting there") as caught:
             second.attempt()
         assert caught.value.retryable
         return first.requests

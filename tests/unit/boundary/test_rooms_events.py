@@ -107,7 +107,7 @@ def test_an_error_that_nobody_foresaw_ends_the_wait_with_an_event(
         "airflow_provider_siliconflow.hooks.connection._settings",
         "airflow_provider_siliconflow.jobs.waiting.BatchWait.due",
         "airflow_provider_siliconflow.jobs.waiting.BatchWait.observe",
-        "airflow_provider_siliconflow.jobs.waiting.BatchWait.say_summary",
+        "airflow_provider_siliconflow.jobs.waiting.BatchWait.log_summary",
         "airflow_provider_siliconflow.jobs.outcome.is_flawless",
     ],
 )

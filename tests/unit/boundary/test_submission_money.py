@@ -313,7 +313,7 @@ def test_a_list_without_what_is_known_to_exist_is_not_complete(world: World, moc
     work = make_work(world.service)
     ledger.record(work.key, Sending(2, 1.0))
     mocker.patch.object(world.api, "list_batches", side_effect=lambda: FakeListing(()))
-    with pytest.raises(SubmissionUnknownError, match="none is dag/create/run"):
+    with pytest.raises(SubmissionUnknownError, match="none of them is dag/create/run"):
         world.submit(work, ledger)
     assert not world.ours(work, set())
 
@@ -389,7 +389,7 @@ def test_a_record_that_cannot_be_checked_is_neither_adopted_nor_replaced(world: 
     batch = left_by_a_try(world, work)
     ledger.record(work.key, Sent(batch, 1))
     world.api.oddities = Oddities(never_told=frozenset({"metadata", "input_file_id"}))
-    with pytest.raises(SubmissionUnknownError, match="may not be ours"):
+    with pytest.raises(SubmissionUnknownError, match="may belong to others"):
         world.submit(work, ledger)
     assert len(world.ours(work, set())) == 1
 
@@ -511,4 +511,4 @@ def test_another_deployment_on_the_account_is_another_submitter(
 
     ids = {world.submit(work_of(deployment_id)).id for deployment_id in ("staging", "production", None)}
     assert len(ids) == 3
-    assert "of deployment 'staging'; this one is 'production'" in caplog.text
+    assert "to deployment 'staging'; this one is 'production'" in caplog.text

@@ -55,7 +55,7 @@ def test_one_that_fails_keeps_no_other_from_being_cancelled(caplog: pytest.LogCa
     cancel_all(list("abcdefg"), account.open)
     assert sorted(account.cancelled) == ["a", "c", "e", "f"]
     for batch_id in "bd":
-        assert f"Batch {batch_id} could not be cancelled; it may go on and be billed" in caplog.text
+        assert f"Batch {batch_id} could not be cancelled; it may continue and be billed" in caplog.text
 
 
 def test_they_are_cancelled_at_once() -> None:
@@ -76,7 +76,7 @@ def test_what_is_not_ours_is_left_alone(caplog: pytest.LogCaptureFixture) -> Non
     account = Account(a="in_queue", b="in_queue")
     cancel_all(["a", "b"], account.open, is_ours=lambda batch: batch.id == "a")
     assert account.cancelled == ["a"]
-    assert "Batch b is in our record but belongs to other work; it is not cancelled" in caplog.text
+    assert "Batch b is in this task's record but belongs to other work; it is not cancelled" in caplog.text
 
 
 def test_a_fault_of_another_kind_is_told(caplog: pytest.LogCaptureFixture) -> None:

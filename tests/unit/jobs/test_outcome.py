@@ -41,7 +41,7 @@ def test_flawless() -> None:
 @pytest.mark.parametrize("counts", [None, {}, {"total": 0, "completed": 0, "failed": 0}])
 def test_a_completed_batch_without_counts(counts: Any) -> None:
     assert judged(batch("completed", request_counts=counts, **URL)) is None
-    with pytest.raises(BatchFailedError, match="names no file with results"):
+    with pytest.raises(BatchFailedError, match="states no counts and no result file"):
         judged(batch("completed", request_counts=counts, **ERRORS))
 
 

@@ -117,7 +117,7 @@ def test_every_transition(before: str, after: str) -> None:
     if before == after or after in POSSIBLE[before]:
         check_transition("key", STATES[before], STATES[after])
         return
-    with pytest.raises(ImpossibleTransitionError, match="Work key cannot go from") as caught:
+    with pytest.raises(ImpossibleTransitionError, match="Work key cannot change from") as caught:
         check_transition("key", STATES[before], STATES[after])
     assert not caught.value.retryable
 

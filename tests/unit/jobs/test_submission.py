@@ -261,7 +261,7 @@ def test_a_listing_without_pages_stops_no_first_try_of_a_generation(tmp_path: An
         since = clock.time() - 7200.0
         return Submission(api, ledger=NoLedger(), earlier_tries=search, since=since, clock=clock).submit(work)
 
-    with pytest.raises(SubmissionUnknownError, match="newest 3 batches only"):
+    with pytest.raises(SubmissionUnknownError, match="only its newest 3 batches"):
         submit("patiently")
     assert not batches_of(service, work)
     assert submit("once").id == batches_of(service, work)[0]["id"]
@@ -288,7 +288,7 @@ def test_a_batch_that_is_listed_is_adopted_whatever_its_id_answers(tmp_path: Any
         def list_batches(self) -> FakeListing:
             return FakeListing(())
 
-    with pytest.raises(SubmissionUnknownError, match=f"{first.id} was submitted") as caught:
+    with pytest.raises(SubmissionUnknownError, match=f"submitted batch {first.id}") as caught:
         submit(Other(service, iter(()), clock))
     assert caught.value.retryable
     assert created(service) == 1
