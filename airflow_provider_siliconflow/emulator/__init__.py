@@ -9,12 +9,15 @@ Run ``siliconflow-emulator`` beside an Airflow, or :func:`running_emulator` insi
 
 from __future__ import annotations
 
+from airflow_provider_siliconflow.emulator.bill import Bill, BillLine
 from airflow_provider_siliconflow.emulator.config import EmulatorConfig
 from airflow_provider_siliconflow.emulator.faults import Fault, Faults
 from airflow_provider_siliconflow.emulator.server import Emulator, running_emulator
 from airflow_provider_siliconflow.emulator.service import EmulatedService, ServiceError
 
 __all__ = [
+    "Bill",
+    "BillLine",
     "EmulatedService",
     "Emulator",
     "EmulatorConfig",

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("siliconflow-emulator")
 
+_PRICED = "deepseek-ai/DeepSeek-V3=1/4/0.5"
+
 _EPILOG = f"""\
 faults (--fault, repeatable): MATCH:KIND[=VALUE][,NAME=VALUE...] or a JSON object
   'POST /batches:status-after=502'                  the batch is created, the answer is a 502
@@ -37,16 +39,20 @@ faults (--fault, repeatable): MATCH:KIND[=VALUE][,NAME=VALUE...] or a JSON objec
   Paths have dots, * is every item: {{"merge": {{"data.*.metadata": null}}}}. Also {{"$text": 1000000}},
   {{"$digits": 400}}, {{"$nested": 500}} as values. Seconds are real seconds, whatever the speed.
 
-markers in the last user message of a row:
+markers in the user messages of a row:
   [[emulator:error=400]]   the row fails            [[emulator:once=429]]  ... only the first time it is run
   [[emulator:missing]]     it is in neither file    [[emulator:missing-once]]
   [[emulator:expire]]      it is not run in time    [[emulator:length]]    the answer is cut short
   [[emulator:empty]]       the answer is empty      [[emulator:duplicate]] its line comes twice
-  [[emulator:wrong-model]] another model answers
+  [[emulator:wrong-model]] another model answers        [[emulator:invalid]]   one of the next three, by row
+  [[emulator:not-json]]    the answer is a refusal      [[emulator:wrong-type]]    a field has another type
+  [[emulator:missing-field]] a required field is absent [[emulator:fenced]]    the answer is in a code fence
+  [[emulator:thinking]]    <think>...</think> before it
+  Those for a wrong answer, length and empty also end in -once: only the first time the row is run.
 
 The emulator's own API is below /_emulator/ on the same port. It needs a loopback Host, and a
 Content-Type of application/json for all but GET:
-  GET state, requests, faults, config    POST faults, config, release, clock, seed    DELETE faults
+  GET state, bill, requests, faults, config    POST faults, config, release, clock, seed    DELETE faults
   POST batches/ID/status, batches/ID/cancel (as on the console), files/ID/forget
 """
 
@@ -89,7 +95,8 @@ def parser() -> argparse.ArgumentParser:
         "--answers",
         type=Path,
         metavar="FILE",
-        help='JSONL of {"question": ..., "answer": ...}: what the models know',
+        help='JSONL of {"question": ..., "answer": ...}: what the models know; with "prompt" or "custom_id" in '
+        "place of question, the whole answer to a prompt or a row",
     )
     account.add_argument(
         "--model",
@@ -105,9 +112,29 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="accept only this API key (default: any that does not begin with sk-invalid)",
     )
+    _names(account, "--batch-model", "refuse batches of other models than this with 20012")
+    _names(account, "--no-json-model", "this model refuses JSON mode with 20024")
+    _names(account, "--no-thinking-model", "this model refuses enable_thinking with 20015")
+    _number(account, "--thinking-tokens", "tokens of thinking, at most thinking_budget; 0 is a sentence")
+    _number(account, "--cached-share", "share of the tokens of a prompt that come from the service's cache")
+    account.add_argument(
+        "--price",
+        action="append",
+        default=[],
+        metavar="NAME=PROMPT/COMPLETION[/CACHED]",
+        help="what a model costs in batches, in CNY per million tokens, for the bill (/_emulator/bill)",
+    )
     _number(account, "--balance", "charge balance in CNY; 0 refuses new batches")
     _number(account, "--max-open-batches", "refuse a batch with 429 while this many are open; 0 is no limit")
     _choice(account, "--missing-file-status", "status that refuses a batch over an unknown file")
+
+    wrong = command.add_argument_group("wrong answers (shares of the rows, the first time they are run)")
+    _number(wrong, "--invalid-rate", "not JSON, a field of the wrong type or a field missing")
+    _number(wrong, "--truncated-rate", "cut short, with the finish reason length")
+    _number(wrong, "--empty-rate", "empty")
+    _number(wrong, "--fenced-rate", "in a code fence")
+    _number(wrong, "--thinking-rate", "after thinking in <think>")
+    _number(wrong, "--wrong-attempts", "how often these can befall one row; each time is drawn anew")
 
     odd = command.add_argument_group("odd behaviour (seconds here are never divided by the speed)")
     odd.add_argument("--fault", action="append", default=[], metavar="SPEC", help="see below")
@@ -205,6 +232,9 @@ def _config(options: argparse.Namespace) -> EmulatorConfig:
     }
     values["keys"] = tuple(options.key)
     values["models"] = {**DEFAULT_MODELS, **dict(map(_model, options.model))}
+    values["prices"] = dict(map(_price, options.price))
+    for name in ("batch_model", "no_json_model", "no_thinking_model"):
+        values[f"{name}s"] = tuple(getattr(options, name))
     return EmulatorConfig(**values)
 
 
@@ -214,6 +244,16 @@ def _model(text: str) -> tuple[str, float]:
         return name if equals and name else _fail(text), float(skill)
     except ValueError:
         return _fail(text), 0.0
+
+
+def _price(text: str) -> tuple[str, dict[str, str]]:
+    name, _, price = text.rpartition("=")
+    amounts = price.split("/")
+    if not name or len(amounts) not in (2, 3):
+        raise ValueError(
+            f"--price is written NAME=PROMPT/COMPLETION[/CACHED], for example {_PRICED}, not {text!r}"
+        )
+    return name, dict(zip(("prompt", "completion", "cached_prompt"), amounts, strict=False))
 
 
 def _fail(text: str) -> str:
@@ -234,6 +274,10 @@ def _choice(group: argparse._ArgumentGroup, name: str, text: str) -> None:
     default = _default(name)
     choices = CHOICES[name[2:].replace("-", "_")]
     group.add_argument(name, type=type(default), choices=choices, help=f"{text} (default: {default})")
+
+
+def _names(group: argparse._ArgumentGroup, name: str, text: str) -> None:
+    group.add_argument(name, action="append", default=[], metavar="NAME", help=f"{text}; repeatable")
 
 
 def _switch(group: argparse._ArgumentGroup, name: str, text: str) -> None:

@@ -8,177 +8,133 @@ the time or chance. Two runs over the same rows therefore give the same bytes, d
 from __future__ import annotations
 
 import re
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from airflow_provider_siliconflow.emulator.rows import last_user_text, markers_of, without_markers
+from airflow_provider_siliconflow.emulator.draws import Draw, digest_of, share_of
+from airflow_provider_siliconflow.emulator.flaws import FLAWS, with_flaws
+from airflow_provider_siliconflow.emulator.parameters import PARAMETER_ERRORS
+from airflow_provider_siliconflow.emulator.response_format import wants_json
+from airflow_provider_siliconflow.emulator.rows import markers_of, text_of, user_texts, without_markers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
+    from collections.abc import Mapping
+
+    from airflow_provider_siliconflow.emulator.answer_book import AnswerBook
+    from airflow_provider_siliconflow.emulator.response_format import SchemaBook
+    from airflow_provider_siliconflow.emulator.schemas import SchemaWriter
 
 #: ``created`` of the answers lies in the day that follows.
 _EPOCH = 1_741_685_413
 _CHARACTERS_PER_TOKEN = 4
 _REASONING_MODEL = re.compile(r"(^|[-/])(R1|QwQ)([-.]|$)|Thinking", re.IGNORECASE)
-_UNIT = 1 << 64
-
 _canonical = msgspec.json.Encoder(order="sorted").encode
 _encode = msgspec.json.Encoder().encode
 
-#: Code and message of a failed row, by HTTP-like status.
+#: Code and message of a failed row, by HTTP-like status or by what is wrong with its parameters.
 _ROW_ERRORS = {
-    400: ("20015", "The request has invalid parameters."),
-    401: ("401", "Api key is invalid"),
-    402: ("30001", "Sorry, your account balance is insufficient"),
-    403: ("30003", "Model disabled."),
-    413: ("20015", "The prompt is longer than the context of the model."),
-    429: ("429", "Request was rejected due to rate limiting. Details: TPM limit reached."),
-    500: ("50000", "Internal server error."),
-    503: ("50505", "Model service overloaded. Please try again later."),
-    504: ("50504", "The model did not answer in time."),
+    "400": ("20015", "The request has invalid parameters."),
+    "401": ("401", "Api key is invalid"),
+    "402": ("30001", "Sorry, your account balance is insufficient"),
+    "403": ("30003", "Model disabled."),
+    "413": ("20015", "The prompt is longer than the context of the model."),
+    "429": ("429", "Request was rejected due to rate limiting. Details: TPM limit reached."),
+    "500": ("50000", "Internal server error."),
+    "503": ("50505", "Model service overloaded. Please try again later."),
+    "504": ("50504", "The model did not answer in time."),
+    **PARAMETER_ERRORS,
 }
 
 
-class KnownAnswer(msgspec.Struct, frozen=True):
-    """A question with its right answer."""
+class Usage(msgspec.Struct, frozen=True):
+    """
+    Tokens of one answer or of many.
 
-    question: str
-    answer: str | int | float
+    :param prompt: of the prompts, the cached ones included.
+    :param cached: those of the prompts that came from the service's cache.
+    :param completion: of the answers, thinking included.
+    :param rows: answers counted here.
+    """
+
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+    rows: int = 1
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt + other.prompt,
+            self.cached + other.cached,
+            self.completion + other.completion,
+            self.rows + other.rows,
+        )
 
 
-class AnswerBook:
-    """Questions with known answers, found inside longer prompts."""
+class Answer(msgspec.Struct, frozen=True):
+    """What a model answers."""
 
-    # Questions are looked up by their first characters at every place of the prompt; shorter ones are few.
-    _KEY = 16
+    text: str
+    thinking: str | None
+    finish_reason: str
+    usage: Usage
 
-    def __init__(self, entries: Iterable[KnownAnswer]) -> None:
-        self._entries = list(entries)
-        self._by_start: dict[str, list[KnownAnswer]] = {}
-        self._short: list[KnownAnswer] = []
-        for entry in self._entries:
-            if len(entry.question) < self._KEY:
-                self._short.append(entry)
-            else:
-                self._by_start.setdefault(entry.question[: self._KEY], []).append(entry)
-        # The same prompts are asked of several models: remember what was found, by hash to keep it small.
-        self._found: dict[int, KnownAnswer | None] = {}
 
-    @classmethod
-    def read(cls, path: Path) -> AnswerBook:
-        """
-        Read a JSONL file of ``{"question": ..., "answer": ...}``.
+class AnswerStyle(msgspec.Struct, frozen=True):
+    """
+    How the rows of a batch are answered beside what is in them.
 
-        :raises ValueError: a line that is not such an object, with its number.
-        """
-        entries = []
-        decode = msgspec.json.Decoder(KnownAnswer).decode
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    entry = decode(line)
-                except msgspec.DecodeError as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from None
-                if not entry.question.strip():
-                    raise ValueError(f"{path}, line {number}: the question is empty")
-                entries.append(KnownAnswer(entry.question.strip(), entry.answer))
-        return cls(entries)
+    :param cached_share: share of a prompt's tokens that came from the service's cache.
+    :param thinking_tokens: tokens of the thinking; 0 is a sentence.
+    """
 
-    def find(self, prompt: str) -> KnownAnswer | None:
-        """Return the longest known question inside the prompt."""
-        if not self._entries:
-            return None
-        key = hash(prompt)
-        try:
-            return self._found[key]
-        except KeyError:
-            pass
-        found = self._search(prompt)
-        if len(self._found) > 200_000:
-            self._found.clear()
-        self._found[key] = found
-        return found
-
-    def _search(self, prompt: str) -> KnownAnswer | None:
-        candidates = [entry for entry in self._short if entry.question in prompt]
-        size = self._KEY
-        starts = self._by_start
-        if starts:
-            for position in range(len(prompt) - size + 1):
-                entries = starts.get(prompt[position : position + size])
-                if entries is not None:
-                    candidates += [entry for entry in entries if prompt.startswith(entry.question, position)]
-        return max(candidates, key=lambda entry: len(entry.question), default=None)
-
-    def wrong_answer(self, right: KnownAnswer, number: int) -> str | int | float:
-        """Return the answer of another entry that differs from the right one, chosen by ``number``."""
-        count = len(self._entries)
-        for step in range(count):
-            other = self._entries[(number + step) % count].answer
-            if other != right.answer:
-                return other
-        return "unknown"
+    cached_share: float = 0.0
+    thinking_tokens: int = 0
 
 
 class Answerer:
     """
-    Writes result lines.
+    Answers rows.
 
-    :param book: questions with known answers.
+    :param book: known answers.
     :param skills: model id to the share of known questions it answers rightly.
+    :param schemas: the schemas that rows ask for.
     """
 
-    def __init__(self, book: AnswerBook, skills: Mapping[str, float]) -> None:
+    def __init__(self, book: AnswerBook, skills: Mapping[str, float], schemas: SchemaBook) -> None:
         self._book = book
         self._skills = skills
+        self._schemas = schemas
 
-    def output_line(self, custom_id: str, body: dict[str, Any]) -> tuple[bytes, bool]:
+    def answer(
+        self, custom_id: str, body: dict[str, Any], flaw: str | None = None, style: AnswerStyle | None = None
+    ) -> Answer:
         """
-        Return a line of the output file, and whether it has to be written twice.
+        Answer a row.
 
         :param body: the body of the row, with what ``replace`` of the batch puts in.
+        :param flaw: what is wrong with the answer beside what the markers ask for.
         """
+        return self._answer(custom_id, body, flaw, style or AnswerStyle())[0]
+
+    def output_line(
+        self, custom_id: str, body: dict[str, Any], flaw: str | None = None, style: AnswerStyle | None = None
+    ) -> tuple[bytes, bool]:
+        """Return a line of the output file, and whether it has to be written twice. Arguments as of :meth:`answer`."""
+        answer, digest, markers = self._answer(custom_id, body, flaw, style or AnswerStyle())
         model = body["model"]
-        digest = _digest(custom_id, model, _canonical(body))
-        number = int.from_bytes(digest[:8], "big")
-        prompt = last_user_text(body)
-        markers = markers_of(prompt)
-        if markers:
-            prompt = without_markers(prompt)
-
-        text = self._text(model, prompt, number)
-        if _wants_json(body):
-            text = msgspec.json.encode({"answer": text.rpartition("Answer: ")[2]}).decode()
-        finish_reason = "stop"
-        tokens = _tokens(text)
-        limit = body.get("max_tokens")
-        if isinstance(limit, int) and tokens > limit:
-            text, tokens, finish_reason = text[: limit * _CHARACTERS_PER_TOKEN], limit, "length"
-        if "length" in markers:
-            text, finish_reason = text[: len(text) // 2], "length"
-            tokens = _tokens(text)
-        if "empty" in markers:
-            text, tokens = "", 0
-
-        message: dict[str, Any] = {"role": "assistant", "content": text}
-        prompt_tokens = sum(4 + _tokens(_text_of(one)) for one in body["messages"])
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+        used = answer.usage
         usage: dict[str, Any] = {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": tokens,
-            "total_tokens": prompt_tokens + tokens,
+            "prompt_tokens": used.prompt,
+            "completion_tokens": used.completion,
+            "total_tokens": used.prompt + used.completion,
         }
-        if body.get("enable_thinking") is True or _REASONING_MODEL.search(model):
-            reasoning = f"The user asks: {prompt[:120]} I check what I know before I answer."
-            thought = _tokens(reasoning)
-            message["reasoning_content"] = reasoning
-            usage["completion_tokens"] += thought
-            usage["total_tokens"] += thought
-            usage["completion_tokens_details"] = {"reasoning_tokens": thought}
+        if answer.thinking is not None:
+            message["reasoning_content"] = answer.thinking
+            usage["completion_tokens_details"] = {"reasoning_tokens": _tokens(answer.thinking)}
+        if used.cached:
+            usage["prompt_tokens_details"] = {"cached_tokens": used.cached}
         name = digest.hex()
         line = {
             "id": f"batch_req_{name[:16]}",
@@ -187,9 +143,9 @@ class Answerer:
                 "body": {
                     "id": name,
                     "object": "chat.completion",
-                    "created": _EPOCH + number % 86400,
+                    "created": _EPOCH + int.from_bytes(digest[:8], "big") % 86400,
                     "model": "emulator/another-model" if "wrong-model" in markers else model,
-                    "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
+                    "choices": [{"index": 0, "message": message, "finish_reason": answer.finish_reason}],
                     "usage": usage,
                     "system_fingerprint": "",
                 }
@@ -199,19 +155,75 @@ class Answerer:
         }
         return _encode(line) + b"\n", "duplicate" in markers
 
-    def _text(self, model: str, prompt: str, number: int) -> str:
-        known = self._book.find(prompt)
+    def _answer(
+        self, custom_id: str, body: dict[str, Any], flaw: str | None, style: AnswerStyle
+    ) -> tuple[Answer, bytes, list[str]]:
+        model = body["model"]
+        digest = digest_of(custom_id, model, _canonical(body))
+        number = int.from_bytes(digest[:8], "big")
+        prompts = user_texts(body)
+        markers = [marker for prompt in prompts for marker in markers_of(prompt)]
+        if markers:
+            prompts = [without_markers(prompt) for prompt in prompts]
+        flaws = FLAWS.intersection(markers if flaw is None else [*markers, flaw])
+
+        system = [text_of(one) for one in body["messages"] if one["role"] == "system"]
+        writer = self._schemas.writer_for(body, [*system, *reversed(prompts)])
+        text = self._book.given(custom_id, prompts)
+        if text is None:
+            text = self._text(model, prompts, digest, writer, as_json=wants_json(body))
+        if flaws:
+            text = with_flaws(text, flaws, number, writer)
+        finish_reason = "stop"
+        tokens = _tokens(text)
+        limit = body.get("max_tokens")
+        if isinstance(limit, int) and tokens > limit:
+            text, tokens, finish_reason = text[: limit * _CHARACTERS_PER_TOKEN], limit, "length"
+        if "length" in flaws:
+            text, finish_reason = text[: len(text) // 2], "length"
+            tokens = _tokens(text)
+        if "empty" in flaws:
+            text, tokens = "", 0
+
+        prompt_tokens = sum(4 + _tokens(_text_of(one)) for one in body["messages"])
+        thinking = None
+        if body.get("enable_thinking") is True or _REASONING_MODEL.search(model):
+            thinking = _thinking(prompts[0], style.thinking_tokens, body.get("thinking_budget"))
+            tokens += _tokens(thinking)
+        usage = Usage(prompt_tokens, int(prompt_tokens * style.cached_share), tokens)
+        return Answer(text, thinking, finish_reason, usage), digest, markers
+
+    def _text(
+        self, model: str, prompts: list[str], digest: bytes, writer: SchemaWriter | None, *, as_json: bool
+    ) -> str:
+        known = next(filter(None, map(self._book.find, prompts)), None)
+        right = share_of(digest) < self._skills.get(model, 0.5)
+        number = int.from_bytes(digest[:8], "big")
+        reply: str | int | float
         if known is None:
-            snippet = " ".join(prompt[:160].split())[:80]
-            return f"{model.rpartition('/')[2]} was asked: {snippet}"
-        if number < self._skills.get(model, 0.5) * _UNIT:
-            return f"I compared what I know with the question. Answer: {known.answer}"
-        return f"I am fairly sure about this one. Answer: {self._book.wrong_answer(known, number)}"
+            snippet = " ".join(prompts[0][:160].split())[:80]
+            reply = text = f"{model.rpartition('/')[2]} was asked: {snippet}"
+        elif right:
+            reply = known.answer
+            text = f"I compared what I know with the question. Answer: {reply}"
+        else:
+            reply = self._book.wrong_answer(known, number)
+            text = f"I am fairly sure about this one. Answer: {reply}"
+        if writer is not None:
+            value = writer.value(Draw(number), prompts[-1][:160].split())
+            if known is not None and isinstance(value, dict) and "answer" in value:
+                # As the schema wants it: a number, or one of the choices.
+                fitting = [one for one in (reply, str(reply)) if writer.allows("answer", one)]
+                value["answer"] = fitting[0] if fitting else value["answer"]
+            text = _encode(value).decode()
+        elif as_json:
+            text = _encode({"answer": str(reply)}).decode()
+        return text
 
 
-def error_line(custom_id: str, status: int) -> bytes:
-    """Return a line of the error file for a row that failed with an HTTP-like status."""
-    code, message = _ROW_ERRORS.get(status, (str(status), f"The request failed with status {status}."))
+def error_line(custom_id: str, reason: str) -> bytes:
+    """Return a line of the error file for a row that failed: with an HTTP-like status, or for a parameter."""
+    code, message = _ROW_ERRORS.get(reason, (reason, f"The request failed with status {reason}."))
     return _error(custom_id, code, message)
 
 
@@ -224,14 +236,14 @@ def expired_line(custom_id: str) -> bytes:
 
 def transient_status(custom_id: str, model: str, rate: float) -> int | None:
     """Return the status a row fails with on its first run under ``row_error_rate``, None if it succeeds."""
-    digest = _digest(custom_id, model, b"row error")
-    if int.from_bytes(digest[:8], "big") < rate * _UNIT:
+    digest = digest_of(custom_id, model, b"row error")
+    if share_of(digest) < rate:
         return 429 if digest[8] & 1 else 503
     return None
 
 
 def _error(custom_id: str, code: str, message: str) -> bytes:
-    name = _digest(custom_id, code, b"").hex()
+    name = digest_of(custom_id, code, b"").hex()
     error = {"code": code, "message": message}
     return (
         _encode({"id": f"batch_req_{name[:16]}", "custom_id": custom_id, "response": None, "error": error})
@@ -239,11 +251,13 @@ def _error(custom_id: str, code: str, message: str) -> bytes:
     )
 
 
-def _digest(custom_id: str, model: str, rest: bytes) -> bytes:
-    state = blake2b(custom_id.encode("utf-8", "surrogatepass"), digest_size=16)
-    state.update(b"\0" + model.encode("utf-8", "surrogatepass") + b"\0")
-    state.update(rest)
-    return state.digest()
+def _thinking(prompt: str, tokens: int, budget: object) -> str:
+    sentence = f"The user asks: {prompt[:120]} I check what I know before I answer."
+    if tokens:
+        size = tokens * _CHARACTERS_PER_TOKEN
+        sentence = (sentence * (1 + size // len(sentence)))[:size]
+    # max_tokens bounds the answer alone; this is bounded only by its own budget.
+    return sentence[: budget * _CHARACTERS_PER_TOKEN] if isinstance(budget, int) else sentence
 
 
 def _tokens(text: str) -> int:
@@ -253,8 +267,3 @@ def _tokens(text: str) -> int:
 def _text_of(message: dict[str, Any]) -> str:
     content = message.get("content")
     return content if isinstance(content, str) else str(content or "")
-
-
-def _wants_json(body: dict[str, Any]) -> bool:
-    wanted = body.get("response_format")
-    return isinstance(wanted, dict) and wanted.get("type") in ("json_object", "json_schema")

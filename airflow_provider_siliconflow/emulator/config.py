@@ -12,6 +12,8 @@ from typing import Literal
 
 import msgspec
 
+from airflow_provider_siliconflow.emulator.prices import Price, read_prices
+
 #: How metadata is shown: as it was given, not at all, null, as a JSON text, or as a list of pairs.
 MetadataForm = Literal["object", "missing", "null", "text", "pairs"]
 
@@ -65,12 +67,29 @@ class EmulatorConfig:
         included; may be negative. The service itself still runs on time.
     :param url_ttl_seconds: wall seconds a signed result URL is valid.
     :param row_error_rate: share of rows (0 to 1) that fail with a 429 or 503 the first time they are run.
+    :param invalid_rate: share of rows (0 to 1) whose answer, the first time they are run, is not JSON, has a field of
+        the wrong type or lacks one; a row without JSON gets a refusal.
+    :param truncated_rate: share of rows whose answer is then cut short, with the finish reason ``length``.
+    :param empty_rate: share of rows whose answer is then empty.
+    :param fenced_rate: share of rows whose answer then stands in a code fence.
+    :param thinking_rate: share of rows whose answer then comes after thinking in ``<think>``.
+    :param wrong_attempts: how often these shares can befall one row of a model; each time is drawn anew.
+    :param thinking_tokens: tokens that a model which thinks spends on it, at most ``thinking_budget`` of the row and
+        not bounded by ``max_tokens``; 0 is a sentence.
+    :param cached_share: share (0 to 1) of the tokens of every prompt that come from the service's cache; usage then
+        has ``prompt_tokens_details``.
+    :param prices: CNY per million tokens by model, as ``{"prompt": ..., "completion": ..., "cached_prompt": ...,
+        "live": {...}}``, the last two optional; the bill is made of them.
     :param balance: charge balance in CNY; at or below zero a batch is refused with 402.
     :param max_open_batches: a batch is refused with 429 while this many have not ended; 0 is no limit.
     :param missing_file_status: status, 404 or 400, that refuses a batch over an unknown file.
     :param keys: accepted API keys; empty accepts any key that does not begin with ``sk-invalid``.
     :param models: model id to skill (0 to 1), the share of known questions it answers correctly.
-    :param answers: JSONL file of ``{"question": ..., "answer": ...}``.
+    :param batch_models: the models that batches take, others are refused with 20012; empty is all of ``models``.
+    :param no_json_models: models whose rows fail with 20024 if they ask for JSON in ``response_format``.
+    :param no_thinking_models: models whose rows fail with 20015 if they have ``enable_thinking``.
+    :param answers: JSONL file of ``{"question": ..., "answer": ...}``; ``prompt`` or ``custom_id`` in place of
+        ``question`` gives the whole answer to a prompt or a row.
     :param ignore_cursor: the list ignores ``after`` and claims that there is more, forever.
     :param flat_files: file calls answer a flat OpenAI-style object instead of the documented envelope.
     :param results_as_file_ids: ``output_file_id`` and ``error_file_id`` are file ids instead of signed URLs.
@@ -98,12 +117,24 @@ class EmulatorConfig:
     clock_offset_seconds: float = 0.0
     url_ttl_seconds: float = 30 * 86400.0
     row_error_rate: float = 0.0
+    invalid_rate: float = 0.0
+    truncated_rate: float = 0.0
+    empty_rate: float = 0.0
+    fenced_rate: float = 0.0
+    thinking_rate: float = 0.0
+    wrong_attempts: int = 1
+    thinking_tokens: int = 0
+    cached_share: float = 0.0
+    prices: dict[str, Price] = field(default_factory=dict)
     balance: float = 88.0
     max_open_batches: int = 0
     missing_file_status: Literal[400, 404] = 404
     keys: tuple[str, ...] = ()
     models: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_MODELS))
-    answers: Path | None = None
+    batch_models: tuple[str, ...] = ()
+    no_json_models: tuple[str, ...] = ()
+    no_thinking_models: tuple[str, ...] = ()
+    answers: Path | str | None = None
     ignore_cursor: bool = False
     flat_files: bool = False
     results_as_file_ids: bool = False
@@ -127,13 +158,32 @@ class EmulatorConfig:
             if getattr(self, name) not in choices:
                 known = ", ".join(map(str, choices))
                 raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
-        if not 0 <= self.row_error_rate <= 1:
-            raise ValueError(f"row_error_rate must lie between 0 and 1, not {self.row_error_rate}")
+        for name in ("row_error_rate", "cached_share", *ANSWER_RATES):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+        if self.answer_rate > 1:
+            added = " + ".join(name for name in ANSWER_RATES if getattr(self, name))
+            raise ValueError(f"{added} must be 1 or less, not {self.answer_rate}")
         for model, skill in self.models.items():
             if not 0 <= skill <= 1:
                 raise ValueError(f"the skill of model {model} must lie between 0 and 1, not {skill}")
+        self.prices = read_prices(self.prices)
+        for name in ("batch_models", "no_json_models", "no_thinking_models"):
+            names = getattr(self, name)
+            if isinstance(names, str):
+                raise ValueError(f"{name} must be a list of models, not {names!r}")
+            setattr(self, name, tuple(names))
+            unknown = [one for one in names if one not in self.models]
+            if unknown:
+                raise ValueError(f"{name}: there is no model {unknown[0]!r}; known: {', '.join(self.models)}")
         if self.kept_results < 1:
             raise ValueError(f"kept_results must be 1 or more, not {self.kept_results}")
+
+    @property
+    def answer_rate(self) -> float:
+        """The share of rows whose answer is not as it should be."""
+        # Without the noise of sums such as 0.1 + 0.2 + 0.7.
+        return math.fsum(getattr(self, name) for name in ANSWER_RATES)
 
     def changed(self, changes: Mapping[str, object]) -> EmulatorConfig:
         """
@@ -155,6 +205,8 @@ class EmulatorConfig:
         return dataclasses.replace(self, **values)
 
 
+#: The settings that share out how answers are wrong.
+ANSWER_RATES = ("invalid_rate", "truncated_rate", "empty_rate", "fenced_rate", "thinking_rate")
 _AT_LEAST_ZERO = (
     "queue_seconds",
     "finalizing_seconds",
@@ -166,6 +218,8 @@ _AT_LEAST_ZERO = (
     "list_lag_seconds",
     "list_limit",
     "max_open_batches",
+    "wrong_attempts",
+    "thinking_tokens",
     "url_ttl_seconds",
 )
 #: The settings that take one of a few values.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 from dataclasses import asdict
@@ -36,6 +37,7 @@ class Control:
     def routes(self) -> list[web.RouteDef]:
         return [
             web.get(f"{PREFIX}state", self._state),
+            web.get(f"{PREFIX}bill", self._bill),
             web.get(f"{PREFIX}requests", self._requests),
             web.get(f"{PREFIX}faults", self._list_faults),
             web.post(f"{PREFIX}faults", self._add_fault),
@@ -82,6 +84,9 @@ class Control:
         state["held"] = self._journal.held
         state["faults"] = [rule.as_dict() for rule in self._faults.rules]
         return odd_json_response(state)
+
+    async def _bill(self, request: web.Request) -> web.StreamResponse:
+        return json_response((await asyncio.to_thread(self._service.bill)).as_dict())
 
     async def _requests(self, request: web.Request) -> web.StreamResponse:
         return json_response([asdict(one) for one in self._journal.requests])

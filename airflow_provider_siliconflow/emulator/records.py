@@ -45,8 +45,15 @@ class BatchRecord(msgspec.Struct, kw_only=True):
     window: str
     timeline: Timeline
     errors: list[str] | None = None
-    #: Row index to ``"missing"``, ``"expire"`` or the status the row fails with.
+    #: Row index to ``"missing"``, ``"expire"``, the status the row fails with, or why its parameters are refused.
     outcomes: dict[int, str] = {}
+    #: Row index to what is wrong with its answer, beside what its markers ask for.
+    flaws: dict[int, str] = {}
+    #: ``(custom_id, model)`` of rows that are answered wrongly here and may be answered rightly in a later batch.
+    first_flaws: list[tuple[str, str]] = []
+    #: The settings of these names when the batch was created.
+    cached_share: float = 0.0
+    thinking_tokens: int = 0
     #: ``(custom_id, model)`` of rows that fail here and succeed in a later batch.
     first_failures: list[tuple[str, str]] = []
     #: Sorted places in the finish order.

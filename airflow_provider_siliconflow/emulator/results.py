@@ -10,14 +10,14 @@ from collections import OrderedDict
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from airflow_provider_siliconflow.emulator.answers import error_line, expired_line
+from airflow_provider_siliconflow.emulator.answers import AnswerStyle, error_line, expired_line
 from airflow_provider_siliconflow.emulator.records import RESULT_KINDS
 from airflow_provider_siliconflow.emulator.rows import decode_row, decode_row_name
 from airflow_provider_siliconflow.emulator.timeline import FinishOrder
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from airflow_provider_siliconflow.emulator.answers import Answerer
@@ -120,28 +120,41 @@ def write_results(
     :param content: the input file.
     :param offsets: where its lines begin, and its size.
     """
-    timeline, outcomes = batch.timeline, batch.outcomes
+    timeline, style = batch.timeline, style_of(batch)
     replace = batch.request.get("replace") or {}
-    order = FinishOrder(timeline.total)
     done = timeline.rows_done(timeline.fate_at)
     last = timeline.total if timeline.fate == "expired" else done
     with (
-        content.open("rb", buffering=0) as rows,
         output_path.open("wb", buffering=1 << 20) as output,
         error_path.open("wb", buffering=1 << 20) as error,
     ):
-        for position in range(last):
-            row = order.row_at(position)
-            rows.seek(offsets[row])
-            line = rows.read(offsets[row + 1] - offsets[row])
-            outcome = outcomes.get(row) if position < done else "expire"
+        for position, (row, line) in enumerate(finished_rows(batch, content, offsets, 0, last)):
+            outcome = batch.outcomes.get(row) if position < done else "expire"
             if outcome is None:
                 request = decode_row(line)
-                written, twice = answerer.output_line(request.custom_id, {**request.body, **replace})
+                body = {**request.body, **replace}
+                written, twice = answerer.output_line(request.custom_id, body, batch.flaws.get(row), style)
                 output.write(written)
                 if twice:
                     output.write(written)
             elif outcome == "expire":
                 error.write(expired_line(decode_row_name(line).custom_id))
             elif outcome != "missing":
-                error.write(error_line(decode_row_name(line).custom_id, int(outcome)))
+                error.write(error_line(decode_row_name(line).custom_id, outcome))
+
+
+def finished_rows(
+    batch: BatchRecord, content: Path, offsets: array[int], start: int, stop: int
+) -> Iterator[tuple[int, bytes]]:
+    """Yield rows in the order in which they finish, from one place in it up to another: number and line."""
+    order = FinishOrder(batch.timeline.total)
+    with content.open("rb", buffering=0) as rows:
+        for position in range(start, stop):
+            row = order.row_at(position)
+            rows.seek(offsets[row])
+            yield row, rows.read(offsets[row + 1] - offsets[row])
+
+
+def style_of(batch: BatchRecord) -> AnswerStyle:
+    """Return how the rows of a batch are answered."""
+    return AnswerStyle(batch.cached_share, batch.thinking_tokens)

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
+from airflow_provider_siliconflow.emulator.flaws import FLAWS
+from airflow_provider_siliconflow.emulator.parameters import CHECKED_PARAMETERS
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 ENDPOINT = "/v1/chat/completions"
@@ -20,7 +24,7 @@ MAX_REPORTED_ERRORS = 20
 _MARKER_START = b"[[emulator:"
 _MARKER = re.compile(r"\[\[emulator:([^\]]*)\]\]")
 _PLAIN_MARKERS = frozenset(
-    {"missing", "missing-once", "expire", "length", "empty", "duplicate", "wrong-model"},
+    {"missing", "missing-once", "expire", "duplicate", "wrong-model", *FLAWS, *map("{}-once".format, FLAWS)}
 )
 
 
@@ -47,6 +51,8 @@ class FileScan(msgspec.Struct):
     #: 1-based number of the first line without ``body.model``.
     line_without_model: int | None = None
     marked: list[MarkedRow] = []
+    #: Those of ``CHECKED_PARAMETERS`` that some row has.
+    parameters: list[str] = []
 
 
 class Row(msgspec.Struct):
@@ -61,6 +67,9 @@ class RowName(msgspec.Struct):
 
     class Body(msgspec.Struct):
         model: str | None = None
+        response_format: Any = None
+        enable_thinking: Any = None
+        thinking_budget: Any = None
 
     custom_id: str
     body: Body
@@ -91,10 +100,14 @@ decode_row = msgspec.json.Decoder(Row).decode
 decode_row_name = msgspec.json.Decoder(RowName).decode
 
 
-def last_user_text(body: dict[str, Any]) -> str:
-    """Return the text of the last message, joining the text parts of a multimodal one."""
-    messages = body.get("messages")
-    content = messages[-1].get("content") if messages else None
+def user_texts(body: dict[str, Any]) -> list[str]:
+    """Return the texts of the user's messages, the last first: that is the one to answer."""
+    return [text_of(one) for one in reversed(body["messages"]) if one.get("role") == "user"]
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """Return the text of a message, joining the text parts of a multimodal one."""
+    content = message.get("content")
     if isinstance(content, list):
         parts = [part.get("text") for part in content if isinstance(part, dict)]
         return "\n".join(part for part in parts if isinstance(part, str))
@@ -120,16 +133,19 @@ def _is_known_marker(marker: str) -> bool:
     return marker in _PLAIN_MARKERS
 
 
-def scan_file(path: Path, max_lines: int) -> tuple[FileScan, array[int]]:
+def scan_file(
+    path: Path, max_lines: int, format_problem: Callable[[object], str | None] = lambda _: None
+) -> tuple[FileScan, array[int]]:
     """
     Check every line of an input file as the service documents it.
 
     :param path: the spooled upload.
     :param max_lines: lines the service takes.
+    :param format_problem: returns what is wrong with a ``response_format``.
     :return: the findings, and the byte offset of every line followed by the size of the file.
     :raises TooManyLinesError: the file has more lines; it is not read further.
     """
-    scan = FileScan(errors=[], models=[], marked=[])
+    scan = FileScan(errors=[], models=[], marked=[], parameters=[])
     offsets = array("Q")
     seen: set[str] = set()
     models: set[str] = set()
@@ -144,7 +160,7 @@ def scan_file(path: Path, max_lines: int) -> tuple[FileScan, array[int]]:
             if len(line) > MAX_LINE_BYTES:
                 scan.errors.append(f"Line {scan.line_count}: longer than {MAX_LINE_BYTES} bytes.")
                 break
-            problem = _check_line(line, scan, seen, models)
+            problem = _check_line(line, scan, seen, models, format_problem)
             if problem is not None:
                 scan.errors.append(f"Line {scan.line_count}: {problem}")
                 if len(scan.errors) == MAX_REPORTED_ERRORS:
@@ -169,7 +185,13 @@ def line_offsets(path: Path) -> array[int]:
     return offsets
 
 
-def _check_line(line: bytes, scan: FileScan, seen: set[str], models: set[str]) -> str | None:
+def _check_line(
+    line: bytes,
+    scan: FileScan,
+    seen: set[str],
+    models: set[str],
+    format_problem: Callable[[object], str | None],
+) -> str | None:
     try:
         # Decoded whole, as the results will need it: what is skipped here could not be answered later.
         decoded = msgspec.json.decode(line)
@@ -196,8 +218,15 @@ def _check_line(line: bytes, scan: FileScan, seen: set[str], models: set[str]) -
         scan.line_without_model = scan.line_without_model or scan.line_count
     else:
         models.add(checked.body.model)
+    body = decoded["body"]
+    for name in CHECKED_PARAMETERS:
+        if body.get(name) is not None and name not in scan.parameters:
+            scan.parameters.append(name)
+    problem = format_problem(body.get("response_format"))
+    if problem is not None:
+        return problem
     if _MARKER_START in line:
-        markers = markers_of(last_user_text(decoded["body"]))
+        markers = markers_of("\n".join(user_texts(body)))
         for marker in markers:
             if not _is_known_marker(marker):
                 return f"unknown marker [[emulator:{marker}]]."

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+    from airflow_provider_siliconflow.emulator.bill import Bill
+
 
 class EmulatorServer:
     """
@@ -167,6 +169,11 @@ class Emulator:
     def held(self) -> list[str]:
         """The requests a fault holds at this moment, as ``METHOD /path``."""
         return self.server.journal.held
+
+    @property
+    def bill(self) -> Bill:
+        """What the rows that are done by now cost, by model and route."""
+        return self.service.bill()
 
     @property
     def airflow_connection(self) -> str:

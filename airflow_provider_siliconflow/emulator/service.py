@@ -19,12 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_siliconflow.emulator import account
-from airflow_provider_siliconflow.emulator.answers import AnswerBook, Answerer
+from airflow_provider_siliconflow.emulator.answer_book import AnswerBook
+from airflow_provider_siliconflow.emulator.answers import Answerer
+from airflow_provider_siliconflow.emulator.bill import BatchMeter, Bill, make_bill
 from airflow_provider_siliconflow.emulator.creation import (
-    Failure,
     RowFates,
+    Special,
     check_creation,
-    transient_failures,
+    check_models,
+    needs_rows,
+    special_rows,
 )
 from airflow_provider_siliconflow.emulator.disk import Disk
 from airflow_provider_siliconflow.emulator.listing import list_page
@@ -43,6 +47,7 @@ from airflow_provider_siliconflow.emulator.refusals import (
     positive_number,
     unknown_object,
 )
+from airflow_provider_siliconflow.emulator.response_format import SchemaBook
 from airflow_provider_siliconflow.emulator.results import ResultStore, write_results
 from airflow_provider_siliconflow.emulator.signing import check_query, signed_query
 from airflow_provider_siliconflow.emulator.timeline import Timeline
@@ -52,7 +57,9 @@ from airflow_provider_siliconflow.emulator.views import batch_view, result_kinds
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from airflow_provider_siliconflow.emulator.answers import Usage
     from airflow_provider_siliconflow.emulator.config import EmulatorConfig, MetadataForm
+    from airflow_provider_siliconflow.emulator.prices import Route
 
 __all__ = ["EmulatedService", "ServiceError"]
 
@@ -83,17 +90,19 @@ class EmulatedService:
         #: Origin of the signed result URLs, known once the storage port is bound.
         self.storage_origin = "http://localhost"
         self.authorization_leaks = 0
-        self._book = AnswerBook.read(config.answers) if config.answers is not None else AnswerBook(())
-        self._answerer = Answerer(self._book, config.models)
+        self._book = AnswerBook.read(config.answers) if config.answers is not None else AnswerBook()
+        self._schemas = SchemaBook()
+        self._answerer = Answerer(self._book, config.models, self._schemas)
         self._clock = clock
         self._lock = threading.RLock()
         self._disk = Disk(Path(storage), persistent=persistent)
-        self._uploads = Uploads(self._disk, lambda: self.config, self.now, self._lock)
+        self._uploads = Uploads(self._disk, lambda: self.config, self.now, self._lock, self._schemas.problem)
         self._results = ResultStore(self._disk.results, config.kept_results)
         self._batches: dict[str, BatchRecord] = {}
         self._order: list[tuple[float, int, str]] = []
         self._seq = 0
         self._fates = RowFates()
+        self._meters: dict[str, BatchMeter] = {}
         self._result_ids: dict[str, tuple[str, ResultKind]] = {}
         self._saved = SavedState(secret=secrets.token_hex(16))
         if persistent:
@@ -130,7 +139,7 @@ class EmulatedService:
         with self._lock:
             old, self.config = self.config, self.config.changed(changes)
             if "models" in changes:
-                self._answerer = Answerer(self._book, self.config.models)
+                self._answerer = Answerer(self._book, self.config.models, self._schemas)
             self._results.kept = self.config.kept_results
             if old.speed != self.config.speed:
                 now = self.now()
@@ -252,7 +261,14 @@ class EmulatedService:
 
     def creation_is_slow(self, request: object) -> bool:
         """Return whether :meth:`create_batch` reads a file, so that no event loop should wait for it."""
-        return self.config.row_error_rate > 0 and isinstance(request, dict)
+        if not isinstance(request, dict):
+            return False
+        try:
+            file = self._uploads.find(request.get("input_file_id"))
+        except ServiceError:
+            return False
+        replace = request.get("replace")
+        return needs_rows(file.scan, replace if isinstance(replace, dict) else {}, self.config)
 
     def create_batch(self, request: object) -> dict[str, Any]:
         """
@@ -267,16 +283,10 @@ class EmulatedService:
         with self._lock:
             file = self._uploads.find(request["input_file_id"], self.config.missing_file_status)
         model = replace.get("model")
-        for name in [model] if model is not None else file.scan.models:
-            if name not in self.config.models:
-                raise ServiceError(
-                    400,
-                    {
-                        "code": 20012,
-                        "message": "Model does not exist. Please check it carefully.",
-                        "data": None,
-                    },
-                )
+        check_models(file.scan, model, self.config)
+        problem = self._schemas.problem(replace.get("response_format"))
+        if problem is not None:
+            raise invalid_parameter(f"replace.{problem}")
         if self.config.balance <= 0:
             raise default_refusal(402)
         errors = list(file.scan.errors)
@@ -284,12 +294,11 @@ class EmulatedService:
             errors.append(
                 f"Line {file.scan.line_without_model}: no model, neither in the line nor in replace."
             )
-        transient: list[Failure] = []
-        if not errors and self.config.row_error_rate > 0:
-            content = self._uploads.content_path(file.id)
-            transient = list(transient_failures(content, model, self.config.row_error_rate))
-
         config = self.config
+        special: list[Special] = []
+        if not errors and needs_rows(file.scan, replace, config):
+            special = list(special_rows(self._uploads.content_path(file.id), replace, config))
+
         with self._lock:
             now = self.now()
             self._check_room(now)
@@ -310,12 +319,16 @@ class EmulatedService:
                 ),
                 outcomes={},
                 first_failures=[],
+                flaws={},
+                first_flaws=[],
+                cached_share=config.cached_share,
+                thinking_tokens=config.thinking_tokens,
             )
             if errors:
                 batch.errors = errors
                 batch.timeline.show("failed", now)
             else:
-                self._fates.decide(batch, file, model, transient)
+                self._fates.decide(batch, file, model, special, config)
             self._add(batch)
             self._disk.save_batch(batch)
             return self._view(batch)
@@ -408,6 +421,34 @@ class EmulatedService:
     def models(self, sub_type: str | None = None) -> dict[str, Any]:
         """Return the answer of ``GET /models``; the account has chat models only."""
         return account.models(self.config, sub_type)
+
+    def bill(self) -> Bill:
+        """
+        Return what the rows that are done by now cost, at the prices in force.
+
+        A row that fails, expires or is in neither file costs nothing; one that comes twice is paid once. The first
+        call makes every answer again, so no event loop should wait for it.
+        """
+        with self._lock:
+            now, answerer = self.now(), self._answerer
+            running = [
+                (batch, batch.timeline.rows_done(now))
+                for batch in self._batches.values()
+                if not batch.foreign
+            ]
+        used: dict[tuple[str, Route], Usage] = {}
+        for batch, done in running:
+            file_id = batch.request["input_file_id"]
+            with self._lock:
+                meter = self._meters.get(batch.id)
+                if meter is None:
+                    meter = self._meters[batch.id] = BatchMeter(batch, self._uploads.content_path(file_id))
+            if done == 0:
+                continue
+            for model, usage in meter.read(done, self._uploads.offsets(file_id), answerer).items():
+                key: tuple[str, Route] = (model, "batch")
+                used[key] = used[key] + usage if key in used else usage
+        return make_bill(used, self.config.prices)
 
     # -- inside -----------------------------------------------------------------------------------------
 

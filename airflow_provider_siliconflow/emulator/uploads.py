@@ -33,6 +33,7 @@ class Uploads:
     :param config: returns the settings in force.
     :param now: the service's clock in epoch seconds.
     :param lock: guards the records; shared with the service.
+    :param format_problem: returns what is wrong with a row's ``response_format``.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class Uploads:
         config: Callable[[], EmulatorConfig],
         now: Callable[[], float],
         lock: AbstractContextManager[Any],
+        format_problem: Callable[[object], str | None] = lambda _: None,
     ) -> None:
         self._disk = disk
         self._config = config
         self._now = now
         self._lock = lock
+        self._format_problem = format_problem
         self._offsets: dict[str, array[int]] = {}
         self._files: dict[str, FileRecord] = {}
         if disk.persistent:
@@ -79,7 +82,7 @@ class Uploads:
             if size > self._config().max_file_bytes:
                 raise self.too_large()
             try:
-                scan, offsets = scan_file(spooled, self._config().max_file_lines)
+                scan, offsets = scan_file(spooled, self._config().max_file_lines, self._format_problem)
             except TooManyLinesError:
                 limit = self._config().max_file_lines
                 raise invalid_parameter(f"The file has more than {limit} lines.") from None
