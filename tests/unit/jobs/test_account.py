@@ -268,8 +268,8 @@ def test_what_a_batch_told_by_its_id_counts_more_than_the_list() -> None:
     account = Account([batch("a"), batch("b")])
     _, batches, clock = opened(account)
     batches.read(WORK, NOW, clock.monotonic(), {})
-    batches.told(marked("a"))
-    assert [batches.is_told("a"), batches.is_told("b")] == [True, False]
+    batches.add_read(marked("a"))
+    assert [batches.was_read("a"), batches.was_read("b")] == [True, False]
     clock.sleep(1)
     batches.read(WORK, NOW, clock.monotonic(), {})
     assert [each.id for each in batches.unmarked()] == ["b"]

@@ -119,6 +119,6 @@ def test_what_an_event_says_is_bounded() -> None:
 def test_an_event_of_another_version_may_say_less(
     payload: dict[str, Any], kind: type[BatchError], retryable: bool
 ) -> None:
-    with pytest.raises(kind, match="the trigger gave no reason") as caught:
+    with pytest.raises(kind, match="The trigger gave no reason") as caught:
         batches_of(payload)
     assert (caught.value.batch_id, caught.value.retryable) == (None, retryable)

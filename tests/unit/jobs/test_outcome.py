@@ -151,7 +151,7 @@ def test_whether_a_job_passes_is_up_to_its_options(ok: int, options: dict[str, A
 def test_a_job_says_what_another_attempt_would_have_been_worth() -> None:
     assert judge_run(manifest(10), RunOptions()) is None
     story = judge_run(manifest(7, worth=2), RunOptions(max_row_attempts=3)) or ""
-    assert "2 of them failed for a transient reason: with max_row_attempts above 3" in story
+    assert "2 of them failed for a transient reason; with max_row_attempts above 3" in story
     assert "transient" not in (judge_run(manifest(7), RunOptions()) or "")
 
 

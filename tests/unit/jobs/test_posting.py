@@ -74,8 +74,8 @@ def test_a_refusal_is_sat_out_with_growing_pauses(error: SiliconFlowError) -> No
     began = sent.clock.now
     assert sent.run() == "made"
     assert sent.done == ["send"] * 5
-    # 15, 30, 60 and 60 seconds, give or take a fifth.
-    assert 0.8 * 165 <= sent.clock.now - began <= 1.2 * 165
+    # 2, 4, 8 and 16 seconds, give or take a fifth.
+    assert 0.8 * 30 <= sent.clock.now - began <= 1.2 * 30
 
 
 @pytest.mark.parametrize(("error", "patience"), [(FULL, 100.0), (UNSENT, REFUSAL_PATIENCE)])

@@ -60,7 +60,7 @@ def test_only_rows_worth_it_are_sent_again(emulator: Emulator, tmp_path: Path) -
 def test_a_row_that_another_attempt_may_mend_is_told(emulator: Emulator, tmp_path: Path) -> None:
     marks = {3: "[[emulator:once=429]]", 4: "[[emulator:error=400]]"}
     job = Job(emulator, tmp_path, rows(6, lambda i: marks.get(i, "")), models=MODELS[:1])
-    assert "1 of them failed for a transient reason: with max_row_attempts above 1" in (
+    assert "1 of them failed for a transient reason; with max_row_attempts above 1" in (
         judge_run(job.attempt(), job.options) or ""
     )
 
@@ -239,7 +239,7 @@ def test_an_account_that_is_empty_from_the_start_is_told_at_once(emulator: Emula
 def test_a_model_that_is_refused_stops_no_other(emulator: Emulator, tmp_path: Path) -> None:
     job = Job(emulator, tmp_path, rows(10), models=[MODELS[0], "nope/none"])
     for _ in range(2):
-        words = "2 of 4 batches were refused, of nope/none: HTTP 400, Model does not exist"
+        words = "2 of 4 batches were refused, for nope/none: HTTP 400, Model does not exist"
         with pytest.raises(BatchFailedError, match=words) as caught:
             job.attempt()
         assert caught.value.retryable

@@ -95,7 +95,7 @@ class World:
 
     def look(self, work: BatchWork = WORK, *, within: float = 0.0, **options: Any) -> Any:
         """The last look."""
-        *_, found = self.search.looks(work, self.clock.monotonic() + within, **options)
+        *_, found = self.search.searches(work, self.clock.monotonic() + within, **options)
         return found
 
     def is_conclusive(self, work: BatchWork = WORK) -> bool:

@@ -434,7 +434,7 @@ def test_many_batches_are_told_together_and_only_if_something_changed(
         for name in names[: 10 - but]:
             counts = {"total": 100, "completed": done // 10, "failed": 0}
             wait.observe(name, batch(batch_id=name, request_counts=counts), now)
-        wait.say_summary(now)
+        wait.log_summary(now)
 
     see(0, START, but=1)
     assert caplog.messages == [], "one was not read yet"
@@ -470,9 +470,9 @@ def test_an_unknown_batch_leaves_a_retry_where_the_wait_began_in_another_process
     wait = BatchWait(["batch_1"], START, 60.0, began=START - 10_000)
     for _ in range(2):
         wait.fault("batch_1", missing, START)
-        assert wait.misses_some
+        assert wait.has_missing
     with pytest.raises(BatchWaitError, match="not known to this account") as caught:
         wait.fault("batch_1", missing, START)
     assert caught.value.retryable
     wait.observe("batch_1", batch(), START)
-    assert not wait.misses_some
+    assert not wait.has_missing
