@@ -146,7 +146,9 @@ def test_work_that_was_not_sent_leaves_no_batch_that_died(store: Any) -> None:
 def test_what_an_earlier_version_of_ours_left_is_found_under_its_name(store: Any) -> None:
     store.set("siliconflow.try", {"number": 1, "complete": True})
     store.set("siliconflow.last", {"key": OTHER, "generation": 0})
-    store.set(f"siliconflow.{OTHER}", {"state": "sent", "batch_id": "batch_1", "number": 1})
+    store.set(
+        f"siliconflow.{OTHER}", {"state": "sent", "batch_id": "batch_1", "number": 1, "terminal_since": 0.0}
+    )
     ledger = open_ledger(store, 2)
     assert ledger.complete
     assert ledger.earlier_work(KEY) == (OTHER, Sent("batch_1", 1))
