@@ -64,6 +64,22 @@ def test_failures_say_why_and_whether_a_retry_helps(
     assert "TPM limit reached (9 rows)" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("status", "kind", "words"),
+    [
+        ("failed", BatchFailedError, "rejected as a whole; a retry submits a new batch"),
+        ("cancelled", BatchCancelledError, "can be downloaded for 30 days. A retry submits a new batch"),
+    ],
+)
+def test_a_batch_that_died_is_a_failure_whatever_it_answered_and_whatever_the_author_allows(
+    status: str, kind: type[BatchError], words: str
+) -> None:
+    for counts in (numbers(9, 4, 5), numbers(9, 9, 0), {}):
+        with pytest.raises(kind, match=words) as caught:
+            judged(batch(status, **counts, **URL), allow_all_failed=True)
+        assert caught.value.retryable
+
+
 @pytest.mark.parametrize("status", ["completed", "expired"])
 def test_a_partial_failure_is_a_warning_unless_the_author_says_otherwise(status: str) -> None:
     found = batch(status, **numbers(9, 7, 2), **URL)

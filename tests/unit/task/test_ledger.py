@@ -141,3 +141,15 @@ def test_work_that_was_not_sent_leaves_no_batch_that_died(store: Any) -> None:
     ledger.retire(KEY)
     assert (ledger.state(KEY), ledger.retired(KEY)) == (Planned(), ())
     assert f"siliconflow.{KEY}" not in store.entries, "what is planned takes no room"
+
+
+def test_what_an_earlier_version_of_ours_left_is_found_under_its_name(store: Any) -> None:
+    store.set("siliconflow.try", {"number": 1, "complete": True})
+    store.set("siliconflow.last", {"key": OTHER, "generation": 0})
+    store.set(
+        f"siliconflow.{OTHER}", {"state": "sent", "batch_id": "batch_1", "number": 1, "terminal_since": 0.0}
+    )
+    ledger = open_ledger(store, 2)
+    assert ledger.complete
+    assert ledger.earlier_work(KEY) == (OTHER, Sent("batch_1", 1))
+    assert store.get("siliconflow.fence")["who"].startswith("try 2 of task")
