@@ -100,6 +100,8 @@ class BatchFiles:
     :param batch_id: for messages.
     :param short: whether the files lack results that are paid for: a row that the batch has no result of is not sent
         again then.
+    :param answered: rows that the batch counts as answered. If its output has results of fewer rows, whatever its
+        number of lines, it is ``short``; not for a ``shared`` batch, of which one merge sees some rows only.
     :param spoilt: why the files cannot be had or read at all; the same holds for the batch's rows then.
     :param requests: the request file of a ``shared`` batch, which says what the batch's rows are. Without it they may
         be any.
@@ -111,6 +113,7 @@ class BatchFiles:
     shared: bool = False
     batch_id: str | None = None
     short: bool = False
+    answered: int = 0
     spoilt: str | None = None
     requests: Source | None = None
 
@@ -277,9 +280,11 @@ class _Index:
         self._batches.append(read)
         if batch.spoilt is not None:
             read.add_problem(batch.spoilt)
-        for path in (batch.output, batch.errors):
-            if path is not None:
-                self._read_file(path, read, strict=strict)
+        if batch.output is not None:
+            self._read_file(batch.output, read, strict=strict)
+        read.short = batch.short or (not batch.shared and sum(read.has_result) < batch.answered)
+        if batch.errors is not None:
+            self._read_file(batch.errors, read, strict=strict)
 
     def _read_file(self, path: Path, read: _ReadBatch, *, strict: bool) -> None:
         tally, verdicts, position_of, budget = self._tally, self.verdicts, self._position_of, self._budget
@@ -356,7 +361,7 @@ class _Index:
         """
         found: dict[int, str | None] = {}
         for read in self._batches:
-            if read.problems or read.files.short:
+            if read.problems or read.short:
                 said = _no_result(read.reason) if read.problems else None
                 for position in self._without_result(read):
                     found[position] = found.get(position) or said
@@ -380,12 +385,14 @@ class _ReadBatch:
     A batch while it is read.
 
     :param has_result: a byte per row, 1 if the batch has a result of it.
+    :param short: whether its output lacks results of rows that it counts as answered.
     :param problems: lines that cannot be read, and whatever else is wrong.
     :param first_problem: the first of them.
     """
 
     files: BatchFiles
     has_result: bytearray
+    short: bool = False
     problems: int = 0
     first_problem: str = ""
 

@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -29,6 +29,7 @@ from airflow_provider_siliconflow.batch_files.manifest import (
 )
 from airflow_provider_siliconflow.batch_files.merge import BatchFiles, merge_batch
 from airflow_provider_siliconflow.batch_files.result_lines import read_lines
+from airflow_provider_siliconflow.batch_files.shards import iter_custom_ids
 from airflow_provider_siliconflow.batch_files.verdicts import read_result, read_verdict
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
 from airflow_provider_siliconflow.jobs.settled import (
@@ -233,19 +234,21 @@ def downloaded(
             log.warning("%s Downloading them again in %.0f s.", _story(batch, held), pause)
             clock.sleep(pause)
             files.refresh()
-        yield (
-            batch,
-            BatchFiles(
-                copies.path("output"),
-                copies.path("error"),
-                round=number,
-                shared=shared,
-                batch_id=batch_id,
-                # Rows that count as answered are paid for, even if the files lack them.
-                short=held.output < batch.request_counts.completed,
-                requests=requests,
-            ),
+        # Rows that are counted as answered are paid for, whether or not the files have them.
+        answered = batch.request_counts.completed
+        found_files = BatchFiles(
+            copies.path("output"),
+            copies.path("error"),
+            round=number,
+            shared=shared,
+            batch_id=batch_id,
+            short=held.output < answered,
+            answered=answered,
+            requests=requests,
         )
+        if requests is not None and not found_files.short:
+            found_files = replace(found_files, short=_answered_in(found_files, requests) < answered)
+        yield batch, found_files
 
 
 def stated_end(batch: Batch, now: float) -> float:
@@ -285,6 +288,16 @@ def outcomes_in(files: BatchFiles) -> dict[str, Outcome]:
                 never_ran = verdict.outcome is Outcome.ERROR and "cancel" in (verdict.code or "").lower()
                 found[verdict.custom_id] = Outcome.EXPIRED if never_ran else verdict.outcome
     return found
+
+
+def _answered_in(files: BatchFiles, requests: Source) -> int:
+    """Return how many rows of a request file have a result in the output of their batch."""
+    try:
+        answered = outcomes_in(replace(files, errors=None))
+    except IncompleteResultsError:
+        # The merge sees it, too, and accounts for it.
+        return files.answered
+    return sum(custom_id in answered for custom_id in iter_custom_ids(requests))
 
 
 def iter_results(api: ResultAPI, batch_id: str, clock: Clock | None = None) -> Iterator[BatchResult]:

@@ -45,6 +45,8 @@ REFUSED_GRACE = 3600.0
 FAULT_PAUSE_LIMIT = 600.0
 #: Seconds for the single poll of a wait that resumes after its deadline.
 LAST_POLL_SECONDS = 10.0
+#: Seconds that are more than any poll takes: what its repetitions may take, and the longest waits between them.
+_LONGEST_POLL = 6 * 3600.0
 #: Polls of one wait that may be under way at once.
 MAX_CONCURRENT_POLLS = 8
 #: Polls are due at multiples of this many seconds, so that an event loop with thousands of waits wakes up once for
@@ -199,7 +201,10 @@ class BatchWait:
         A wait that resumes after its deadline still polls once, since its batches may have ended.
         """
         left = self.time_left(now)
-        return None if left is None else left or LAST_POLL_SECONDS
+        if left is None or left > _LONGEST_POLL:
+            # No poll takes that long with all of its repetitions, and a timer for each one costs a tenth of a poll.
+            return None
+        return left or LAST_POLL_SECONDS
 
     def check_deadline(self, now: float) -> None:
         """

@@ -63,3 +63,39 @@ def test_an_answer_that_names_the_batch_of_another_model_is_not_taken(
     assert len({batch["id"] for model in manifest["models"] for batch in model["batches"]}) == 2
     assert manifest["model_mismatches"] == 0
     assert manifest["rows"]["ok"] == 8
+
+
+@pytest.mark.parametrize("how", ["duplicate", "foreign", "null"])
+def test_rows_that_are_counted_as_answered_are_not_sent_again_for_lines_that_are_not_theirs(
+    emulator: Emulator, tmp_path: Path, how: str
+) -> None:
+    job = OddJob(emulator, tmp_path, rows(5), max_row_attempts=2)
+
+    def downloaded(reference: str, content: bytes) -> bytes:
+        lines = content.splitlines(keepends=True)
+        other = {
+            "duplicate": lines[0],
+            "foreign": lines[-1].replace(b'"q', b'"other'),
+            "null": b"null\n",
+        }
+        return b"".join([*lines[:-1], other[how]])
+
+    job.downloaded = downloaded
+    manifest = job.attempt()
+    assert len(batches(emulator)) == 1, "the row is counted as answered, so it is paid for"
+    assert manifest["rows"]["missing"] == 1
+
+
+def test_a_round_knows_as_well_what_is_counted_as_answered(emulator: Emulator, tmp_path: Path) -> None:
+    """A batch of a later round has rows of several shards, so no merge of a shard sees all of its lines."""
+    requests = rows(10, lambda i: "[[emulator:once=429]]" if i in (1, 8) else "")
+    job = OddJob(emulator, tmp_path, requests, max_row_attempts=3)
+
+    def downloaded(reference: str, content: bytes) -> bytes:
+        lines = content.splitlines(keepends=True)
+        return lines[0] * 2 if "output" in reference and len(lines) == 2 else content
+
+    job.downloaded = downloaded
+    manifest = job.attempt()
+    assert len(batches(emulator)) == 3
+    assert manifest["rows"]["ok"] == 9

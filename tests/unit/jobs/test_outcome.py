@@ -67,7 +67,7 @@ def test_failures_say_why_and_whether_a_retry_helps(
 @pytest.mark.parametrize(
     ("status", "kind", "words"),
     [
-        ("failed", BatchFailedError, "rejected as a whole; a retry submits a new batch"),
+        ("failed", BatchFailedError, "rejected as a whole; a retry submits a new one"),
         ("cancelled", BatchCancelledError, "can be downloaded for 30 days. A retry submits a new batch"),
     ],
 )
