@@ -252,6 +252,10 @@ class BatchRun:
         if self._stopped:
             raise SiliconFlowError("The job does not continue: the task was ended from outside")
 
+    def owns(self, batch: Batch) -> bool:
+        """Whether an open batch is proven to be of this job: others may have written into the folder of its ledger."""
+        return self._opened is not None and self._opened.sender.owns(batch)
+
     def find_unrecorded(self, patience: float) -> list[str]:
         """
         Search the account for batches that were being created.

@@ -201,6 +201,13 @@ class Sender:
         source, size = self._job.source(piece), piece.shard.bytes
         return self._job.work(piece, lambda name: self._client.upload_file(source, size=size, filename=name))
 
+    def owns(self, batch: Batch) -> bool:
+        """Whether an open batch that the ledger names is proven to be of this job."""
+        for piece in self._job.current:
+            if self._job.batch_id(piece) == batch.id:
+                return self._job.submission.owns(self._work(piece), batch)
+        return False
+
     def find_unrecorded(self, patience: float) -> list[str]:
         """
         Search the account for batches that were being created.

@@ -174,6 +174,16 @@ class Submission:
         proof = self._account.prove(work, batch)
         return None if proof is Proof.UNPROVEN else proof is Proof.OURS
 
+    def owns(self, work: BatchWork, batch: Batch) -> bool:
+        """Whether a batch that the ledger names belongs to a piece of work. What this process sent certainly does."""
+        if work.key in self._sent:
+            return True
+        try:
+            return self._account.proves_record(work, batch)
+        except SubmissionUnknownError as exc:
+            log.warning("%s", exc)
+            return False
+
     # Batches of earlier tries -----------------------------------------------------------------------------
 
     def _take_up(self, work: BatchWork, adopt_dead: bool) -> Batch | None:

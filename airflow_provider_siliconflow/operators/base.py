@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.providers.common.compat.sdk import AirflowTaskTimeout, BaseOperator, conf
 
@@ -16,6 +16,9 @@ from airflow_provider_siliconflow.links.batch import BatchConsoleLink
 from airflow_provider_siliconflow.task.arguments import Arguments
 from airflow_provider_siliconflow.task.errors import PaidWork, task_errors
 from airflow_provider_siliconflow.task.state import TaskTry, airflow_version, is_ended_by_a_person
+
+if TYPE_CHECKING:
+    from airflow_provider_siliconflow.api.models import Batch
 
 
 class SiliconFlowOperator(BaseOperator):
@@ -126,8 +129,12 @@ class SubmittingOperator(FileOperator):
 
     def _cancel_open_batches(self) -> Sequence[str]:
         batch_ids = self.open_batches()
-        self.cancel(batch_ids)
+        self.cancel(batch_ids, is_ours=self.ownership())
         return batch_ids
+
+    def ownership(self) -> Callable[[Batch], bool] | None:
+        """Return what proves that an open batch is the task's; ``None`` if nobody else can have written its id."""
+        return None
 
     def kill_cancels(self) -> bool:
         """
@@ -156,8 +163,12 @@ class SubmittingOperator(FileOperator):
             return 0.0
         return float(conf.getint("core", "killed_task_cleanup_time", fallback=60)) / 2
 
-    def cancel(self, batch_ids: Sequence[str]) -> None:
-        """Ask for batches to be cancelled; what fails is logged, so that it does not hide what happened before."""
+    def cancel(self, batch_ids: Sequence[str], *, is_ours: Callable[[Batch], bool] | None = None) -> None:
+        """
+        Ask for batches to be cancelled; what fails is logged, so that it does not hide what happened before.
+
+        :param is_ours: for ids that others may have written: whether a batch, once read, may be cancelled.
+        """
         from dataclasses import replace
 
         from airflow_provider_siliconflow.api.client import SiliconFlowClient
@@ -165,4 +176,4 @@ class SubmittingOperator(FileOperator):
 
         # Airflow leaves a task that is ended five seconds.
         settings = replace(self.hook.settings, max_retries=min(self.hook.settings.max_retries, 2))
-        cancel_all(batch_ids, lambda: SiliconFlowClient(settings))
+        cancel_all(batch_ids, lambda: SiliconFlowClient(settings), is_ours=is_ours)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +21,7 @@ from airflow_provider_siliconflow.triggers.batch import BatchTrigger
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
+    from airflow_provider_siliconflow.api.models import Batch
     from airflow_provider_siliconflow.jobs.options import RunOptions
     from airflow_provider_siliconflow.jobs.run import BatchRun, Wait
 
@@ -184,6 +185,10 @@ class RunBatchOperator(SubmittingOperator):
         """Return the ids of those that have not ended as far as the job knows."""
         return self._job.run.open_batches if self._job is not None else ()
 
+    def ownership(self) -> Callable[[Batch], bool] | None:
+        """Return what proves that an open batch is the job's: its ledger lies in a folder where others may write."""
+        return self._job.run.owns if self._job is not None else None
+
     def execute(self, context: Context) -> dict[str, Any]:
         """Plan, submit and wait; or take up what an earlier try left."""
         from airflow_provider_siliconflow.api.exceptions import NoRowsError
@@ -329,7 +334,7 @@ class RunBatchOperator(SubmittingOperator):
                 self.log.warning("Batches %s are left alone; they go on and are billed", ", ".join(known))
             return
         # What is known goes first: there are five seconds, and a search may take more.
-        self.cancel(known)
+        self.cancel(known, is_ours=self.ownership())
         try:
             self.cancel(run.find_unrecorded(self.kill_patience()))
         except SiliconFlowError as exc:

@@ -353,31 +353,46 @@ def test_a_clear_that_submits_anew_ends_what_the_older_generation_left(
     assert not list(tmp_path.glob(".siliconflow/*"))
 
 
+def name_a_foreign_batch(emulator: Emulator, folder: Path) -> str:
+    """Let a neighbour put a batch of somebody else in the place of ours in a job's ledger; return its id."""
+    row = b'{"custom_id":"a","body":{"model":"m","messages":[{"role":"user","content":"hi"}]}}\n'
+    request = {
+        "input_file_id": emulator.service.add_file("f.jsonl", "batch", [row])["data"]["id"],
+        "endpoint": "/v1/chat/completions",
+        "completion_window": "24h",
+        "replace": {"model": MODELS[0]},
+        "metadata": {},
+    }
+    ours = batches(emulator)[0]["id"]
+    foreign = str(emulator.service.create_batch(request)["id"])
+    (path,) = folder.glob(".siliconflow/*/ledger.json")
+    path.write_text(path.read_text().replace(ours, foreign))
+    return foreign
+
+
 def test_a_ledger_that_names_a_foreign_batch_does_not_get_it_cancelled(
     emulator: Emulator, tmp_path: Path
 ) -> None:
     job = small(emulator, tmp_path, 5)
     started(job)
-    foreign = emulator.service.create_batch(
-        {
-            "input_file_id": emulator.service.add_file(
-                "f.jsonl",
-                "batch",
-                [b'{"custom_id":"a","body":{"model":"m","messages":[{"role":"user","content":"hi"}]}}\n'],
-            )["data"]["id"],
-            "endpoint": "/v1/chat/completions",
-            "completion_window": "24h",
-            "replace": {"model": MODELS[0]},
-            "metadata": {},
-        }
-    )
-    (path,) = tmp_path.glob(".siliconflow/*/ledger.json")
-    text = path.read_text()
-    path.write_text(text.replace(batches(emulator)[0]["id"], foreign["id"]))
+    foreign = name_a_foreign_batch(emulator, tmp_path)
     job.generation = 6
     started(job)
     found = {batch["id"]: batch["status"] for batch in batches(emulator)}
-    assert found[foreign["id"]] == "in_progress"
+    assert found[foreign] == "in_progress"
+
+
+def test_a_job_that_is_killed_owns_its_batches_and_no_others(emulator: Emulator, tmp_path: Path) -> None:
+    job = small(emulator, tmp_path, 10)
+    first, _ = started(job)
+    # In a process that did not create them, the ledger alone says so.
+    ours, other = (job.client().get_batch(each["id"]) for each in batches(emulator))
+    foreign = name_a_foreign_batch(emulator, tmp_path)
+    run = job.process()
+    assert set(run.stop(cancels=True)) == {foreign, other.id}
+    assert run.owns(other)
+    assert not run.owns(job.client().get_batch(foreign))
+    assert first.owns(ours)
 
 
 # What others may have written -------------------------------------------------------------------------------
