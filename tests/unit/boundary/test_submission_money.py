@@ -199,7 +199,8 @@ def test_a_full_account_is_not_sat_out_for_a_caller_that_can_wait_better(
 @pytest.mark.parametrize("message", ["File {} does not exist.", "The input file was not found", "bad {}"])
 def test_a_file_that_is_gone_is_uploaded_again_once(world: World, status: int, message: str) -> None:
     work, ledger = make_upload_work(world.api), FaultyLedger(iter(()))
-    first = world.submission(ledger, "none").upload(work.upload)  # type: ignore[arg-type]
+    assert work.upload is not None
+    first = world.submission(ledger, "none").upload(work.upload)
     create = world.api.create_batch
 
     def refuse(**request: Any) -> Batch:
@@ -210,9 +211,10 @@ def test_a_file_that_is_gone_is_uploaded_again_once(world: World, status: int, m
 
     world.api.create_batch = refuse  # type: ignore[method-assign]
     batch = world.submit(work, ledger)
-    assert batch.input_file_id not in (first.id, None)
+    assert batch.input_file_id is not None
+    assert batch.input_file_id != first.id
     assert world.api.calls.count("upload") == 2
-    assert ledger.upload(work.upload.key) == Uploaded(batch.input_file_id, (first.id,))  # type: ignore
+    assert ledger.upload(work.upload.key) == Uploaded(batch.input_file_id, (first.id,))
 
 
 def test_a_refusal_that_names_no_file_uploads_nothing(world: World, mocker: MockerFixture) -> None:
