@@ -97,8 +97,9 @@ def test_a_format_that_cannot_be_answered_is_named(account: Account, wanted: Any
     (error,) = batch["errors"]
     assert error.startswith("Line 2: ")
     assert reason in error
-    with pytest.raises(ServiceError, match=f"replace.{reason}"):
+    with pytest.raises(ServiceError, match=r"replace\.response_format") as refused:
         account.create(account.upload([row("a")]), replace={"response_format": wanted})
+    assert reason in refused.value.body["message"]
 
 
 @pytest.mark.parametrize("marker", ["not-json", "wrong-type", "missing-field", "invalid"])
@@ -271,7 +272,7 @@ def test_given_answers_are_taken_as_they_are(tmp_path: Path) -> None:
         ]
     )
     found = contents(account, batch)
-    assert found.pop("other") not in lines
+    assert "was asked" in found.pop("other")
     assert found == {
         "by-id": "Exactly this.",
         "json": '{"topic":"späť","score":null}',
