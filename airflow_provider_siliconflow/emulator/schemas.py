@@ -334,6 +334,13 @@ class SchemaWriter:
         branches = self._branches(schema)
         if branches is not None:
             possible = [branch for branch in branches if self._height(branch) < math.inf]
+            if any(_listed_types(branch) in (("number",), ("integer",)) for branch in possible):
+                # Pydantic's Decimal: a number, or any text by its schema, yet not in truth.
+                possible = [
+                    branch
+                    for branch in possible
+                    if branch.keys() - _ANNOTATIONS != {"type"} or branch["type"] != "string"
+                ]
             if depth > _FULL_DEPTH:
                 return self._value(min(possible, key=self._height), draw, words, depth)
             return self._value(possible[draw.below(len(possible))], draw, words, depth)

@@ -24,8 +24,12 @@ COMMAND = [sys.executable, "-m", "airflow_provider_siliconflow.emulator"]
 def test_runs_tells_how_to_connect_and_ends_on_sigterm(tmp_path: Path) -> None:
     port_file = tmp_path / "url"
     options = ["--port", "0", "--port-file", str(port_file), "--model", "my/model=0.5", "--key", "sk-mine"]
+    options += ["--model", "other=1", "--price", "my/model=1/4/0.5", "--price", "other=1/4"]
+    options += ["--batch-model", "my/model", "--batch-model", "other", "--no-json-model", "other"]
+    options += ["--no-thinking-model", "my/model"]
     odd = {"settle_as": "null", "max_open_batches": 3, "missing_file_status": 400, "list_endless": True}
     odd |= {"late_error_seconds": 2.5, "clock_offset_seconds": -7200.0}
+    odd |= {"invalid_rate": 0.1, "wrong_attempts": 2, "thinking_tokens": 40, "cached_share": 0.5}
     for name, value in odd.items():
         options += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     process = subprocess.Popen(
@@ -50,6 +54,10 @@ def test_runs_tells_how_to_connect_and_ends_on_sigterm(tmp_path: Path) -> None:
         assert "my/model" in [model["id"] for model in models["data"]]
         config = requests.get(f"{given['host'].removesuffix('/v1')}/_emulator/config", timeout=20).json()
         assert {name: config[name] for name in odd} == odd
+        price = {"prompt": "1", "completion": "4", "cached_prompt": "0.5", "live": None}
+        assert config["prices"] == {"my/model": price, "other": {**price, "cached_prompt": None}}
+        lists = {name: config[name] for name in ("batch_models", "no_json_models", "no_thinking_models")}
+        assert list(lists.values()) == [["my/model", "other"], ["other"], ["my/model"]]
         headers = {"Authorization": "Bearer sk-other"}
         assert requests.get(f"{given['host']}/models", headers=headers, timeout=20).status_code == 401
     finally:
@@ -69,6 +77,10 @@ def test_runs_tells_how_to_connect_and_ends_on_sigterm(tmp_path: Path) -> None:
         (["--model", "my/model=2"], "between 0 and 1"),
         (["--speed", "0"], "speed must be above 0"),
         (["--answers", "/no/such/file"], "No such file"),
+        (["--price", "my/model=1"], "NAME=PROMPT/COMPLETION"),
+        (["--price", "my/model=1/many"], "prices of my/model"),
+        (["--empty-rate", "2"], "empty_rate must lie between 0 and 1"),
+        (["--batch-model", "no/such-model"], "batch_models: there is no model 'no/such-model'"),
     ],
 )
 def test_wrong_option_is_named(capsys: pytest.CaptureFixture[str], options: list[str], reason: str) -> None:

@@ -191,6 +191,16 @@ def test_batch_cancelled_on_the_console_keeps_the_rows_that_were_done(tmp_path: 
         {"late_error_seconds": -1},
         {"list_limit": -1},
         {"clock_offset_seconds": float("nan")},
+        {"invalid_rate": 1.1},
+        {"empty_rate": float("nan")},
+        {"truncated_rate": 0.6, "fenced_rate": 0.6},
+        {"cached_share": -0.1},
+        {"wrong_attempts": -1},
+        {"thinking_tokens": -1},
+        {"batch_models": ["no/such-model"]},
+        {"no_json_models": ["no/such-model"]},
+        {"no_thinking_models": "Qwen/Qwen3-32B"},
+        {"prices": {"a": {"prompt": "much", "completion": 1}}},
     ],
 )
 def test_wrong_setting_is_named(setting: dict[str, Any]) -> None:
