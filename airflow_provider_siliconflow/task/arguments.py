@@ -87,10 +87,10 @@ class Arguments:
     def _check_choice(self, task: object) -> None:
         given = [name for name in self._not_both if rendered_text(getattr(task, name)) is not None]
         if len(given) > 1:
-            raise InvalidInputError(f"set either {' or '.join(self._not_both)}, not both")
+            raise InvalidInputError(f"give either {' or '.join(self._not_both)}, not both")
         if self._one_of and not given:
             raise InvalidInputError(
-                f"set {' or '.join(self._one_of)}. If it is templated, check that the upstream task pushed it."
+                f"give {' or '.join(self._one_of)}. If it is templated, check that the upstream task pushed it."
             )
 
 

@@ -113,8 +113,8 @@ def _paid_note(error: SiliconFlowError, paid: PaidWork) -> str | None:
         return None
     which = f"Submitted: {_named(batch_ids)}" if batch_ids else "An earlier try may have submitted batches"
     return (
-        f"{which}, which are not affected. Fix the cause and let the task retry: the retry continues with them at no "
-        "extra cost. A manual clear would pay again."
+        f"{which}, which are not affected. Fix the cause and let the task retry: the retry continues with them "
+        "at no extra cost. A manual clear would pay again."
     )
 
 
