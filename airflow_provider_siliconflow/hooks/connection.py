@@ -1,8 +1,8 @@
 """
-From an Airflow connection to the client's settings: the one place that reads a connection and masks its secrets.
+From an Airflow connection to the client's settings: only this module reads a connection and masks its secrets.
 
-Whoever holds settings, in a worker or in the triggerer, got them here: the key, the values of headers and the
-passwords of proxies are registered with Airflow's secret masker before anything else happens to them.
+Workers and the triggerer get all settings from here, so the key, the values of headers and the passwords of proxies are
+registered with Airflow's secret masker before they are used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from airflow_provider_siliconflow.api.settings import ClientSettings
 
-#: What a connection's extra may hold: the fields of the form, and ``headers``, which Airflow does not mask in its UI.
+#: Fields of a connection's extra: those of the form, and ``headers``, which Airflow does not mask in its UI.
 EXTRA_FIELDS = (*CONN_FIELDS, "headers")
 
 
@@ -51,7 +51,7 @@ async def aread_connection(conn_id: str) -> ClientSettings:
     Return the settings of a connection, in the triggerer.
 
     :param conn_id: the connection.
-    :raises AirflowNotFoundException: it is not defined, or Airflow cannot read it just now.
+    :raises AirflowNotFoundException: it is not defined, or Airflow cannot read it at the moment.
     :raises InvalidInputError: it is of another type, or has a field that is missing or wrong.
     """
     from airflow.providers.common.compat.connection import get_async_connection, get_async_extra_dejson
@@ -64,8 +64,8 @@ async def aread_connection(conn_id: str) -> ClientSettings:
     return _settings(connection, fields)
 
 
-#: Hashes of what this triggerer has masked: its thousands of waits share a few connections, and each secret is a round
-#: trip between two processes.
+#: Hashes of the secrets that this triggerer has masked: its thousands of waits share a few connections, and masking a
+#: secret takes a round trip between two processes.
 _MASKED: set[int] = set()
 
 
@@ -81,7 +81,7 @@ async def _amask(secret: str) -> None:
     try:
         from airflow.sdk.log import amask_secret
     except ImportError:
-        # Airflow before 3.3.2. Its own function blocks, which breaks a triggerer.
+        # Before Airflow 3.3.2 the only function blocks, which breaks a triggerer.
         try:
             from airflow.sdk.execution_time import task_runner
             from airflow.sdk.execution_time.comms import MaskSecret
@@ -99,7 +99,7 @@ async def _amask(secret: str) -> None:
 
 def _refuse_other_type(connection: Connection) -> None:
     """
-    Refuse a connection that was made for something else: its password would go to this connection's host.
+    Refuse a connection of another type, whose password would be sent to its host as an API key.
 
     :raises InvalidInputError: it is of another type.
     """
@@ -108,8 +108,8 @@ def _refuse_other_type(connection: Connection) -> None:
     kind = connection.conn_type
     if kind and kind != CONN_TYPE:
         raise InvalidInputError(
-            f"connection {connection.conn_id!r} is of type {kind!r}; conn_id must name one of type {CONN_TYPE!r}. "
-            "Nothing was sent."
+            f"connection {connection.conn_id!r} is of type {kind!r}; conn_id must name a connection of type "
+            f"{CONN_TYPE!r}. Nothing was sent."
         )
 
 
@@ -117,7 +117,7 @@ def _fields(connection: Connection, extra: Any) -> dict[str, Any]:
     """
     Return the fields of a connection's extra.
 
-    :raises InvalidInputError: it is JSON, but no object.
+    :raises InvalidInputError: it is JSON, but not an object.
     """
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 
@@ -129,7 +129,7 @@ def _fields(connection: Connection, extra: Any) -> dict[str, Any]:
 
 
 def _secrets(connection: Connection, fields: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what must not be shown, as far as it can be found in fields that are not checked yet."""
+    """Yield the secrets, as far as they can be found in fields that are not checked yet."""
     found: list[Any] = [connection.password, (connection.password or "").strip()]
     for name in ("headers", "secret_headers"):
         headers = _json_or_none(fields.get(name))
@@ -140,7 +140,7 @@ def _secrets(connection: Connection, fields: Mapping[str, Any]) -> Iterator[str]
             password = urlsplit(proxy if "://" in proxy else f"http://{proxy}").password
         except (TypeError, ValueError, AttributeError):
             continue
-        # As it is written, and as the proxy gets it.
+        # As written in the URL, and as sent to the proxy.
         found += [password, unquote(password or "")]
     for secret in dict.fromkeys(each for each in found if isinstance(each, str)):
         if secret:
@@ -205,17 +205,17 @@ def _base_url(connection: Connection) -> str:
         return ""
     if "://" not in host:
         host = f"https://{host}"
-    # The URI forms of a connection (siliconflow://:key@host:port/v1, siliconflow://http://...) take a URL apart.
+    # The URI form of a connection (siliconflow://:key@host:port/v1, siliconflow://http://...) splits a URL into parts.
     scheme, _, rest = host.partition("://")
     origin, _, path = rest.partition("/")
     port = f":{connection.port}" if connection.port and not re.search(r":\d+$", origin) else ""
-    # Browsers write a host with a slash; the root itself is the schema "/".
+    # Browsers add a slash to a host; the root itself has the schema "/".
     path = path.strip("/") or (connection.schema or "v1").strip("/")
     return f"{scheme}://{origin}{port}/{path}"
 
 
 def _json_if_text(value: Any, where: str) -> Any:
-    """Fields of the form are text; an object in one is JSON."""
+    """Return the value of a field of the form, which is text; an object is written as JSON."""
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
@@ -224,7 +224,7 @@ def _json_if_text(value: Any, where: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as exc:
         at = f" ({exc.msg} at character {exc.pos + 1})" if isinstance(exc, json.JSONDecodeError) else ""
-    # Raised out here, without its cause, which holds the text: there may be a password in it.
+    # Raised outside the except block, without its cause: that contains the text, possibly with a password.
     raise InvalidInputError(f"{where} starts with '{{' but is not JSON{at}")
 
 

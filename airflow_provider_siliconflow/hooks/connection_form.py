@@ -1,4 +1,4 @@
-"""The connection form: one list of fields for every way in which an Airflow version asks for it."""
+"""The connection form: one list of fields for all versions of Airflow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 CONN_TYPE = "siliconflow"
 
-#: Fields kept in the connection's extra, in the shape Airflow 3.2+ reads from the provider's metadata.
+#: Fields kept in the connection's extra, in the form that Airflow 3.2+ reads from the provider's metadata.
 CONN_FIELDS: dict[str, dict[str, Any]] = {
     "timeout": {
         "label": "Timeout (seconds)",
@@ -33,9 +33,9 @@ CONN_FIELDS: dict[str, dict[str, Any]] = {
         "description": "true, false or the path of a CA bundle, or of a folder of certificates. Default true.",
         "schema": {"type": ["string", "null"]},
     },
-    # Airflow hides a field of the extra by its name: "proxies" is one of those, "headers" is not, "secret" is.
+    # Airflow hides fields of the extra by name: those with "proxies" or "secret", but not "headers".
     "secret_headers": {
-        "label": "Further headers",
+        "label": "Additional headers",
         "description": 'JSON object of headers for calls of the API: {"X-Team": "nlp"}.',
         "schema": {"type": ["string", "null"], "format": "password"},
     },
@@ -43,7 +43,7 @@ CONN_FIELDS: dict[str, dict[str, Any]] = {
 
 
 def ui_field_behaviour() -> dict[str, Any]:
-    """Return how Airflow before 3.2 shows the form's own fields."""
+    """Return how Airflow before 3.2 shows the standard fields of the form."""
     return {
         "hidden_fields": ["schema", "port", "login"],
         "relabeling": {"password": "API key", "host": "Base URL"},
@@ -55,7 +55,7 @@ def ui_field_behaviour() -> dict[str, Any]:
 
 
 def form_widgets() -> dict[str, Any]:
-    """Return the further fields as Airflow before 3.2 wants them."""
+    """Return the additional fields in the form that Airflow before 3.2 needs."""
     from flask_appbuilder.fieldwidgets import BS3PasswordFieldWidget, BS3TextFieldWidget
     from wtforms import PasswordField, StringField
 

@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 class SiliconFlowHook(BaseHook):
     """
-    Talk to SiliconFlow's batch API.
+    Call SiliconFlow's batch API.
 
     The connection's password is the API key and its host the base URL (default
-    ``https://api.siliconflow.cn/v1``). Its extra may hold ``timeout`` and ``connect_timeout`` (seconds),
+    ``https://api.siliconflow.cn/v1``). Its extra may contain ``timeout`` and ``connect_timeout`` (seconds),
     ``max_retries``, ``proxies`` (a URL, or an object of URLs by scheme), ``verify`` (true, false or the path of
     a CA bundle) and ``headers`` and ``secret_headers`` (objects; Airflow hides the second in its UI).
 
@@ -50,14 +50,14 @@ class SiliconFlowHook(BaseHook):
 
     @classmethod
     def get_connection_form_widgets(cls) -> dict[str, Any]:
-        """Return the form's further fields, for Airflow before 3.2."""
+        """Return the additional fields of the form, for Airflow before 3.2."""
         from airflow_provider_siliconflow.hooks.connection_form import form_widgets
 
         return form_widgets()
 
     @classmethod
     def get_ui_field_behaviour(cls) -> dict[str, Any]:
-        """Return how the form's own fields are shown."""
+        """Return how the standard fields of the form are shown."""
         from airflow_provider_siliconflow.hooks.connection_form import ui_field_behaviour
 
         return ui_field_behaviour()
@@ -65,7 +65,7 @@ class SiliconFlowHook(BaseHook):
     @cached_property
     def settings(self) -> ClientSettings:
         """
-        What the connection says, checked; its secrets are registered with Airflow's secret masker.
+        The checked settings of the connection; its secrets are registered with Airflow's secret masker.
 
         :raises InvalidInputError: it is not defined, is of another type, or has a field that is missing or wrong.
         """
@@ -80,11 +80,11 @@ class SiliconFlowHook(BaseHook):
         return SiliconFlowClient(self.settings)
 
     def get_conn(self) -> SiliconFlowClient:
-        """Return the client for this connection; it is made once."""
+        """Return the client for this connection, which is created once."""
         return self._client
 
     def test_connection(self) -> tuple[bool, str]:
-        """Read the account behind the key. Costs nothing."""
+        """Read the account of the key. This costs nothing."""
         from dataclasses import replace
 
         from airflow_provider_siliconflow.api.client import SiliconFlowClient
@@ -109,9 +109,9 @@ class SiliconFlowHook(BaseHook):
         self, source: str | Path | ObjectStoragePath | bytes, *, filename: str | None = None
     ) -> UploadedFile:
         """
-        Check a batch input file and upload it, streaming.
+        Check a batch input file and upload it as a stream.
 
-        :param source: path, URI, ``ObjectStoragePath`` or the content itself: JSONL, at most 5,000 lines and
+        :param source: path, URI, ``ObjectStoragePath`` or the content as bytes: JSONL, at most 5,000 lines and
             1 GB.
         :param filename: name at the service; by default the source's.
         :returns: the file; the service keeps it for 30 days.
@@ -136,9 +136,9 @@ class SiliconFlowHook(BaseHook):
         replace: Mapping[str, Any] | None = None,
     ) -> Batch:
         """
-        Create a batch. This costs money, and by itself it knows no identity: it is never sent twice.
+        Create a batch, which costs money. The batch carries no identity, and the request is never sent twice.
 
-        For submission that survives retries use
+        For submission that survives retries, use
         :class:`~airflow_provider_siliconflow.operators.batch.CreateBatchOperator`.
 
         :param input_file_id: an uploaded file.
@@ -146,7 +146,7 @@ class SiliconFlowHook(BaseHook):
         :param completion_window: ``"24h"`` to ``"336h"``, a number of hours or a ``timedelta``.
         :param metadata: at most 16 pairs of strings.
         :param replace: ``{"model": "..."}`` overrides the model of every line.
-        :raises SubmissionUnknownError: it is open whether the batch exists.
+        :raises SubmissionUnknownError: it is unknown whether the batch exists.
         :raises InvalidInputError: an argument is wrong.
         """
         from airflow_provider_siliconflow.api import arguments, protocol
@@ -164,9 +164,9 @@ class SiliconFlowHook(BaseHook):
             if not protocol.leaves_effect_open(exc):
                 raise
             raise SubmissionUnknownError(
-                f"A batch over {input_file_id} was requested, and it is unknown whether it exists: {exc} It was not "
-                "sent again, since that might pay twice. Look through list_batches() for a new batch with this "
-                "input_file_id, or on the console, before you create another."
+                f"A batch over {input_file_id} was requested, but it is unknown whether it exists: {exc} The request "
+                "was not sent again, since that might pay twice. Before you create another batch, search "
+                "list_batches() or the console for a new batch with this input_file_id."
             ) from exc
 
     def get_batch(self, batch_id: str) -> Batch:
@@ -180,14 +180,14 @@ class SiliconFlowHook(BaseHook):
         return self._client.get_batch(check_identifier("batch_id", batch_id))
 
     def list_batches(self) -> Iterator[Batch]:
-        """Yield the account's batches, newest first, reading page after page as they are asked for."""
+        """Yield the account's batches, newest first; pages are read as they are needed."""
         return self._client.list_batches()
 
     def cancel_batch(self, batch_id: str) -> Batch:
         """
-        Ask for a batch to be cancelled. Rows that were finished are billed and stay readable.
+        Request the cancellation of a batch. Rows that are done are billed and can still be downloaded.
 
-        A batch that has ended already is returned as it is.
+        A batch that has already ended is returned as it is.
 
         :param batch_id: the batch.
         :returns: the batch, which may still show its old status.
@@ -201,13 +201,13 @@ class SiliconFlowHook(BaseHook):
         self, batch_id: str, *, poll_interval: float = 60, timeout: float | None = None
     ) -> Batch:
         """
-        Wait until a batch has ended, whichever way. Transient faults of the service do not end the wait.
+        Wait until a batch has ended, with any status. Transient faults of the service do not end the wait.
 
         :param batch_id: the batch.
         :param poll_interval: seconds between two polls.
         :param timeout: seconds; by default until an hour after the batch expires.
-        :raises BatchTimeoutError: time ran out; the batch is untouched.
-        :raises BatchWaitError: the wait cannot go on (401, 403, 404).
+        :raises BatchTimeoutError: the timeout has passed; the batch is untouched.
+        :raises BatchWaitError: the wait cannot continue (401, 403, 404).
         """
         deadline = None if timeout is None else time.time() + timeout
         return self.wait_for_batches([batch_id], poll_interval=poll_interval, deadline=deadline)[0]
@@ -224,7 +224,7 @@ class SiliconFlowHook(BaseHook):
         Wait until several batches have ended; see :meth:`wait_for_batch`.
 
         :param deadline: epoch seconds.
-        :param min_ended: return once so many have ended; by default all.
+        :param min_ended: how many ended batches end the wait; by default all.
         :returns: the ended batches.
         """
         from airflow_provider_siliconflow.api.arguments import check_identifiers
@@ -247,13 +247,13 @@ class SiliconFlowHook(BaseHook):
         """
         Read every batch of a wait that is due.
 
-        :param wait: decides what is due, and takes what was read.
+        :param wait: decides which batches are due, and records the answers.
         """
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
 
         for batch_id in wait.due(time.time()):
             try:
-                # The wait itself is the retry: repeating the call here would only hide what happens.
+                # The wait polls again anyway; repeating the call here would only hide failures from it.
                 batch = self._client.get_batch(batch_id, repeat=False, within=wait.poll_limit(time.time()))
             except SiliconFlowError as exc:
                 wait.fault(batch_id, exc, time.time())
@@ -263,10 +263,10 @@ class SiliconFlowHook(BaseHook):
 
     def iter_results(self, batch: Batch | str) -> Iterator[BatchResult]:
         """
-        Yield the results of an ended batch, line by line: first the output file, then the error file.
+        Yield the results of an ended batch line by line: first those of the output file, then those of the error file.
 
-        :param batch: the batch or its id; it is read anew for fresh URLs.
-        :raises IncompleteResultsError: a file is cut, or holds fewer rows than the batch counts.
+        :param batch: the batch or its id; it is read again for fresh URLs.
+        :raises IncompleteResultsError: a file is cut off, or has fewer rows than the batch counts.
         """
         from airflow_provider_siliconflow.jobs.downloads import iter_results
 
@@ -277,10 +277,10 @@ class SiliconFlowHook(BaseHook):
         Write the results of an ended batch to a folder: completed, expired or cancelled.
 
         :param batch_id: the batch.
-        :param output_dir: path or URI of the folder, for ``results.jsonl`` (every row the service returned),
-            ``errors.jsonl`` (those that did not succeed) and ``manifest.json``.
+        :param output_dir: path or URI of the folder for ``results.jsonl`` (every row that the service returned),
+            ``errors.jsonl`` (the rows that did not succeed) and ``manifest.json``.
         :returns: the manifest.
-        :raises IncompleteResultsError: the files hold fewer rows than the batch counts as successful.
+        :raises IncompleteResultsError: the files have fewer rows than the batch counts as successful.
         """
         from airflow_provider_siliconflow.api.arguments import check_identifier
         from airflow_provider_siliconflow.jobs.downloads import download_results

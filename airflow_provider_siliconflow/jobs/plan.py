@@ -310,7 +310,7 @@ def plan(requests: Any, folder: Any, *, name: str, options: RunOptions) -> Split
     )
     if split.rows_without_model and not options.models:
         raise InvalidInputError(
-            f"{name}: {split.rows_without_model} of {split.rows} rows name no model. Set model or models, or put a "
+            f"{name}: {split.rows_without_model} of {split.rows} rows name no model. Give model or models, or put a "
             "model into each row's body. Nothing was uploaded."
         )
     return split

@@ -1,4 +1,4 @@
-"""What the operators of this provider share."""
+"""The base classes of this provider's operators."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class SiliconFlowOperator(BaseOperator):
-    """What all operators of this provider share."""
+    """Base class of all operators of this provider."""
 
     template_fields: Sequence[str] = ("conn_id",)
     operator_extra_links = (BatchConsoleLink(),)
     ui_color = "#e8e4fb"
 
-    #: How the arguments are read; a subclass checks what is known of them at the end of its constructor.
+    #: The readers of the arguments; a subclass checks the known ones at the end of its constructor.
     ARGUMENTS: ClassVar[Arguments]
 
     def __init__(self, *, conn_id: str, fail_fast: bool, **kwargs: Any) -> None:
@@ -43,9 +43,9 @@ class SiliconFlowOperator(BaseOperator):
 
 
 class FileOperator(SiliconFlowOperator):
-    """What the operators share that read a request file or write result files: they report them to OpenLineage."""
+    """Base class of operators that read a request file or write result files, which go to OpenLineage."""
 
-    #: What the task made, also if it fails by its verdict on it.
+    #: The manifest of the results, also if the task then fails because of them.
     _manifest: dict[str, Any] | None = None
 
     def lineage_input(self) -> Any:
@@ -64,24 +64,24 @@ class FileOperator(SiliconFlowOperator):
 
         return lineage(self.lineage_input(), self._manifest)
 
-    #: A task that fails by its verdict on the rows has written them.
+    #: A task that fails because of its rows has written the result files.
     get_openlineage_facets_on_failure = get_openlineage_facets_on_complete
 
 
 class SubmittingOperator(FileOperator):
     """
-    What the operators share that pay for batches and wait for them.
+    Base class of operators that pay for batches and wait for them.
 
     :param deferrable: wait in the triggerer, without a worker slot.
     :param poll_interval: seconds between two polls of a batch, or a ``timedelta``.
     :param timeout: seconds to wait, or a ``timedelta``.
-    :param cancel_on_kill: cancel the batches when a person ends the task.
-    :param cancel_on_timeout: cancel the batches when the wait times out.
+    :param cancel_on_kill: cancel the batches if the task is ended by hand.
+    :param cancel_on_timeout: cancel the batches if the wait times out.
     :param completion_window: ``"24h"`` to ``"336h"``, a number of hours or a ``timedelta``.
     :param metadata: pairs of strings for the batches.
     """
 
-    #: Whether a retry takes the batches up.
+    #: Whether a retry continues with the batches.
     durable = True
 
     def __init__(
@@ -108,18 +108,18 @@ class SubmittingOperator(FileOperator):
         self._killed = False
 
     def known_batches(self) -> Sequence[str]:
-        """Return the ids of the batches that this try knows of."""
+        """Return the ids of the batches that this try knows."""
         raise NotImplementedError
 
     def open_batches(self) -> Sequence[str]:
-        """Return those of them that may still run."""
+        """Return the ids of the known batches that may still run."""
         raise NotImplementedError
 
     def errors(self, *, earlier_tries: bool) -> AbstractContextManager[None]:
         """
-        Return what ends the task by an error of ours.
+        Return the context manager that ends the task if one of our errors is raised.
 
-        :param earlier_tries: whether an earlier try, or the one before a deferral, may have left batches.
+        :param earlier_tries: whether an earlier try, or this try before a deferral, may have left batches.
         """
         return task_errors(
             fail_fast=self.fail_fast,
@@ -138,26 +138,27 @@ class SubmittingOperator(FileOperator):
 
     def kill_cancels(self) -> bool:
         """
-        Whether ``on_kill`` is to cancel.
+        Whether ``on_kill`` must cancel the batches.
 
-        ``execution_timeout`` comes this way too; that is a timeout, and follows ``cancel_on_timeout``. So does every
-        end of the worker, of the machine and of the connection to Airflow's database. A batch that is cancelled cannot
-        be brought back and one that goes on is taken up by a retry, so it takes proof that a person ended the task.
+        Airflow also calls ``on_kill`` for ``execution_timeout``, which is a timeout and follows ``cancel_on_timeout``,
+        and whenever the worker, the machine or the connection to Airflow's database goes down. A cancelled batch cannot
+        be restored, but a retry continues with a running one. So cancelling needs proof that the task was ended by
+        hand.
         """
         if isinstance(sys.exc_info()[1], AirflowTaskTimeout):
             return self.cancel_on_timeout
         if not self.cancel_on_kill:
             return False
-        # Without identity no retry finds the batch, so there is nothing to keep it for.
+        # Without identity a retry cannot find the batch, so there is no reason to keep it.
         return not self.durable or self._try is None or is_ended_by_a_person(self._try.ti)
 
     @staticmethod
     def kill_patience() -> float:
         """
-        Return how long ``on_kill`` may search for a batch whose request is on its way, in seconds.
+        Return how long ``on_kill`` may search for a batch whose request is under way, in seconds.
 
-        Airflow 3 lets the task go on for a while, and it cancels the batch once the answer tells its id. Airflow 2
-        breaks the request off when ``on_kill`` returns, and kills the process when it takes too long.
+        Airflow 3 lets the task run for a while, which then cancels the batch once the answer contains its id. Airflow 2
+        interrupts the request when ``on_kill`` returns, and kills the process if it takes too long.
         """
         if airflow_version() >= (3, 0):
             return 0.0
@@ -174,6 +175,6 @@ class SubmittingOperator(FileOperator):
         from airflow_provider_siliconflow.api.client import SiliconFlowClient
         from airflow_provider_siliconflow.jobs.cancelling import cancel_all
 
-        # Airflow leaves a task that is ended five seconds.
+        # Airflow leaves a task that is being ended five seconds.
         settings = replace(self.hook.settings, max_retries=min(self.hook.settings.max_retries, 2))
         cancel_all(batch_ids, lambda: SiliconFlowClient(settings), is_ours=is_ours)

@@ -1,4 +1,4 @@
-"""The operators: the one public place to import them from."""
+"""The operators; import them from here."""
 
 from __future__ import annotations
 

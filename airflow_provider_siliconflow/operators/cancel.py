@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 class CancelBatchOperator(SiliconFlowOperator):
     """
-    Ask for a batch to be cancelled. Rows that are done are billed and stay readable.
+    Request the cancellation of a batch. Rows that are done are billed and can still be downloaded.
 
-    A batch that has ended already is left as it is, and the task succeeds.
+    If the batch has already ended, the task changes nothing and succeeds.
 
     :param batch_id: the batch. (templated)
     :param conn_id: the connection. (templated)

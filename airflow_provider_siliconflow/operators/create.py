@@ -46,13 +46,13 @@ _INPUT = ("input_file_id", "input_path")
 
 class CreateBatchOperator(SubmittingOperator):
     """
-    Create a batch exactly once and, if asked to, wait until it has ended.
+    Create a batch exactly once and, with ``wait_for_completion``, wait until it has ended.
 
     The batch carries the task's identity in its metadata. A retry finds the batch that an earlier try created,
-    whatever that try died of, and pays nothing again; a manual clear starts afresh. The batch id is pushed to
-    XCom as ``batch_id`` before any waiting begins.
+    however that try ended, and does not pay for it again; a manual clear starts over. The batch id is pushed to
+    XCom as ``batch_id`` before the wait.
 
-    :param input_file_id: an uploaded file. Give this or ``input_path``. (templated)
+    :param input_file_id: id of an uploaded file. Give either this or ``input_path``. (templated)
     :param input_path: path or URI of a JSONL file, which is checked and uploaded first. (templated)
     :param endpoint: only ``/v1/chat/completions``. (templated)
     :param completion_window: ``"24h"`` to ``"336h"``, a number of hours or a ``timedelta``. (templated)
@@ -64,13 +64,13 @@ class CreateBatchOperator(SubmittingOperator):
         default_deferrable``.
     :param poll_interval: seconds between two polls of the batch, or a ``timedelta``. (templated)
     :param timeout: seconds to wait, or a ``timedelta``; by default until an hour after the batch expires. (templated)
-    :param cancel_on_kill: cancel the batch when a person ends the task. While the task is deferred this needs
-        Airflow 3.3; on older versions the batch goes on.
-    :param cancel_on_timeout: cancel the batch when the wait times out. By default it is left alone: a retry
-        waits on.
-    :param fail_on_partial_error: fail when any row failed or expired; by default that is a warning.
-    :param allow_all_failed: let a batch pass of which not one row succeeded.
-    :param durable: find and adopt the batch of an earlier try. ``False`` submits on every try.
+    :param cancel_on_kill: cancel the batch if the task is ended by hand. While the task is deferred this needs
+        Airflow 3.3; on older versions the batch continues.
+    :param cancel_on_timeout: cancel the batch if the wait times out. By default it continues, and a retry waits
+        for it again.
+    :param fail_on_partial_error: fail if any row failed or expired; by default that is a warning.
+    :param allow_all_failed: succeed even if not one row of the batch succeeded.
+    :param durable: find and adopt the batch of an earlier try. ``False`` submits a new batch on every try.
     :param fail_fast: fail at once, without the task's retries, if a retry cannot help.
     :returns: the batch id.
     """
@@ -78,7 +78,7 @@ class CreateBatchOperator(SubmittingOperator):
     template_fields: Sequence[str] = tuple(_READERS)
     template_fields_renderers = {"metadata": "json", "replace": "json"}  # noqa: RUF012
     ARGUMENTS: ClassVar = read.Arguments(_READERS, one_of=_INPUT)
-    #: Without an identity there is room for one more pair of metadata.
+    #: Without the identity there is room for one more pair of metadata.
     _PLAIN: ClassVar = read.Arguments(
         _READERS | {"metadata": read.optional(read.plain_metadata)}, one_of=_INPUT
     )
@@ -140,13 +140,13 @@ class CreateBatchOperator(SubmittingOperator):
         return self.input_path
 
     def known_batches(self) -> Sequence[str]:
-        """Return the id of the batch, once there is one."""
+        """Return the id of the batch once it exists."""
         return [self.batch_id] if self.batch_id else []
 
     open_batches = known_batches
 
     def execute(self, context: Context) -> str:
-        """Create the batch or adopt it, and wait if asked to."""
+        """Create or adopt the batch and, with ``wait_for_completion``, wait for it."""
         task_try = self._try = TaskTry.of(context)
         with self.errors(earlier_tries=task_try.number > 1):
             given = self._arguments.read(self)
@@ -160,7 +160,7 @@ class CreateBatchOperator(SubmittingOperator):
                 batch = self._submit_anew(submission, given)
             self.batch_id = batch.id
             if self._cancels_late:
-                # Ended while the request was on its way, when there was no batch to be found yet.
+                # The task was ended while the request was under way, when there was no batch to be found yet.
                 self.cancel([batch.id])
             task_try.push("batch_id", batch.id)
             if not self.wait_for_completion:
@@ -189,21 +189,21 @@ class CreateBatchOperator(SubmittingOperator):
             return self._judged(batch)
 
     def _resume_without_event(self, task_try: TaskTry) -> str:
-        """Go on where the task is resumed by hand: ``airflow tasks test`` does that to a task that waits."""
+        """Continue if the task resumes without its trigger: ``airflow tasks test`` does that to a waiting task."""
         batch = self.hook.get_batch(task_try.ti.xcom_pull(task_ids=self.task_id, key="batch_id"))
         self.batch_id = batch.id
         self.log.warning("Resumed without an event from the trigger; waiting for batch %s again", batch.id)
         return self._wait(task_try, batch, self._arguments.read(self))
 
     def _cancel_left_waiting(self, task_try: TaskTry) -> None:
-        """Cancel the batch of an older generation that was cleared while its trigger waited: nobody else does."""
+        """Cancel the batch of an older generation that was cleared while deferred; nothing else cancels it."""
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
 
         if (left := left_waiting(task_try)) is None:
             return
         if not self.cancel_on_kill:
             self.log.warning(
-                "The task was cleared; batch %s is left alone, goes on and is billed", left.batch_id
+                "The task was cleared; batch %s is not cancelled, continues and is billed", left.batch_id
             )
             forget_left_waiting(task_try)
             return
@@ -213,7 +213,7 @@ class CreateBatchOperator(SubmittingOperator):
                 self.log.info("The task was cleared while it waited for batch %s", batch.id)
                 self.hook.cancel_batch(batch.id)
         except SiliconFlowError as exc:
-            self.log.warning("Batch %s may go on and be billed: %s", left.batch_id, exc)
+            self.log.warning("Batch %s may continue and be billed: %s", left.batch_id, exc)
             return
         forget_left_waiting(task_try)
 
@@ -227,7 +227,7 @@ class CreateBatchOperator(SubmittingOperator):
             upload = upload_of(self.hook, submitter, given["input_path"], needs_model=_needs_model(replace))
             content = upload.sha256
         request = {"endpoint": given["endpoint"], "completion_window": given["completion_window"]}
-        # Not the metadata: a time in it would make every try another piece of work.
+        # Without the metadata: a time in it would make every try a different piece of work.
         key = submitter.key(input=content, replace=replace, conn_id=self.conn_id, **request)
         self._work = BatchWork(
             key=key,
@@ -260,7 +260,7 @@ class CreateBatchOperator(SubmittingOperator):
         submission.check_not_stopped("POST /batches")
         names = ("endpoint", "completion_window", "metadata", "replace")
         batch = self.hook.create_batch(file_id, **{name: given[name] for name in names})
-        self.log.info("Created batch %s; durable is off, so a retry creates another", batch.id)
+        self.log.info("Created batch %s; durable is off, so a retry creates another one", batch.id)
         return batch
 
     def _wait(self, task_try: TaskTry, batch: Batch, given: dict[str, Any]) -> str:
@@ -276,7 +276,7 @@ class CreateBatchOperator(SubmittingOperator):
     def _defer(self, task_try: TaskTry, batch: Batch, poll_interval: float, deadline: float) -> None:
         end_in_trigger = may_end_in_trigger(self)
         if end_in_trigger and self.do_xcom_push:
-            # No worker will come to push it.
+            # No worker will run again to push it.
             task_try.push("return_value", batch.id)
         trigger = BatchTrigger(
             batch_ids=[batch.id],
@@ -303,20 +303,20 @@ class CreateBatchOperator(SubmittingOperator):
         return batch.id
 
     def on_kill(self) -> None:
-        """Cancel the batch when a person ends the running task; in any case create none any more."""
+        """Create no more batches, and cancel the batch if the running task was ended by hand."""
         self._killed = True
         if self._submission is not None:
             self._submission.stop()
         if not self.kill_cancels():
             if self.batch_id:
-                self.log.warning("Batch %s is left alone; it goes on and is billed", self.batch_id)
+                self.log.warning("Batch %s is not cancelled; it continues and is billed", self.batch_id)
             return
         self._cancels_late = True
         if batch_ids := self.known_batches() or self._being_created():
             self.cancel(batch_ids)
 
     def _being_created(self) -> list[str]:
-        """Return the batch whose request was sent and not answered yet, if the account lists it."""
+        """Return the batch whose request was sent but not answered yet, if the account lists it."""
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
 
         if self._submission is None or self._work is None:
@@ -324,7 +324,7 @@ class CreateBatchOperator(SubmittingOperator):
         try:
             return [batch.id for batch in self._submission.find([self._work], self.kill_patience())][:1]
         except SiliconFlowError as exc:
-            self.log.warning("Killed while the batch was created; it cannot be looked up: %s", exc)
+            self.log.warning("The task was killed while creating a batch, which cannot be looked up: %s", exc)
             return []
 
 

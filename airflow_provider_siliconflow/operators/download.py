@@ -17,13 +17,13 @@ class DownloadBatchResultsOperator(FileOperator):
     """
     Download the results of an ended batch: completed, expired or cancelled.
 
-    Writes ``results.jsonl`` (every row the service returned, as it returned it), ``errors.jsonl`` (those that
-    did not succeed) and ``manifest.json`` into ``output_dir``. Each appears only when it is whole.
+    Writes ``results.jsonl`` (every row that the service returned, unchanged), ``errors.jsonl`` (the rows that did
+    not succeed) and ``manifest.json`` into ``output_dir``. A file appears only when it is complete.
 
     :param batch_id: the batch. (templated)
     :param output_dir: path or URI of a folder. (templated)
     :param conn_id: the connection. (templated)
-    :param fail_on_partial_error: fail when any row failed, expired or is missing; the files are written first.
+    :param fail_on_partial_error: fail if any row failed, expired or is missing; the files are written first.
     :param fail_fast: fail at once, without the task's retries, if a retry cannot help.
     :returns: the manifest.
     """

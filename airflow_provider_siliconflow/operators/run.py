@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.jobs.options import RunOptions
     from airflow_provider_siliconflow.jobs.run import BatchRun, Wait
 
-#: What :func:`~..jobs.options.check_options` takes.
+#: The arguments of :func:`~..jobs.options.check_options`.
 _OPTIONS = {
     "model": read.optional(read.model),
     "models": read.optional(read.models),
@@ -46,13 +46,13 @@ _READERS = {
     "timeout": read.optional(read.seconds),
     **_OPTIONS,
 }
-#: The rows are read only when they are needed: a try that takes up an earlier one's plan asks for none.
+#: The rows are read only if they are needed: a try that continues an earlier try's plan may not need them.
 _AT_START = tuple(_READERS)
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A job as one try drives it."""
+    """A job in one try."""
 
     task_try: TaskTry
     run: BatchRun
@@ -62,21 +62,21 @@ class _Job:
 
 class RunBatchOperator(SubmittingOperator):
     """
-    Run rows of any number over one model or several, and write the results in the order of the rows.
+    Run any number of rows over one or more models, and write the results in the order of the rows.
 
-    The rows are checked and cut into shards of at most 5,000 rows; each shard is uploaded once and run over
-    every model. One trigger waits for all batches. Every row ends as ok, error, expired or missing. A try that
-    dies anywhere is taken up by the next one, which pays for nothing again; a manual clear starts afresh.
+    The rows are checked and split into shards of at most 5,000 rows; each shard is uploaded once and run over
+    every model. One trigger waits for all batches. Every row ends as ok, error, expired or missing. If a try dies,
+    the next one continues its work and pays for nothing again; a manual clear starts over.
 
-    What a retry needs lies in ``output_dir/.siliconflow`` while the job runs: ``output_dir`` must render to the
+    While the job runs, ``output_dir/.siliconflow`` contains what a retry needs, so ``output_dir`` must render to the
     same value on every try.
 
-    :param requests: path or URI of a JSONL file, or the rows: a list, or what an upstream task returned. A row
+    :param requests: path or URI of a JSONL file, or the rows: a list, or the output of an upstream task. A row
         is a full request line (``custom_id``, ``body``), a short one (``custom_id``, ``messages``, other body
-        parameters) or a prompt. A missing ``custom_id`` is numbered. (templated)
-    :param output_dir: path or URI of a folder for ``results.jsonl``, ``errors.jsonl`` and ``manifest.json``;
-        per model in a folder below when several models run. (templated)
-    :param model: the model for all rows; without it (and ``models``) the rows name theirs. (templated)
+        parameters) or a prompt. Rows without a ``custom_id`` are numbered. (templated)
+    :param output_dir: path or URI of a folder for ``results.jsonl``, ``errors.jsonl`` and ``manifest.json``; with
+        several models, each has its own folder in it. (templated)
+    :param model: the model for all rows; without it and ``models``, the rows name their models. (templated)
     :param models: several models to run the same rows over. (templated)
     :param request_params: body parameters for rows that lack them, such as ``{"temperature": 0}``. (templated)
     :param conn_id: the connection. (templated)
@@ -84,25 +84,25 @@ class RunBatchOperator(SubmittingOperator):
     :param metadata: pairs of strings for every batch, at most 15. (templated)
     :param max_rows_per_batch: at most 5,000. (templated)
     :param max_bytes_per_batch: at most 10**9. (templated)
-    :param max_in_flight: batches that are open at once; by default all. (templated)
-    :param max_row_attempts: how often a row is sent at most. Only rows that expired, vanished or failed for a
-        transient reason (429, 5xx) are sent again, and none once the account is empty. (templated)
-    :param max_error_rate: share of rows (0 to 1) that may not succeed before the task fails. (templated)
-    :param fail_on_partial_error: fail when any row did not succeed; ``max_error_rate`` takes its place.
-    :param allow_all_failed: let a job pass of which not one row succeeded.
+    :param max_in_flight: most open batches at a time; by default all. (templated)
+    :param max_row_attempts: how often a row is sent at most. Only rows that expired, got no result or failed for a
+        transient reason (429, 5xx) are sent again, and none once the account has no balance. (templated)
+    :param max_error_rate: share of rows (0 to 1) that may fail before the task fails. (templated)
+    :param fail_on_partial_error: fail if any row did not succeed; ignored if ``max_error_rate`` is set.
+    :param allow_all_failed: succeed even if not one row of the job succeeded.
     :param prices: CNY per million tokens by model: ``{model: {"prompt": ..., "completion": ...}}``. (templated)
-    :param dry_run: check and plan, log and return what it would take, and send nothing.
-    :param skip_if_empty: skip the task when there are no rows; by default that is an error.
+    :param dry_run: check and plan without sending anything; log and return the estimated size and cost.
+    :param skip_if_empty: skip the task if there are no rows; by default that is an error.
     :param deferrable: wait in the triggerer, without a worker slot. Default: ``[operators]
         default_deferrable``.
     :param poll_interval: seconds between two polls of a batch, or a ``timedelta``. (templated)
-    :param timeout: seconds to wait in all, from the start of the try, or a ``timedelta``; by default until an hour
+    :param timeout: seconds to wait in total, from the start of the try, or a ``timedelta``; by default until an hour
         after the batches expire. (templated)
-    :param cancel_on_kill: cancel the open batches when a person ends the task. While the task is deferred this
+    :param cancel_on_kill: cancel the open batches if the task is ended by hand. While the task is deferred this
         needs Airflow 3.3.
-    :param cancel_on_timeout: cancel the open batches when the wait times out.
+    :param cancel_on_timeout: cancel the open batches if the wait times out.
     :param fail_fast: fail at once, without the task's retries, if a retry cannot help.
-    :returns: the manifest: batches, rows, finish reasons, tokens, cost, errors and paths, by model and in all.
+    :returns: the manifest: batches, rows, finish reasons, tokens, cost, errors and paths, by model and in total.
     """
 
     template_fields: Sequence[str] = ("requests", *_READERS)
@@ -174,7 +174,7 @@ class RunBatchOperator(SubmittingOperator):
         self.ARGUMENTS.check(self)
 
     def lineage_input(self) -> Any:
-        """Return the rows' file, if they come from one."""
+        """Return the file of the rows, if they come from a file."""
         return self.requests
 
     def known_batches(self) -> Sequence[str]:
@@ -182,7 +182,7 @@ class RunBatchOperator(SubmittingOperator):
         return self._job.run.batch_ids if self._job is not None else ()
 
     def open_batches(self) -> Sequence[str]:
-        """Return the ids of those that have not ended as far as the job knows."""
+        """Return the ids of the batches that are not known to have ended."""
         return self._job.run.open_batches if self._job is not None else ()
 
     def ownership(self) -> Callable[[Batch], bool] | None:
@@ -190,7 +190,7 @@ class RunBatchOperator(SubmittingOperator):
         return self._job.run.owns if self._job is not None else None
 
     def execute(self, context: Context) -> dict[str, Any]:
-        """Plan, submit and wait; or take up what an earlier try left."""
+        """Plan, submit and wait, or continue the work of an earlier try."""
         from airflow_provider_siliconflow.api.exceptions import NoRowsError
 
         task_try = self._try = TaskTry.of(context)
@@ -209,14 +209,14 @@ class RunBatchOperator(SubmittingOperator):
                 raise
 
     def execute_complete(self, context: Context, event: Any = None) -> dict[str, Any]:
-        """Resume after the trigger: submit what is due and wait on, or finish."""
+        """Resume after the trigger: submit what is due and wait again, or finish."""
         from airflow_provider_siliconflow.jobs.events import batches_of
 
         task_try = self._try = TaskTry.of(context)
         with self.errors(earlier_tries=True):
             end_wait(task_try)
             job = self._open(task_try, self.ARGUMENTS.read(self, *_AT_START))
-            # Without an event `airflow tasks test` resumes a task that waits; the job waits for its batches again.
+            # `airflow tasks test` resumes a waiting task without an event; the job then waits for its batches again.
             ended = [] if event is None else batches_of(event)
             return self._carry_out(job, job.run.resume(ended))
 
@@ -239,7 +239,7 @@ class RunBatchOperator(SubmittingOperator):
 
         self._manifest = manifest
         if self.do_xcom_push:
-            # A task that fails by its verdict returns nothing, and its results are there and paid all the same.
+            # A task that fails because of its rows returns nothing, but its results are written and paid for.
             job.task_try.push("return_value", manifest)
         if warning := judge_run(manifest, job.options):
             self.log.warning("%s", warning)
@@ -279,7 +279,7 @@ class RunBatchOperator(SubmittingOperator):
         """
         Return the job.
 
-        :raises SiliconFlowError: the task was ended before it came as far as this.
+        :raises SiliconFlowError: the task was ended before.
         """
         from airflow_provider_siliconflow.jobs.opening import JobTry
         from airflow_provider_siliconflow.jobs.run import BatchRun
@@ -302,7 +302,7 @@ class RunBatchOperator(SubmittingOperator):
         )
         self._job = _Job(task_try, run, options, given["poll_interval"])
         if self._killed:
-            # The signal came while there was no job yet to be stopped by it.
+            # The signal came before there was a job to stop.
             self._stop(run)
             run.check_not_stopped()
         return self._job
@@ -319,7 +319,7 @@ class RunBatchOperator(SubmittingOperator):
         return requests if isinstance(requests, str) and not requests.startswith("[") else "requests"
 
     def on_kill(self) -> None:
-        """Cancel the open batches when a person ends the running task; in any case create none any more."""
+        """Create no more batches, and cancel the open ones if the running task was ended by hand."""
         self._killed = True
         if self._job is not None:
             self._stop(self._job.run)
@@ -331,7 +331,9 @@ class RunBatchOperator(SubmittingOperator):
         known = run.stop(cancels=cancels)
         if not cancels:
             if known:
-                self.log.warning("Batches %s are left alone; they go on and are billed", ", ".join(known))
+                self.log.warning(
+                    "Batches %s are not cancelled; they continue and are billed", ", ".join(known)
+                )
             return
         # What is known goes first: there are five seconds, and a search may take more.
         self.cancel(known, is_ours=self.ownership())

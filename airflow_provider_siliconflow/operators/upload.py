@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 class UploadBatchFileOperator(FileOperator):
     """
-    Check a batch input file and upload it once; a retry finds the file that an earlier try uploaded.
+    Check a batch input file and upload it once; a retry reuses the file that an earlier try uploaded.
 
     :param input_path: path or URI (any scheme Airflow's ``ObjectStoragePath`` takes) of a JSONL file with at
         most 5,000 lines and 1 GB. (templated)
@@ -67,9 +67,9 @@ def upload_of(
     hook: SiliconFlowHook, submitter: Submitter, input_path: Any, *, needs_model: bool = False
 ) -> Upload:
     """
-    Check a file, and return how it is uploaded once.
+    Check a file, and return its upload.
 
-    :param needs_model: refuse lines that name no model.
+    :param needs_model: whether to refuse lines that name no model.
     :raises InvalidInputError: it cannot be read, or a line is wrong; nothing was uploaded.
     """
     from airflow_provider_siliconflow.jobs.identity import Upload, upload_name
@@ -89,9 +89,9 @@ def upload_of(
 
 def checked_file(input_path: Any, *, needs_model: bool) -> tuple[Source, RequestFileSummary]:
     """
-    Open a file of request lines and check every one.
+    Open a file of request lines and check every line.
 
-    :param needs_model: refuse lines that name no model.
+    :param needs_model: whether to refuse lines that name no model.
     :raises InvalidInputError: it cannot be read, or a line is wrong; nothing was uploaded.
     """
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
@@ -102,7 +102,7 @@ def checked_file(input_path: Any, *, needs_model: bool) -> tuple[Source, Request
     summary = check_request_file(source, name=str(input_path))
     if needs_model and summary.rows_without_model:
         raise InvalidInputError(
-            f"{input_path}: {summary.rows_without_model} of {summary.rows} lines name no model in body.model; "
-            "add it, or name one for all with replace={'model': ...}. Nothing was uploaded."
+            f"{input_path}: {summary.rows_without_model} of {summary.rows} lines name no model in body.model. Add it, "
+            "or name one model for all lines with replace={'model': ...}. Nothing was uploaded."
         )
     return source, summary

@@ -32,31 +32,30 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.api.models import Batch
     from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
-#: Longest life of a batch and a day more, in seconds: how long the sensor waits when nothing else is said.
+#: The sensor's default timeout in seconds: the longest completion window and a day.
 _LONGEST_WAIT = 15 * 86400.0
 
-#: Seconds before a sensor in reschedule mode polls a batch again that the account did not know.
+#: Pauses before a sensor in reschedule mode polls a batch again that the account did not know, in seconds.
 _SECOND_POLLS = (2.0, 5.0)
 
 
 class BatchSensor(BaseSensorOperator):
     """
-    Wait until one batch or several have ended, and fail if one did not succeed.
+    Wait until one or more batches have ended, and fail if one of them did not succeed.
 
-    Transient faults of the service never end the wait. An expired or partly failed batch is a success with a
-    warning, so that its results get downloaded, unless ``fail_on_partial_error`` is set or not one row
+    Transient faults of the service do not end the wait. An expired or partly failed batch is a success with a
+    warning, so that its results are downloaded, unless ``fail_on_partial_error`` is set or not one row
     succeeded. The sensor never cancels a batch.
 
-    :param batch_id: one id, or a list of ids, for which one trigger waits. (templated)
+    :param batch_id: one id, or a list of ids that share one trigger. (templated)
     :param conn_id: the connection. (templated)
     :param deferrable: wait in the triggerer, without a worker slot. Default: ``[operators]
-        default_deferrable``. Otherwise ``mode`` is ``"poke"`` or ``"reschedule"``, as of any sensor.
-    :param fail_on_partial_error: fail when any row failed or expired; by default that is a warning.
-    :param allow_all_failed: let a batch pass of which not one row succeeded.
-    :param start_from_trigger: begin in the triggerer without a worker, on Airflow 3.3+ and if the triggerer can
-        render ``batch_id`` and ``conn_id``: given as they are, as another task's ``.output``, or as templates, in
-        which ``xcom_pull`` must name ``map_indexes``. Otherwise a worker starts the wait, which is deferred all
-        the same.
+        default_deferrable``. Otherwise ``mode`` is ``"poke"`` or ``"reschedule"``, as for any sensor.
+    :param fail_on_partial_error: fail if any row failed or expired; by default that is a warning.
+    :param allow_all_failed: succeed even if not one row of a batch succeeded.
+    :param start_from_trigger: begin in the triggerer without a worker. This needs Airflow 3.3+, and a ``batch_id`` and
+        ``conn_id`` that the triggerer can render: values, another task's ``.output``, or templates whose ``xcom_pull``
+        names ``map_indexes``. Otherwise a worker starts the wait and then defers.
     :param timeout: seconds until ``AirflowSensorTimeout``; by default an hour after the batches expire.
     :param poke_interval: seconds between two polls of a batch.
     :param fail_fast: fail at once, without the task's retries, if a retry cannot help.
@@ -92,17 +91,17 @@ class BatchSensor(BaseSensorOperator):
         self._has_timeout = timeout is not None
         self._wait: BatchWait | None = None
         self.ARGUMENTS.check(self)
-        # Airflow 2.11 and 3.0 would start the trigger with templates not rendered, 3.1 and 3.2 not at all.
+        # Airflow 2.11 and 3.0 would not render the templates of the trigger; 3.1 and 3.2 would not start it.
         self.start_from_trigger = False
         if not start_from_trigger or airflow_version() < (3, 3):
             return
-        late = {"batch_id": _for_triggerer(batch_id), "conn_id": _for_triggerer(conn_id)}
-        if start_trigger_args is not None or None not in late.values():
+        rendered = {"batch_id": _for_triggerer(batch_id), "conn_id": _for_triggerer(conn_id)}
+        if start_trigger_args is not None or None not in rendered.values():
             self.start_from_trigger = True
             self.start_trigger_args = start_trigger_args or StartTriggerArgs(
                 trigger_cls=f"{BatchTrigger.__module__}.{BatchTrigger.__qualname__}",
                 next_method="execute_complete",
-                trigger_kwargs={**late, "poll_interval": self.poke_interval},
+                trigger_kwargs={**rendered, "poll_interval": self.poke_interval},
                 timeout=timedelta(seconds=self.timeout) if self._has_timeout else None,
             )
 
@@ -115,7 +114,7 @@ class BatchSensor(BaseSensorOperator):
         """Defer, or poke."""
         if not self.deferrable:
             return super().execute(context)
-        # One poll first: what has ended needs no trigger, and a setting that is wrong fails here.
+        # Poll once first: ended batches need no trigger, and a wrong setting fails here.
         polled = self.poke(context)
         if isinstance(polled, PokeReturnValue):
             return polled.xcom_value
@@ -136,13 +135,13 @@ class BatchSensor(BaseSensorOperator):
             return self._judged(batches_of(event))
 
     def _errors(self) -> AbstractContextManager[None]:
-        """Return what ends the sensor by an error of ours; a wait that timed out ends as every sensor's does."""
+        """Return the context manager that ends the sensor if one of our errors is raised."""
         return task_errors(
             fail_fast=self.fail_fast, soft_fail=self.soft_fail, timeout_error=AirflowSensorTimeout
         )
 
     def poke(self, context: Context) -> bool | PokeReturnValue:
-        """Poll every batch once that has not ended."""
+        """Poll every open batch once."""
         from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
         with self._errors():
@@ -152,13 +151,13 @@ class BatchSensor(BaseSensorOperator):
                 )
             self._poll(self._wait)
             if self.reschedule:
-                # A poke by a process of its own must not take a single 404 for the last word.
+                # If each poke is a process of its own, a single 404 must not decide.
                 for pause in _SECOND_POLLS:
                     if not self._wait.has_missing:
                         break
                     time.sleep(pause)
                     self._poll(self._wait)
-                # Nor may a batch whose counts come late begin anew to be waited for at each poke.
+                # For the same reason, one poke must wait for late counts until it gives up.
                 while self._wait.settling:
                     time.sleep(self._wait.pause(time.time()))
                     self.hook.poll_once(self._wait)
@@ -171,13 +170,13 @@ class BatchSensor(BaseSensorOperator):
         now = time.time()
         wait.make_all_due(now)
         before: set[str] = set()
-        # The same ones again: the clock was set back meanwhile, and until it has caught up nothing changes here.
+        # If the same batches are due again, the clock was set back, and polling on would not end.
         while (due := set(wait.due(now))) and due != before:
             self.hook.poll_once(wait)
             before = due
 
     def _first_poke(self, context: Context) -> float | None:
-        """Return when the wait began, if each poke is a process of its own; ``None`` otherwise, and at first."""
+        """Return when the wait began if pokes are processes of their own and this is not the first; else ``None``."""
         if not self.reschedule:
             return None
         ti = context["ti"]
@@ -194,7 +193,7 @@ class BatchSensor(BaseSensorOperator):
         return found
 
     def _judged(self, batches: list[Batch]) -> Any:
-        """Judge every batch, so that the log names each, then fail for the first that is a failure."""
+        """Judge and log every batch, then fail with the error of the first failed one."""
         from airflow_provider_siliconflow.api.exceptions import BatchError
         from airflow_provider_siliconflow.jobs.outcome import finish_batch
 
@@ -221,10 +220,10 @@ class BatchSensor(BaseSensorOperator):
 
 def _for_triggerer(value: Any) -> Any:
     """
-    Return an argument as a triggerer can render it, or ``None`` if it cannot.
+    Return an argument in a form that a triggerer can render, or ``None`` if there is none.
 
-    The triggerer of Airflow 3.3 answers ``xcom_pull`` for one map index only. Asked without, as a task's
-    ``.output`` does it in a template, it never answers, and the wait would hang for good.
+    The triggerer of Airflow 3.3 answers ``xcom_pull`` only for a given map index. Without one, as in a task's
+    ``.output``, it never answers, and the wait would hang forever.
     """
     if isinstance(value, list | tuple):
         items = [_for_triggerer(item) for item in value]

@@ -1,9 +1,9 @@
 """
 The arguments of an operator: one table from name to reader, used when the DAG is parsed and when the task starts.
 
-A reader takes the name and the value as the author gave it, or as a template rendered it, and returns the value that
-the work needs, or raises :class:`~..api.exceptions.InvalidInputError` with that name in its message. When the DAG is
-parsed every value is read that is known then; when the task starts, all are.
+A reader gets the name of an argument and its value, as written in the DAG or as rendered by a template. It returns the
+checked value, or raises :class:`~..api.exceptions.InvalidInputError` with the name in its message. When the DAG is
+parsed, all values that are known then are read; when the task starts, all values are.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Arguments:
     """
     The table of one operator.
 
-    :param readers: by the name of the argument.
+    :param readers: readers by the names of the arguments.
     :param one_of: names of which exactly one must be given.
     :param not_both: names of which at most one may be given.
     """
@@ -50,10 +50,10 @@ class Arguments:
 
     def check(self, task: object) -> None:
         """
-        Read what is known when the DAG is parsed.
+        Check the arguments that are known when the DAG is parsed.
 
         :param task: has the arguments as attributes.
-        :raises InvalidInputError: one cannot work, whatever the templates render to.
+        :raises InvalidInputError: an argument is wrong, whatever the templates render to.
         """
         for name in self._readers:
             value = getattr(task, name)
@@ -62,7 +62,7 @@ class Arguments:
             try:
                 self._read(task, name)
             except InvalidInputError:
-                # A part that is not rendered yet may be what is wrong.
+                # The error may come from a part that is not rendered yet.
                 if not is_templated_inside(value):
                     raise
         if not any(is_templated(getattr(task, name)) for name in self._not_both):
@@ -73,9 +73,9 @@ class Arguments:
         Read arguments when the task starts.
 
         :param task: has the rendered arguments as attributes.
-        :param names: which ones; all by default.
+        :param names: names of the arguments; all by default.
         :returns: their values by name.
-        :raises InvalidInputError: one is wrong; nothing was sent.
+        :raises InvalidInputError: an argument is wrong; nothing was sent.
         """
         if not names:
             self._check_choice(task)
@@ -98,7 +98,7 @@ class Arguments:
 
 
 def optional(reader: Reader) -> Reader:
-    """Return a reader that takes nothing, or a template that rendered to nothing, for ``None``."""
+    """Return a reader that reads no value, or a template that rendered to nothing, as ``None``."""
 
     def read(name: str, value: Any) -> Any:
         return None if rendered_text(value) is None else reader(name, value)
@@ -114,7 +114,7 @@ def seconds(name: str, value: Any) -> float:
 
 
 def limit(name: str, value: Any) -> Any:
-    """Read one of the limits of a job: a number, or the text of one."""
+    """Read a limit of a job: a number, or the text of a number."""
     found = rendered_number(value)
     checks.check_limits(**{name: found})
     return found
@@ -136,7 +136,7 @@ def plain_metadata(name: str, value: Any) -> dict[str, str]:
 
 
 def replace(name: str, value: Any) -> dict[str, Any] | None:
-    """Read what overrides the body of every line."""
+    """Read the parameters that override the body of every line."""
     return checks.check_replace(rendered_mapping(value))
 
 
@@ -176,12 +176,12 @@ def identifier(name: str, value: Any) -> str:
 
 
 def identifiers(name: str, value: Any) -> list[str]:
-    """Read one id or several."""
+    """Read one or more ids."""
     return checks.check_identifiers(name, rendered_list(value))
 
 
 def place(name: str, value: Any) -> Any:
-    """Read a path, a URI or a path object; it is opened when it is used."""
+    """Read a path, a URI or a path object; it is only opened when it is used."""
     if value is None or (isinstance(value, str) and rendered_text(value) is None):
         raise InvalidInputError(
             f"{name} must be a path or URI; got {value!r}. If it is templated, check what it renders to."
@@ -194,14 +194,14 @@ def rows(name: str, value: Any) -> Any:
     found = rendered_list(value)
     if found is None:
         raise InvalidInputError(
-            f"{name} must be rows or the path of a file; got {value!r}. If it is templated, check that the upstream "
-            "task pushed it."
+            f"{name} must be rows or a path or URI of a file; got {value!r}. If it is templated, check that the "
+            "upstream task pushed it."
         )
     return found
 
 
 def text(name: str, value: Any) -> str:
-    """Read a text that must not be empty."""
+    """Read a string that must not be empty."""
     if not isinstance(value, str) or rendered_text(value) is None:
-        raise InvalidInputError(f"{name} must be a text that is not empty; got {value!r}")
+        raise InvalidInputError(f"{name} must be a string that is not empty; got {value!r}")
     return value

@@ -1,4 +1,4 @@
-"""How a task defers: the one way for the operators and the sensor."""
+"""How a task defers: shared by the operators and the sensor."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.api.models import Batch
     from airflow_provider_siliconflow.task.state import TaskTry
 
-#: XCom key of the token of a task's present wait; empty once the task has resumed.
+#: XCom key of the token of a task's current wait; empty once the task has resumed.
 WAIT_KEY = "siliconflow_wait"
 
-#: The same in the task state store, which unlike XCom outlives a clear: what a task waits for, and in which generation.
+#: Key of the batch and generation of a wait in the task state store, which unlike XCom outlives a clear.
 _STORE_KEY = "siliconflow.waiting"
 _RETENTION = timedelta(days=31)
 
-#: Airflow's own limit on a deferral comes this many seconds after the trigger's deadline. It is a backstop: the trigger
-#: ends with an event that says what happened, and Airflow's limit with an error that does not.
+#: Airflow's own limit on a deferral comes this many seconds after the trigger's deadline. It is a backstop, since its
+#: error does not say what happened; the event of the trigger does.
 _BACKSTOP = 900.0
 
 
 def defer(operator: BaseOperator, trigger: BaseTrigger, *, deadline: float | None) -> Any:
     """
-    Hand the wait over to the triggerer; ``execute_complete`` resumes.
+    Defer the wait to the triggerer; ``execute_complete`` resumes.
 
-    :param deadline: epoch seconds at which the trigger ends the wait; ``None`` if that follows from the batches.
+    :param deadline: epoch seconds at which the trigger ends the wait; ``None`` if it depends on the batches.
     :raises TaskDeferred: always.
     """
     operator.defer(trigger=trigger, method_name="execute_complete", timeout=backstop(deadline))
@@ -39,27 +39,27 @@ def defer(operator: BaseOperator, trigger: BaseTrigger, *, deadline: float | Non
 
 
 def backstop(deadline: float | None) -> timedelta:
-    """Return Airflow's limit on a deferral that ends at a deadline."""
+    """Return Airflow's limit on a deferral whose trigger ends at a deadline."""
     from airflow_provider_siliconflow.api.arguments import MAX_WINDOW_HOURS
     from airflow_provider_siliconflow.jobs.waiting import EXPIRY_MARGIN
 
     if deadline is None:
-        # The trigger waits until a while after the batches expire.
+        # The trigger waits until an hour after the batches expire.
         return timedelta(hours=MAX_WINDOW_HOURS, seconds=EXPIRY_MARGIN + _BACKSTOP)
     return timedelta(seconds=max(deadline - time.time(), 0.0) + _BACKSTOP)
 
 
 # Proof of a kill ----------------------------------------------------------------------------------------------
-# Airflow calls a trigger's on_kill() also when the trigger only moves to another triggerer, and when the task was
-# woken by the same trigger elsewhere: after a database that hung, or a triggerer that was slow. A token per wait tells
-# a task that ended while it waited on this very trigger from all of these.
+# Airflow also calls a trigger's on_kill() if the trigger only moves to another triggerer, and if the same trigger has
+# resumed the task elsewhere, after a database hung or a triggerer was slow. A token per wait distinguishes a task that
+# ended while it waited on this trigger from all of these cases.
 
 
 def record_wait(task_try: TaskTry, batch: Batch | None = None) -> str:
     """
-    Record a fresh token of the wait that is about to begin, and return it for the trigger.
+    Record a fresh token for the wait that is about to begin, and return it for the trigger.
 
-    :param batch: recorded beside it where Airflow has a task state store, for :func:`left_waiting`.
+    :param batch: recorded with it if Airflow has a task state store, for :func:`left_waiting`.
     """
     token = secrets.token_hex(16)
     task_try.push(WAIT_KEY, token)
@@ -74,7 +74,7 @@ def record_wait(task_try: TaskTry, batch: Batch | None = None) -> str:
 
 
 def end_wait(task_try: TaskTry) -> None:
-    """Overwrite the token, first of all when a task resumes: its trigger, if alive elsewhere, then cancels nothing."""
+    """Overwrite the token as soon as a task resumes, so that a copy of its trigger elsewhere cancels nothing."""
     task_try.push(WAIT_KEY, "")
     forget_left_waiting(task_try)
 
@@ -82,22 +82,22 @@ def end_wait(task_try: TaskTry) -> None:
 @dataclass(frozen=True, slots=True)
 class LeftWaiting:
     """
-    The batch of an older generation, which was cleared while it waited: nobody waits for it any more.
+    The batch of an older generation that was cleared while it waited, so that nothing waits for the batch any more.
 
     :param batch_id: its id.
-    :param input_file_id: its input file, as the service said.
+    :param input_file_id: its input file, as the service stated it.
     """
 
     batch_id: str
     input_file_id: str | None
 
     def is_it(self, batch: Batch) -> bool:
-        """Whether a batch that the account has under that id is this one, and not of another account."""
+        """Whether the account's batch with that id is this one, and does not belong to another account."""
         return batch.id == self.batch_id and batch.input_file_id == self.input_file_id
 
 
 def left_waiting(task_try: TaskTry) -> LeftWaiting | None:
-    """Return what an older generation of this task waited for when it was cleared, if Airflow's store still says so."""
+    """Return the batch for which an older generation of this task waited when it was cleared, if still recorded."""
     left = None if task_try.store is None else task_try.store.get(_STORE_KEY)
     match left:
         case {"batch_id": str(batch_id), "input_file_id": str() | None as file_id, "generation": int(older)}:
@@ -106,7 +106,7 @@ def left_waiting(task_try: TaskTry) -> LeftWaiting | None:
 
 
 def forget_left_waiting(task_try: TaskTry) -> None:
-    """Forget what an older generation, or this one, waited for."""
+    """Delete the record of the batch for which this or an older generation waited."""
     if task_try.store is not None:
         task_try.store.delete(_STORE_KEY)
 

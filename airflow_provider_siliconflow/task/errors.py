@@ -1,8 +1,9 @@
 """
 How an error ends a task.
 
-An error that a retry cannot change fails the task at once. Work that is paid for is the exception: it never fails for
-good, but for a verdict on it. Failing for good would leave only a manual clear.
+An error that a retry cannot fix fails the task at once. Paid work is the exception: only a verdict on its batches fails
+it at once. Any other error is left to the retries, since after the last one only a manual clear remains, which pays
+again.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Batch ids that a message names; a job may have hundreds.
+#: Most batch ids in a message; a job may have hundreds.
 _NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
 class PaidWork:
     """
-    What a task has paid for, or may have.
+    The batches that a task has, or may have, paid for.
 
-    :param batch_ids: returns the ids of the batches this try knows of; called only after an error.
-    :param possible: whether an earlier try may have left batches that this one does not know of.
+    :param batch_ids: returns the ids of the batches that this try knows; only called after an error.
+    :param possible: whether an earlier try may have left batches that this one does not know.
     """
 
     batch_ids: Callable[[], Sequence[str]]
@@ -47,18 +48,18 @@ def task_errors(
     timeout_error: type[Exception] | None = None,
 ) -> Iterator[None]:
     """
-    End a task as its arguments say, whichever of our errors comes out of the block.
+    End a task as its arguments require if the block raises one of our errors.
 
-    Nothing is written to XCom or to the task state store here, and no error is changed: what there is to add is a note
-    of it, and a line of the log, since Airflow's UI shows no notes.
+    This writes nothing to XCom or the task state store, and does not change the error: additional information is added
+    as a note, and logged, since Airflow's UI does not show notes.
 
     :param fail_fast: raise ``AirflowFailException`` if a retry cannot help; ``False`` leaves every error to the task's
         retries.
-    :param paid: the batches at stake; while there are or may be any, only a verdict on them fails for good.
-    :param cancel_at_timeout: asks for the open batches to be cancelled once a wait has timed out, and returns their
-        ids; ``None`` leaves them alone.
+    :param paid: the batches at stake. If there are or may be any, only a verdict on them fails the task at once.
+    :param cancel_at_timeout: requests the cancellation of the open batches after a wait has timed out, and returns
+        their ids; ``None`` does not cancel them.
     :param soft_fail: skip the task instead of failing it.
-    :param timeout_error: what a wait that timed out raises, if not our own error.
+    :param timeout_error: the error to raise for a wait that timed out, instead of our own.
     """
     from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError, SiliconFlowError
 
@@ -88,32 +89,32 @@ def _cancelled_at_timeout(error: SiliconFlowError, cancel: Callable[[], Sequence
     if not isinstance(error, BatchTimeoutError) or not (batch_ids := cancel()):
         return error
     return BatchCancelledAtTimeoutError(
-        f"The wait timed out and cancel_on_timeout is set: {_named(batch_ids)} were asked to be cancelled. Rows that "
-        "are done are billed and can be downloaded for 30 days; a retry submits the cancelled batches anew and pays "
-        "for them again.",
+        f"The wait timed out and cancel_on_timeout is set: the cancellation of {_named(batch_ids)} was requested. Rows "
+        "that are done are billed and can be downloaded for 30 days; a retry submits the cancelled batches again and "
+        "pays for them again.",
         batch_id=batch_ids[0],
     )
 
 
 def _paid_note(error: SiliconFlowError, paid: PaidWork) -> str | None:
-    """Return what to do about an error while batches are paid for; ``None`` if it is final, or nothing is paid."""
+    """Return the advice for an error while batches are paid for; ``None`` if it is final, or nothing is paid."""
     from airflow_provider_siliconflow.api.exceptions import BatchError, BatchWaitError
 
     if isinstance(error, BatchError) and not isinstance(error, BatchWaitError):
-        # A verdict on the batches themselves: a retry would find the same ones and judge them alike.
+        # A verdict on the batches: a retry would find the same batches and judge them the same way.
         return None
     try:
         batch_ids = paid.batch_ids()
     except Exception as exc:  # noqa: BLE001
-        # They may be kept in a store that is the very thing that failed.
-        log.warning("Which batches are submitted cannot be read: %s", exc)
+        # The store that records them may be what failed.
+        log.warning("The submitted batches cannot be read: %s", exc)
         batch_ids = ()
     if not batch_ids and not paid.possible:
         return None
     which = f"Submitted: {_named(batch_ids)}" if batch_ids else "An earlier try may have submitted batches"
     return (
-        f"{which}; nothing about them has changed. Fix the cause and let the task retry: the retry takes them up and "
-        "pays nothing again. A manual clear would pay again."
+        f"{which}, which are not affected. Fix the cause and let the task retry: the retry continues with them "
+        "at no extra cost. A manual clear would pay again."
     )
 
 

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.task.state import TaskTry
 
 
-#: Names in the task state store beside the keys of work: the last try that wrote there, the one that may send, and the
-#: work recorded last.
+#: Names in the task state store apart from the keys of work: the last try that wrote there, the try that may send, and
+#: the last recorded work.
 _TRY, _FENCE, _LAST = "try", "fence", "last"
-#: Batches that died which are kept for each piece of work.
+#: Dead batches that are kept for each piece of work.
 _MOST_RETIRED = 20
-#: Entries outlive the longest batch and the files of the service, whatever the store's own default is.
+#: How long entries are kept, whatever the store's default is: longer than the longest batch and the service's files.
 _RETENTION = timedelta(days=31)
 
 
@@ -27,19 +27,19 @@ class TaskStateLedger:
     """
     The ledger over Airflow's task state store (3.3+), which survives retries, crashes and deferral.
 
-    It is complete if it was there in every try so far. An earlier try may have run before Airflow was upgraded, with
-    the store switched off, or before a clear, at which some versions of Airflow discard the store. Each try leaves its
-    number, so a chain of numbers without a gap is the proof.
+    It is complete if it was available in every try so far. An earlier try may have run before Airflow was upgraded,
+    with the store switched off, or before a clear, which discards the store on some versions of Airflow. Each try
+    records its number, so an unbroken sequence of numbers is the proof.
 
-    Two tries may be alive at once, when Airflow has lost the heartbeat of one. Each leaves its token here when it
-    begins, and reads it again before and after it records an intent: a try that finds another's stops.
+    Two tries may be alive at once if Airflow has lost the heartbeat of one. Each writes its token here when it begins,
+    and reads it again before and after it records an intent. A try that finds another token stops.
 
     :param store: ``context["task_state_store"]``.
-    :param generation: of the tries, see :class:`~.jobs.identity.Submitter`.
+    :param generation: generation of the tries, see :class:`~.jobs.identity.Submitter`.
     :param owner: this try, with a fresh token.
     """
 
-    #: A damaged entry is in doubt by itself, and a store that was discarded breaks the chain of tries.
+    #: A damaged entry is read as in doubt, and a discarded store breaks the sequence of tries.
     damaged = False
 
     def __init__(self, store: Any, *, generation: int, owner: Owner) -> None:
@@ -47,7 +47,7 @@ class TaskStateLedger:
         self._generation = generation
         self._token = owner.token
         self._known: dict[str, State] = {}
-        # First of all: what is read from here on is all that an older try will have recorded.
+        # Write the token before anything is read: from here on an older try can record nothing more.
         self._set(_FENCE, {"token": owner.token, "who": str(owner)})
         last = self._get(_TRY)
         self.complete = owner.try_number <= 1 or (
@@ -59,9 +59,9 @@ class TaskStateLedger:
 
     def check_owner(self) -> None:
         """
-        Stop if another try does the work now.
+        Check that no other try has taken over the work.
 
-        :raises JobTakenOverError: it does; nothing may be sent any more.
+        :raises JobTakenOverError: another try has; nothing may be sent any more.
         """
         from airflow_provider_siliconflow.api.exceptions import JobTakenOverError
 
@@ -71,7 +71,7 @@ class TaskStateLedger:
         who = fence.get("who") if isinstance(fence, dict) else None
         raise JobTakenOverError(
             f"Another try of this task has taken over the work: {str(who or 'its record is gone')[:300]}. This try "
-            "stops and sends nothing more. What it submitted is not lost: the other try takes it up."
+            "stops and sends nothing more. Its batch is not lost: the other try continues with it."
         )
 
     @staticmethod
@@ -79,7 +79,7 @@ class TaskStateLedger:
         return f"siliconflow.{key}"
 
     def state(self, key: str) -> State:
-        """Return what a piece of work is."""
+        """Return the state of a piece of work."""
         from airflow_provider_siliconflow.jobs.states import decode
 
         if key not in self._known:
@@ -87,7 +87,7 @@ class TaskStateLedger:
         return self._known[key]
 
     def record(self, key: str, state: State) -> None:
-        """Record what a piece of work is now."""
+        """Record the new state of a piece of work."""
         from airflow_provider_siliconflow.jobs.states import Sending, check_transition, encode
 
         before = self.state(key)
@@ -101,11 +101,11 @@ class TaskStateLedger:
         if isinstance(state, Sending):
             if not isinstance(before, Sending):
                 self._set(_LAST, {"key": key, "generation": self._generation})
-            # A newer try that began in between has not seen this intent, and may be sending.
+            # A newer try that began in the meantime has not seen this intent, and may be sending.
             self.check_owner()
 
     def retire(self, key: str) -> None:
-        """Plan a piece of work anew whose batch died, and keep that batch among the retired."""
+        """Plan a piece of work again whose batch died, and keep that batch among the retired ones."""
         from airflow_provider_siliconflow.jobs.states import Ended, Planned, encode
 
         state = self.state(key)
@@ -115,7 +115,7 @@ class TaskStateLedger:
         self.record(key, Planned())
 
     def retired(self, key: str) -> tuple[Ended, ...]:
-        """Return the batches of a piece of work that died before the present one."""
+        """Return the batches of a piece of work that died before the current one."""
         from airflow_provider_siliconflow.jobs.states import Ended, decode
 
         stored = self._get(f"{key}.retired")
@@ -123,11 +123,11 @@ class TaskStateLedger:
         return tuple(state for state in states if isinstance(state, Ended))
 
     def recorded_batches(self) -> Mapping[str, int]:
-        """Return none: the store cannot be searched, and a task that submits a single batch has no other."""
+        """Return none: the store cannot be searched, and a task that submits a single batch has no others."""
         return {}
 
     def earlier_work(self, key: str) -> tuple[str, State] | None:
-        """Return the work that a try of this generation recorded last, if it is another."""
+        """Return the last work that a try of this generation recorded, if it has another key."""
         from airflow_provider_siliconflow.jobs.states import decode
 
         last = self._get(_LAST)
@@ -139,17 +139,17 @@ class TaskStateLedger:
         return earlier, decode(self._get(earlier))
 
     def next_number(self) -> int:
-        """Return the only number there is: a task that submits a single batch has one intent."""
+        """Return the only number: a task that submits a single batch has one intent."""
         return 1
 
     def upload(self, key: str) -> UploadState:
-        """Return what an upload is."""
+        """Return the state of an upload."""
         from airflow_provider_siliconflow.jobs.states import decode_upload
 
         return decode_upload(self._get(key))
 
     def record_upload(self, key: str, state: UploadState) -> None:
-        """Record what an upload is now."""
+        """Record the new state of an upload."""
         from airflow_provider_siliconflow.jobs.states import encode_upload
 
         self._set(key, encode_upload(state))
@@ -166,9 +166,9 @@ class TaskStateLedger:
 
 def open_submission(task_try: TaskTry, client: SiliconFlowClient, ledger: Ledger | None = None) -> Submission:
     """
-    Return what submits for a try.
+    Return the submission of a try.
 
-    :param ledger: what outlives the try; by default Airflow's task state store if there is one.
+    :param ledger: the record that outlives the try; by default Airflow's task state store if it exists.
     """
     from airflow_provider_siliconflow.jobs.ledger import NoLedger
     from airflow_provider_siliconflow.jobs.submission import Submission
@@ -179,7 +179,7 @@ def open_submission(task_try: TaskTry, client: SiliconFlowClient, ledger: Ledger
 
 
 def ledger_of(task_try: TaskTry) -> TaskStateLedger:
-    """Return the ledger over the store of a try, which takes the work over from any other try."""
+    """Return the ledger over the store of a try, which takes over the work from any other try."""
     return TaskStateLedger(
         task_try.store, generation=task_try.submitter.generation, owner=task_try.new_owner()
     )

@@ -1,4 +1,4 @@
-"""What is reported to OpenLineage of a task: the request file it read and the result files it wrote."""
+"""Datasets for OpenLineage: the request file that a task read and the result files that it wrote."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def lineage(requests: Any, manifest: Mapping[str, Any] | None = None) -> Operato
     """
     Return the datasets of a task.
 
-    :param requests: the input: a path or URI; rows that were handed over are no dataset.
-    :param manifest: what the task made.
+    :param requests: path or URI of the input; rows that were passed as values are not a dataset.
+    :param manifest: the manifest of the results.
     """
     from airflow.providers.common.compat.openlineage.facet import (
         InputDataset,
@@ -47,7 +47,7 @@ def _is_file(requests: Any) -> bool:
 
 
 def _name(path: Any) -> tuple[str, str]:
-    """Return namespace and name of a file, as OpenLineage wants them: no user part, which may be a connection's id."""
+    """Return namespace and name of a file for OpenLineage, without the user part, which may be a connection id."""
     parts = urlsplit(str(path))
     if parts.scheme in ("", "file", "local"):
         return "file", str(Path(parts.path if parts.scheme else str(path)).absolute())

@@ -1,4 +1,4 @@
-"""What Airflow knows of a task: who it is, its earlier tries, its state now."""
+"""What Airflow knows about a task: its identity, its earlier tries and its current state."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-#: States that a task is given by a person who ends it, or by Airflow for one: a run that is marked failed, or that ran
-#: into its timeout. Not ``removed``: a DAG file that is broken for a moment does that, and it is undone.
+#: States of a task that was ended by hand, directly or with its run, or by the timeout of its run. Not ``removed``: a
+#: DAG file that is briefly broken causes that state, and it is reverted.
 ENDED_STATES = frozenset({"failed", "success", "skipped"})
-#: The state of a task that is cleared while it runs.
+#: The state of a running task that was cleared.
 _CLEARED_STATE = "restarting"
-#: Seconds to wait for the state of a task that is being ended; Airflow leaves it five.
+#: Seconds to wait for the state of a task that is being ended; Airflow leaves it five seconds.
 _STATE_PATIENCE = 2.0
 
 
@@ -40,11 +40,11 @@ def airflow_version() -> tuple[int, int]:
 @dataclass(frozen=True, slots=True)
 class TaskTry:
     """
-    One try of a task: all that this provider takes from Airflow's context.
+    One try of a task: everything that this provider takes from Airflow's context.
 
     :param ti: the task instance.
     :param submitter: this task instance in this generation of tries.
-    :param search: how hard a batch of an earlier try has to be searched for if no complete record is kept.
+    :param search: how to search for a batch of an earlier try if there is no complete record.
     :param since: a time before which no try of this run can have submitted, in epoch seconds.
     :param store: Airflow's task state store, or ``None``.
     """
@@ -57,7 +57,7 @@ class TaskTry:
 
     @classmethod
     def of(cls, context: Context) -> TaskTry:
-        """Return the try that a context is of."""
+        """Return the try of a context."""
         from airflow_provider_siliconflow.jobs.identity import Submitter
 
         ti = context["ti"]
@@ -70,9 +70,9 @@ class TaskTry:
             generation=ti.max_tries or 0,
             deployment_id=conf.get("siliconflow", "deployment_id", fallback=None) or None,
         )
-        # A first try looks once, since it may not be the first: `airflow tasks test` runs a live task again under the
-        # same number, and a run may be deleted and made again under its id. The number alone counts: `retries` may
-        # have been edited between two tries.
+        # Even a first try searches once, since it may not be the first: `airflow tasks test` runs a live task again
+        # under the same number, and a run may be deleted and created again under its id. Only the number counts, since
+        # `retries` may have been edited between two tries.
         search: Search = "once" if ti.try_number <= 1 else "patiently"
         store = context.get("task_state_store")
         return cls(ti, submitter, search, _earliest_start(context), store if _records_in_store() else None)
@@ -96,12 +96,12 @@ class TaskTry:
 
 
 def _records_in_store() -> bool:
-    """``[siliconflow] task_state_store = False`` does without Airflow's store."""
+    """Whether Airflow's store is used; ``[siliconflow] task_state_store = False`` switches it off."""
     return bool(conf.getboolean("siliconflow", "task_state_store", fallback=True))
 
 
 def _earliest_start(context: Context) -> float:
-    # The run's own start moves when somebody clears another task of it, so the earliest of all is taken.
+    # The run's own start moves if another of its tasks is cleared, so the earliest of all times is used.
     run = context["dag_run"]
     times = [
         getattr(run, "start_date", None),
@@ -115,7 +115,7 @@ def _earliest_start(context: Context) -> float:
 
 def task_state(ti: Any) -> str | None:
     """
-    Return the state that Airflow has of a task instance now; ``None`` where it has none.
+    Return the current state of a task instance; ``None`` if it has none.
 
     :param ti: the task instance of a context or of a trigger.
     """
@@ -128,7 +128,7 @@ def task_state(ti: Any) -> str | None:
             dag_id=ti.dag_id, task_ids=[ti.task_id], run_ids=[ti.run_id], map_index=ti.map_index
         )
         by_task = states.get(ti.run_id) or {}
-        # A mapped task is answered under "task_id_<map index>".
+        # The answer names a mapped task "task_id_<map index>".
         name = ti.task_id if ti.map_index is None or ti.map_index < 0 else f"{ti.task_id}_{ti.map_index}"
         state = by_task.get(name, by_task.get(ti.task_id))
     return None if state is None else str(getattr(state, "value", state))
@@ -136,11 +136,11 @@ def task_state(ti: Any) -> str | None:
 
 def is_ended_by_a_person(ti: Any) -> bool:
     """
-    Whether it is certain that a person ended or cleared a running task.
+    Whether it is certain that a running task was ended or cleared by hand.
 
-    A deployment, an eviction and Airflow itself, which took the task for dead or lost its database, send the same
-    signal. The task's state tells them apart: a person's makes it failed, success, skipped or restarting, before the
-    signal. A state that cannot be read in time is no proof.
+    A deployment, an eviction, and Airflow itself after losing a heartbeat or its database send the same signal. The
+    task's state makes the difference: if the task is ended by hand, it is failed, success, skipped or restarting before
+    the signal is sent. A state that cannot be read in time proves nothing.
 
     :param ti: the task instance of the context.
     """
@@ -153,23 +153,23 @@ def is_ended_by_a_person(ti: Any) -> bool:
         except Exception as exc:  # noqa: BLE001
             errors.append(exc)
 
-    # In a thread, since the signal may have come in the middle of the main one's own talk with Airflow.
+    # In a thread, since the signal may have interrupted the main thread while it was communicating with Airflow.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_STATE_PATIENCE)
     if not found:
         why = errors[0] if errors else f"no answer within {_STATE_PATIENCE:.0f} s"
         log.warning(
-            "The task is being ended, and its state cannot be read (%s), so it is not known by whom. Nothing is "
-            "cancelled; a retry takes the batches up.",
+            "The task is being ended, but its state cannot be read (%s), so the reason is unknown. Nothing is "
+            "cancelled; a retry continues with the batches.",
             why,
         )
         return False
     if found[0] in ENDED_STATES or found[0] == _CLEARED_STATE:
         return True
     log.warning(
-        "The task is being ended in state %s, which nobody set by hand: the worker is stopping, or Airflow is ending "
-        "this try. Nothing is cancelled; a retry takes the batches up.",
+        "The task is being ended in state %s, which was not set by hand: the worker is stopping, or Airflow is ending "
+        "this try. Nothing is cancelled; a retry continues with the batches.",
         found[0],
     )
     return False
@@ -177,10 +177,10 @@ def is_ended_by_a_person(ti: Any) -> bool:
 
 def may_end_in_trigger(operator: BaseOperator) -> bool:
     """
-    Whether a trigger may end this task without a worker: nothing of it would be lost by that.
+    Whether a trigger may end this task without a worker, so that nothing is lost.
 
-    Asset events of outlets, a ``post_execute``, a subclass's own ending and listeners (lineage) run on a worker
-    only.
+    Asset events of outlets, ``post_execute``, an overridden ending of a subclass and listeners (lineage) only run on a
+    worker.
     """
     if operator.outlets or getattr(operator, "_post_execute_hook", None) is not None:
         return False

@@ -1,4 +1,4 @@
-"""Arguments that a template turned into text, back as what they stand for."""
+"""Arguments that a template rendered to text, converted back to their types."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-#: How templates begin: Jinja's own marks, and those that DAGs choose in their place.
+#: How templates begin: Jinja's marks, and those that DAGs commonly use instead.
 _MARKS = ("{{", "{%", "[[", "[%", "<<", "<%", "${")
 
 
 def is_templated(value: Any) -> bool:
-    """Whether the value of an argument is known only when the task runs: a template, or another task's output."""
+    """Whether the value of an argument is only known when the task runs: a template, or another task's output."""
     if isinstance(value, str):
         return any(mark in value for mark in _MARKS)
     return hasattr(value, "resolve")
 
 
 def is_templated_inside(value: Any) -> bool:
-    """Whether a mapping or list holds anything that is known only when the task runs."""
+    """Whether a mapping or list contains a value that is only known when the task runs."""
     if isinstance(value, Mapping):
         return any(is_templated(each) or is_templated_inside(each) for pair in value.items() for each in pair)
     if isinstance(value, list | tuple):
@@ -29,9 +29,9 @@ def is_templated_inside(value: Any) -> bool:
 
 def rendered_list(value: Any) -> Any:
     """
-    Return a list that a template rendered to text as a list again; anything else as it is.
+    Return a list that a template rendered to text as a list again; anything else unchanged.
 
-    What a mapped task returned comes as a sequence of Airflow's own, which reads its items one by one.
+    The output of a mapped task comes as one of Airflow's lazy sequences.
     """
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return list(value)
@@ -39,7 +39,7 @@ def rendered_list(value: Any) -> Any:
 
 
 def rendered_mapping(value: Any) -> Any:
-    """Return a mapping that a template rendered to text as a mapping again; anything else as it is."""
+    """Return a mapping that a template rendered to text as a mapping again; anything else unchanged."""
     if isinstance(value, Mapping):
         return value
     return _read(value, "{", dict)
@@ -63,12 +63,12 @@ def _read(value: Any, first: str, kind: type) -> Any:
 
 
 def rendered_text(value: Any) -> Any:
-    """Return ``None`` for a text that a template rendered to nothing; anything else as it is."""
+    """Return ``None`` for a template that rendered to nothing; anything else unchanged."""
     return None if _is_nothing(value) else value
 
 
 def rendered_number(value: Any) -> Any:
-    """Return a number that a template rendered to text as a number again; anything else as it is."""
+    """Return a number that a template rendered to text as a number again; anything else unchanged."""
     if _is_nothing(value):
         return None
     if isinstance(value, str):
@@ -76,12 +76,12 @@ def rendered_number(value: Any) -> Any:
             value = float(value) if any(mark in value for mark in ".eEnN") else int(value)
         except ValueError:
             return value
-    # JSON and native templates know no whole numbers.
+    # JSON and native templates may render a whole number as a float.
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def rendered_seconds(value: Any) -> Any:
-    """Return a time as seconds, whether it came as a number, a ``timedelta`` or a text; anything else as it is."""
+    """Return a number, a ``timedelta`` or the text of a number as seconds; anything else unchanged."""
     return value.total_seconds() if isinstance(value, timedelta) else rendered_number(value)
 
 

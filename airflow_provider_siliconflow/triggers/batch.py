@@ -17,47 +17,47 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.api.settings import ClientSettings
     from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
-#: Cancellations under way; the event loop itself keeps only weak references to its tasks.
+#: Cancellations under way; the event loop itself only keeps weak references to its tasks.
 _CANCELLATIONS: set[asyncio.Task[None]] = set()
 
-#: Seconds before a trigger does anything. An event within about a second of the deferral can reach Airflow's scheduler
-#: before the end of the worker that deferred, and is then taken for a failure (seen on 3.3.2 under load).
+#: Seconds before a trigger starts. An event within about a second of the deferral can reach Airflow's scheduler before
+#: the worker that deferred has ended, and then counts as a failure (seen on 3.3.2 under load).
 _FIRST_PAUSE = 3.0
 
-#: Waits begun a second. A triggerer that restarts starts all of its waits at once; without a limit their connections
-#: and first polls would hold up its loop, and every other trigger in it.
+#: Most waits that begin per second. A restarted triggerer starts all of its waits at once; without a limit their
+#: connections and first polls would block its event loop and every other trigger.
 _BEGUN_PER_SECOND = 400
 
-#: Seconds after which a connection that Airflow could not hand out is read again: at first, and at most.
+#: First and longest pause before a connection that Airflow could not return is read again, in seconds.
 _CONNECTION_PAUSE, _LONGEST_CONNECTION_PAUSE = 5.0, 300.0
 
-#: Seconds for which a connection that is not defined may be one that Airflow cannot read.
+#: Seconds for which an undefined connection may be one that Airflow cannot read at the moment.
 _MISSING_CONNECTION_PATIENCE = 600.0
 
-#: Seconds between attempts to learn how a task ended: two minutes in all, since a database may be away for a while.
+#: Pauses between attempts to read how a task ended, in seconds: two minutes in total, since a database may be down.
 _STATE_PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 30.0, 30.0)
 
 
 class BatchTrigger(BaseTrigger):
     """
-    Wait until batches have ended, polling them over one connection pool shared by all triggers of a triggerer.
+    Wait until batches have ended. All triggers of a triggerer share one connection pool for their polls.
 
-    Emits one event, whatever happens: ``{"status": "ended", "batches": [...]}``, or ``"timeout"`` or ``"error"``
-    with a ``message``. It never submits anything, since a trigger may run twice at once.
+    The trigger always emits one event: ``{"status": "ended", "batches": [...]}``, or ``"timeout"`` or ``"error"``
+    with a ``message``. It never submits anything, since two copies of a trigger may run at once.
 
     :param batch_ids: ids of the batches.
-    :param batch_id: the same as one id or a list, under the name that a sensor's template has.
+    :param batch_id: the same as one id or a list; a sensor's template uses this name.
     :param conn_id: the connection.
     :param poll_interval: seconds between two polls of one batch.
     :param deadline: epoch seconds at which the wait ends; by default an hour after the batches expire.
-    :param cancel_on_kill: whether to cancel the batches when a person ends the deferred task (Airflow 3.3+). Needs
+    :param cancel_on_kill: whether to cancel the batches if the deferred task is ended by hand (Airflow 3.3+). Needs
         ``wait_token``.
-    :param end_in_trigger: whether to end the task right here, without a worker, when every row of every batch
+    :param end_in_trigger: whether to end the task in the triggerer, without a worker, if every row of every batch
         succeeded.
-    :param min_ended: how many ended batches end the wait; by default all. Those still open are not in the event.
-    :param began: epoch seconds at which the task began to wait; a triggerer that restarts does not start it anew.
-    :param counts_only: whether the event holds of each batch only its id, status, counts and errors.
-    :param wait_token: what the task recorded of this very wait before it deferred, see
+    :param min_ended: how many ended batches end the wait; by default all. Open batches are not in the event.
+    :param began: epoch seconds at which the task began to wait; it stays the same if the triggerer restarts.
+    :param counts_only: whether the event contains only the id, status, counts and errors of each batch.
+    :param wait_token: the token that the task recorded for this wait before it deferred, see
         :func:`~airflow_provider_siliconflow.task.deferral.record_wait`.
     """
 
@@ -91,7 +91,7 @@ class BatchTrigger(BaseTrigger):
         self._wait: BatchWait | None = None
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
-        """Return the class path and the arguments: JSON values, nothing secret."""
+        """Return the class path and the arguments: JSON values without secrets."""
         return (
             f"{type(self).__module__}.{type(self).__qualname__}",
             {
@@ -126,7 +126,7 @@ class BatchTrigger(BaseTrigger):
             event = self._failure(exc)
         except Exception as exc:  # noqa: BLE001
             # Without an event Airflow fails the task, and says nothing of the batches that go on.
-            event = self._failure(_unforeseen(exc))
+            event = self._failure(_unexpected(exc))
             # Its text and those of its causes are anybody's, and perhaps such that no log can encode them.
             trace = "".join(traceback.format_exception(exc))
             self.log.error("The wait failed with an unexpected error\n%s", valid_text(redact(trace)))
@@ -149,7 +149,7 @@ class BatchTrigger(BaseTrigger):
             began=self.began,
         )
         async with shared_client(self._settings) as client:
-            # Thousands of waits need one copy of it.
+            # Thousands of waits share one copy.
             self._settings = client.settings
             await self._until_ended(self._wait, client)
         batches = self._wait.batches
@@ -170,7 +170,7 @@ class BatchTrigger(BaseTrigger):
         return TriggerEvent(encode(failed(error, batch_ids)))
 
     async def _read_connection(self) -> ClientSettings:
-        """Read the connection once; Airflow's own API may be away for a moment."""
+        """Read the connection; try again while Airflow's own API is down."""
         from airflow.providers.common.compat.sdk import AirflowNotFoundException
 
         from airflow_provider_siliconflow.api.exceptions import BatchTimeoutError, InvalidInputError
@@ -184,8 +184,8 @@ class BatchTrigger(BaseTrigger):
             except InvalidInputError:
                 raise
             except Exception as exc:
-                # Whatever kept Airflow from answering, a wait of days must not end by it. Airflow takes some of it,
-                # such as its own API being away, for a connection that is not there.
+                # A wait of days must not end because Airflow does not answer. Airflow also reports a connection as
+                # undefined for some other failures, for example if its own API is down.
                 missing = isinstance(exc, AirflowNotFoundException)
                 if missing and time.time() >= began + _MISSING_CONNECTION_PATIENCE:
                     raise InvalidInputError(
@@ -219,13 +219,13 @@ class BatchTrigger(BaseTrigger):
 
         while True:
             due = wait.due(time.time())
-            # The deadline ends polls under way: check_deadline() then says what is known of their batches.
+            # The deadline ends polls under way; check_deadline() then reports their batches.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait.poll_limit(time.time())):
                     if len(due) == 1:
                         await poll(due[0])
                     elif due:
-                        await _together([poll(batch_id) for batch_id in due])
+                        await _run_all([poll(batch_id) for batch_id in due])
             wait.log_summary(time.time())
             if wait.finished:
                 return
@@ -234,40 +234,40 @@ class BatchTrigger(BaseTrigger):
 
     async def on_kill(self) -> None:
         """
-        Cancel the batches after a person ended the task that submitted them. Called by Airflow 3.3+ only.
+        Cancel the batches if the deferred task was ended by hand. Only Airflow 3.3+ calls this.
 
-        Airflow cancels this call itself a second after it starts, and calls it also when a trigger merely moves to
-        another triggerer, or when its task was woken by another one. So the work is done by a task of its own, which
-        asks for proof first.
+        Airflow cancels this call a second after it starts, and also makes it if a trigger only moves to another
+        triggerer, or if another copy of the trigger has resumed the task. So the work is done in a separate asyncio
+        task, which needs proof first.
         """
         if not self.cancel_on_kill:
             return
-        task = asyncio.get_running_loop().create_task(self._cancel_if_ended_by_a_person())
+        task = asyncio.get_running_loop().create_task(self._cancel_if_ended_by_hand())
         _CANCELLATIONS.add(task)
         task.add_done_callback(_CANCELLATIONS.discard)
         await asyncio.shield(task)
 
-    async def _cancel_if_ended_by_a_person(self) -> None:
+    async def _cancel_if_ended_by_hand(self) -> None:
         batch_ids = self._batch_ids()
         open_ids = [one for one in batch_ids if self._wait is None or one not in self._wait.ended]
         named = ", ".join(open_ids[:10]) + (f" and {len(open_ids) - 10} more" if len(open_ids) > 10 else "")
         if doubt := await self._doubt():
-            self.log.warning("Nothing is cancelled, batches %s go on: %s", named, doubt)
+            self.log.warning("Nothing is cancelled, and batches %s continue: %s", named, doubt)
             return
         self.log.info("The task was ended by hand while it waited for batches %s; cancelling them", named)
         try:
-            # Ended in its first seconds, the wait may not have got as far as reading its connection.
+            # If the wait was ended in its first seconds, it may not have read its connection yet.
             settings = self._settings or await self._read_connection()
             await self._cancel(open_ids, settings)
         except Exception as exc:  # noqa: BLE001
-            self.log.warning("Batches %s may go on and be billed: cancelling them failed: %s", named, exc)
+            self.log.warning("Batches %s may continue and be billed: cancelling them failed: %s", named, exc)
 
     async def _doubt(self) -> str | None:
         """
-        Return why it is not certain that a person ended the task while it waited on this very trigger.
+        Return why it is not certain that the task was ended by hand during this wait; ``None`` if it is certain.
 
-        The task recorded a token of this wait before it deferred, and overwrites it when it resumes. So a task that
-        has ended, and whose record still is this wait's, has ended while it waited.
+        The task recorded a token for this wait before it deferred, and overwrites it when it resumes. So if the task
+        has ended and the recorded token is still that of this wait, the task ended during the wait.
         """
         from asgiref.sync import sync_to_async
 
@@ -275,7 +275,7 @@ class BatchTrigger(BaseTrigger):
         from airflow_provider_siliconflow.task.state import ENDED_STATES, task_state
 
         if self.wait_token is None:
-            return "the trigger was given no token of its wait"
+            return "the trigger has no token for its wait"
         pauses = iter(_STATE_PAUSES)
         while True:
             try:
@@ -283,17 +283,17 @@ class BatchTrigger(BaseTrigger):
                 token = await sync_to_async(recorded_wait)(self.task_instance)
                 break
             except Exception as exc:  # noqa: BLE001
-                # A cancelled batch cannot be brought back.
+                # A cancelled batch cannot be restored.
                 if (pause := next(pauses, None)) is None:
-                    return f"the task's state cannot be read ({exc}), so nobody knows who ended the wait"
+                    return f"the task's state cannot be read ({exc}), so it is unknown why the wait ended"
                 await asyncio.sleep(pause)
         if state not in ENDED_STATES:
             return (
-                f"the task is {state or 'cleared, or without a state'}. Its wait goes on elsewhere, or it was woken; "
-                "if it was cleared, the new try decides about these batches"
+                f"the task is {state or 'cleared, or without a state'}. Either the wait continues elsewhere, or the "
+                "task has resumed; if it was cleared, the new try decides about these batches"
             )
         if token != self.wait_token:
-            return f"the task is {state}, but it ended after this wait, not in it"
+            return f"the task is {state}, but it ended after this wait and not during it"
         return None
 
     async def _cancel(self, batch_ids: Sequence[str], settings: ClientSettings) -> None:
@@ -308,7 +308,7 @@ class BatchTrigger(BaseTrigger):
                 try:
                     batch = await client.cancel_batch(batch_id)
                 except SiliconFlowError as exc:
-                    self.log.warning("Batch %s could not be cancelled and may go on: %s", batch_id, exc)
+                    self.log.warning("Batch %s could not be cancelled and may continue: %s", batch_id, exc)
                 else:
                     self.log.info(
                         "Requested cancellation of batch %s; its status is %s", batch_id, batch.status
@@ -317,11 +317,11 @@ class BatchTrigger(BaseTrigger):
             await asyncio.gather(*map(cancel, batch_ids))
 
 
-async def _together(polls: Sequence[Coroutine[Any, Any, None]]) -> None:
+async def _run_all(polls: Sequence[Coroutine[Any, Any, None]]) -> None:
     """
-    Carry out polls at once. The first error ends them all.
+    Run polls concurrently. The first error cancels the others.
 
-    ``gather`` would leave the others running, without anybody who waits for them, over a client that is closed.
+    ``gather`` would leave the others running unattended, with a client that is already closed.
     """
     tasks = [asyncio.ensure_future(each) for each in polls]
     try:
@@ -332,20 +332,20 @@ async def _together(polls: Sequence[Coroutine[Any, Any, None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _unforeseen(error: Exception) -> SiliconFlowError:
-    """Return the error for one that no code of ours foresaw."""
+def _unexpected(error: Exception) -> SiliconFlowError:
+    """Return the error for an unexpected exception."""
     from airflow_provider_siliconflow.api.exceptions import BatchWaitError
     from airflow_provider_siliconflow.api.redaction import redact
 
     return BatchWaitError(
-        f"The wait ended with an unexpected error: {type(error).__name__}: {redact(str(error))} The batches "
-        "are untouched: they go on and are billed. A retry waits on and pays nothing again.",
+        f"The wait ended with an unexpected error: {type(error).__name__}: {redact(str(error))} The batches are "
+        "untouched: they continue and are billed. A retry continues the wait at no extra cost.",
         retryable=True,
     )
 
 
 class _FirstPauses:
-    """The pauses before waits begin: the more start together, the longer the later ones."""
+    """The pauses before waits begin: the more waits start at once, the longer the later ones pause."""
 
     def __init__(self) -> None:
         self._pausing = 0
@@ -361,16 +361,16 @@ class _FirstPauses:
 _FIRST_PAUSES = _FirstPauses()
 
 
-#: One client per event loop and connection, and how many waits use it.
+#: One client per event loop and connection, with the number of waits that use it.
 _CLIENTS: dict[tuple[int, str], tuple[AsyncSiliconFlowClient, int]] = {}
 
 
 @contextlib.asynccontextmanager
 async def shared_client(settings: ClientSettings) -> AsyncIterator[AsyncSiliconFlowClient]:
     """
-    Share one client among all waits of this event loop over the same connection; the last one closes it.
+    Share one client among all waits of this event loop with the same connection; the last one closes it.
 
-    A client per trigger would cost some 800 KiB each, and a TLS handshake per poll.
+    One client per trigger would cost about 800 KiB each, and a TLS handshake per poll.
 
     :param settings: the connection.
     """
@@ -379,7 +379,7 @@ async def shared_client(settings: ClientSettings) -> AsyncIterator[AsyncSiliconF
     from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
 
     key = (id(asyncio.get_running_loop()), settings.fingerprint)
-    # The wait itself is the retry: a client that repeats calls of its own would only hide what happens.
+    # The wait polls again anyway; retries in the client would only hide failures from it.
     client, users = _CLIENTS.get(key) or (AsyncSiliconFlowClient(replace(settings, max_retries=0)), 0)
     _CLIENTS[key] = (client, users + 1)
     try:

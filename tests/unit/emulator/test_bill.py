@@ -25,7 +25,9 @@ def read_usage(account: Account, *batches: dict[str, Any]) -> dict[str, Counter[
     """Return the usage by model that the output files of batches state, each row once."""
     found: dict[str, Counter[str]] = {}
     for batch in batches:
-        for body in {line["custom_id"]: line["response"]["body"] for line in account.lines(batch, "output")}.values():
+        for body in {
+            line["custom_id"]: line["response"]["body"] for line in account.lines(batch, "output")
+        }.values():
             usage = body["usage"]
             cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
             found.setdefault(body["model"], Counter()).update(

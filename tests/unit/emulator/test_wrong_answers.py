@@ -76,7 +76,9 @@ def test_a_schema_in_the_messages_is_followed(account: Account, role: str, wante
 
 def test_a_schema_in_the_messages_that_is_impossible_is_no_error(account: Account) -> None:
     text = 'Explain {"properties": {"a": {"not": {}}}, "required": ["a"]}.'
-    answers = contents(account, account.run([row("a", text, response_format={"type": "json_object"}), row("b", text)]))
+    answers = contents(
+        account, account.run([row("a", text, response_format={"type": "json_object"}), row("b", text)])
+    )
     assert set(json.loads(answers["a"])) == {"answer"}
     assert "was asked" in answers["b"]
 
@@ -138,7 +140,9 @@ def test_invalid_answers_without_a_schema(account: Account) -> None:
 
 
 def test_wrapped_answers_hold_the_answer(account: Account) -> None:
-    lines = [asked(f"{kind}-{n}", f"[[emulator:{kind}]]") for kind in ("fenced", "thinking") for n in range(9)]
+    lines = [
+        asked(f"{kind}-{n}", f"[[emulator:{kind}]]") for kind in ("fenced", "thinking") for n in range(9)
+    ]
     for custom_id, text in contents(account, account.run(lines)).items():
         assert not is_review(text)
         if custom_id.startswith("fenced"):
@@ -150,7 +154,13 @@ def test_wrapped_answers_hold_the_answer(account: Account) -> None:
 
 
 def test_rates_hold_the_first_time_a_row_is_run(tmp_path: Path) -> None:
-    rates = {"invalid_rate": 0.08, "truncated_rate": 0.04, "empty_rate": 0.02, "fenced_rate": 0.1, "thinking_rate": 0.06}
+    rates = {
+        "invalid_rate": 0.08,
+        "truncated_rate": 0.04,
+        "empty_rate": 0.02,
+        "fenced_rate": 0.1,
+        "thinking_rate": 0.06,
+    }
     account = Account(tmp_path, **rates)
     lines = [asked(f"r{number}") for number in range(2000)]
     batch = account.run(lines)
@@ -176,16 +186,18 @@ def test_rates_hold_the_first_time_a_row_is_run(tmp_path: Path) -> None:
 
     # Of another model the same rows are run the first time.
     other = account.run(lines, replace={"model": "deepseek-ai/DeepSeek-V3"})
-    assert {name for name, text in contents(account, other).items() if not is_review(text)} not in (set(), wrong)
+    assert {name for name, text in contents(account, other).items() if not is_review(text)} not in (
+        set(),
+        wrong,
+    )
     assert all(map(is_review, contents(account, account.run(lines)).values()))
 
 
 def test_each_wrong_attempt_is_drawn_anew(tmp_path: Path) -> None:
     account = Account(tmp_path, empty_rate=0.5, wrong_attempts=3)
     lines = [asked(f"r{number}") for number in range(400)]
-    empty = []
-    for _ in range(4):
-        empty.append({name for name, text in contents(account, account.run(lines)).items() if not text})
+    rounds = [contents(account, account.run(lines)) for _ in range(4)]
+    empty = [{name for name, text in answers.items() if not text} for answers in rounds]
     # Who is right once stays right.
     assert empty[0] > empty[1] > empty[2] > empty[3] == set()
     assert 0.3 < len(empty[1]) / len(empty[0]) < 0.7
@@ -242,7 +254,11 @@ def test_a_known_answer_takes_the_form_of_the_schema(tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"
     answers.write_text('{"question": "What is six times seven?", "answer": "42"}\n')
     account = Account(tmp_path / "data", answers=str(answers), models={"sure": 1.0})
-    kinds: dict[str, Any] = {"text": {"type": "string"}, "choice": {"enum": ["41", "42", "43"]}, "short": {"type": "boolean"}}
+    kinds: dict[str, Any] = {
+        "text": {"type": "string"},
+        "choice": {"enum": ["41", "42", "43"]},
+        "short": {"type": "boolean"},
+    }
     lines = []
     for name, kind in kinds.items():
         schema = {"type": "object", "properties": {"answer": kind}, "required": ["answer"]}

@@ -230,7 +230,7 @@ def test_a_retry_that_cannot_reach_its_paid_batch_leaves_another_retry(
     with pytest.raises(InvalidInputError, match="does not exist") as caught:
         again.execute(make_context(again, max_tries=2, try_number=2) | {"task_state_store": store})
     assert any("An earlier try may have submitted batches" in note for note in caught.value.__notes__)
-    assert "pays nothing again" in caplog.text, "the UI shows no notes"
+    assert "at no extra cost" in caplog.text, "the UI shows no notes"
     resumed = CreateBatchOperator(task_id="t", input_path="/gone/rows.jsonl", conn_id="gone", retries=2)
     batch = Batch(id=paid, status="completed", request_counts={"total": 2, "completed": 1, "failed": 1})
     event = {"status": "ended", "batches": [batch.to_json_dict()]}

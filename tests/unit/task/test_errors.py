@@ -66,7 +66,7 @@ def test_work_that_is_paid_for_is_left_to_a_retry(
     assert raised(error, paid=work) is error
     (note,) = error.__notes__
     assert ("batch_1" in note) == bool(work.batch_ids())
-    assert "pays nothing again" in note
+    assert "at no extra cost" in note
     assert note in caplog.text, "Airflow's UI shows no notes"
     assert (error.args, error.retryable) == (args, retryable), "nothing of the error itself is changed"
     del error.__notes__
