@@ -73,7 +73,7 @@ def test_reading_the_metadata_loads_nothing_at_all() -> None:
 
 def test_the_metadata_is_what_airflow_asks_for() -> None:
     import airflow
-    import jsonschema  # type: ignore[import-untyped]
+    import jsonschema
 
     schema = Path(airflow.__file__).with_name("provider_info.schema.json")
     info = get_provider_info()

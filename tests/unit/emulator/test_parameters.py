@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 OTHER = "deepseek-ai/DeepSeek-V3"
-JSON_MODE = {"response_format": {"type": "json_object"}}
+JSON_MODE: dict[str, Any] = {"response_format": {"type": "json_object"}}
 
 
 def outcomes(account: Account, batch: dict[str, Any]) -> dict[str, str]:

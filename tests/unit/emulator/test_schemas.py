@@ -217,7 +217,7 @@ def test_an_impossible_schema_is_refused_with_the_reason(schema: dict[str, Any],
 
 
 def test_what_is_impossible_is_left_out_where_it_may_be() -> None:
-    impossible = {"not": {}}
+    impossible: dict[str, Any] = {"not": {}}
     schema = {
         "type": "object",
         "properties": {

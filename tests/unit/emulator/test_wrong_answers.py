@@ -154,7 +154,7 @@ def test_wrapped_answers_hold_the_answer(account: Account) -> None:
 
 
 def test_rates_hold_the_first_time_a_row_is_run(tmp_path: Path) -> None:
-    rates = {
+    rates: dict[str, Any] = {
         "invalid_rate": 0.08,
         "truncated_rate": 0.04,
         "empty_rate": 0.02,
