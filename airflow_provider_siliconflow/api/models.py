@@ -115,12 +115,12 @@ class _Bounded(_Model):
         if not isinstance(data, dict):
             return data
         known = _names_of(cls)
+        if known.issuperset(data) and _other_names_of(cls).isdisjoint(data):
+            return data
         # Under two names at once, the second would pass for an unknown field.
         doubles = [
             name for names in _aliases_of(cls) for name in [each for each in names if each in data][1:]
         ]
-        if known.issuperset(data) and not doubles:
-            return data
         kept = {name: value for name, value in data.items() if name in known and name not in doubles}
         unknown = [name for name in data if name not in known]
         for name in unknown[:_MOST_UNKNOWN_FIELDS]:
@@ -137,6 +137,12 @@ _MOST_UNKNOWN_FIELDS = 32
 def _names_of(model: type[BaseModel]) -> frozenset[str]:
     """Return the names of a model's fields, and those under which the service sends them."""
     return frozenset(model.model_fields).union(*_aliases_of(model))
+
+
+@cache
+def _other_names_of(model: type[BaseModel]) -> frozenset[str]:
+    """Return the names under which fields are sent only rarely."""
+    return frozenset(name for names in _aliases_of(model) for name in names[1:])
 
 
 @cache
