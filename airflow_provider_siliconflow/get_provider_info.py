@@ -1,4 +1,4 @@
-"""What Airflow reads about this provider when it starts. Imports nothing heavy."""
+"""The metadata that Airflow reads about this provider when it starts. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def get_provider_info() -> dict[str, Any]:
                 "options": {
                     "task_state_store": {
                         "description": (
-                            "Record submissions in Airflow's task state store (Airflow 3.3+). Without it a "
-                            "retry finds what an earlier try submitted by searching the account."
+                            "Record submissions in Airflow's task state store (Airflow 3.3+). Without it, a "
+                            "retry searches the account for the batches of earlier tries."
                         ),
                         "version_added": "0.1.0",
                         "type": "boolean",
@@ -66,9 +66,10 @@ def get_provider_info() -> dict[str, Any]:
                     },
                     "deployment_id": {
                         "description": (
-                            "A name of this Airflow, part of the identity of everything it submits. Two Airflows on "
-                            "one account that have the same DAGs and runs need different ones; without it each takes "
-                            "the other's batches for its own. Changed while batches run, it hides them from retries."
+                            "Name of this Airflow deployment, part of the identity of everything it submits. Two "
+                            "deployments with the same DAGs and runs on one account need different names; otherwise "
+                            "each adopts the other's batches. Do not change it while batches run: retries would not "
+                            "find them."
                         ),
                         "version_added": "0.1.0",
                         "type": "string",

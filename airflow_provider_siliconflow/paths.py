@@ -1,4 +1,4 @@
-"""Files and folders as people name them: a path, a URI of any scheme that Airflow knows, or a path object."""
+"""Files and folders given as a path, a URI of any scheme that Airflow knows, or a path object."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
-#: What to install for a scheme, for messages.
+#: The package to install for a scheme, for messages.
 _PROVIDERS = {
     "s3": "apache-airflow-providers-amazon[s3fs]",
     "gs": "apache-airflow-providers-google",
@@ -21,11 +21,11 @@ _PROVIDERS = {
 
 def resolve_path(name: str, path: Any) -> Any:
     """
-    Return what opens like a path for a path, a URI or a path object.
+    Return a path object for a path, a URI or a path object.
 
     :param name: the argument, for messages.
-    :raises InvalidInputError: it is none of these, has characters that no store takes, or is a URI of a scheme that
-        nothing here knows.
+    :raises InvalidInputError: it has another type, has characters that no store takes, or is a URI of an
+        unknown scheme.
     """
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
     from airflow_provider_siliconflow.api.redaction import valid_text
@@ -33,10 +33,10 @@ def resolve_path(name: str, path: Any) -> Any:
     if not isinstance(path, str) and not callable(getattr(path, "open", None)):
         raise InvalidInputError(f"{name} must be a path, a URI or a path object; got {type(path).__name__}")
     text = str(path)
-    # It goes into XCom, which can hold neither.
+    # The path goes into XCom, which can store neither.
     if valid_text(text) != text:
-        raise InvalidInputError(f"{name} holds a NUL or half of a surrogate pair: {text!r}")
-    # Airflow 2.11 takes a relative path for one below the root.
+        raise InvalidInputError(f"{name} must not contain NUL or lone surrogates; got {text!r}")
+    # Airflow 2.11 resolves a relative path against the root.
     if isinstance(path, str) and "://" not in path:
         return Path(path)
     try:
@@ -44,13 +44,13 @@ def resolve_path(name: str, path: Any) -> Any:
             from airflow.providers.common.compat.sdk import ObjectStoragePath
 
             path = ObjectStoragePath(path)
-        # Found only when it is used; better now than when a batch is paid for.
+        # fsspec finds this out when the path is used; fail before a batch is paid for.
         getattr(path, "fs", None)
     except (ValueError, ImportError) as exc:
         scheme = str(path).partition("://")[0] if isinstance(path, str) else str(path.protocol)
         provider = _PROVIDERS.get(scheme)
         raise InvalidInputError(
-            f"{name}: {scheme}:// needs a provider that registers it on every worker"
+            f"{name}: {scheme}:// needs a provider that registers this scheme on every worker"
             f"{f', such as {provider}' if provider else ''}: {exc}"
         ) from exc
     return path
@@ -84,7 +84,7 @@ def open_folder(name: str, folder: Any) -> Any:
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 
     if isinstance(folder, str) and not folder.strip():
-        raise InvalidInputError(f"{name} is empty; give the path or URI of a folder for the results")
+        raise InvalidInputError(f"{name} is empty; give a path or URI of a folder for the results")
     return resolve_path(name, folder)
 
 

@@ -1,11 +1,11 @@
 """
-Results for the task after a batch: rows of a results file, or of the manifest that a task returned.
+Results for the task that follows a batch: rows of a results file, or of the manifest that a task returned.
 
 .. code-block:: python
 
     @task
     def score(manifest: dict) -> float:
-        rows = read_results(manifest, model="Qwen/Qwen3-32B")
+        rows = read_results(manifest, model="deepseek-ai/DeepSeek-V3")
         return sum(row.ok and row.parse(Label).label == "spam" for row in rows)
 """
 
@@ -32,17 +32,17 @@ def read_results(source: ResultSource, *, model: str | None = None) -> Iterator[
     """
     Read results row by row, in the order of the input and in constant memory.
 
-    :param source: ``results.jsonl`` (or ``errors.jsonl``), or a manifest: what the task returned, or its
+    :param source: ``results.jsonl`` (or ``errors.jsonl``), or a manifest: the one that the task returned, or its
         ``manifest.json``. Files are paths, URIs of any scheme that Airflow's ``ObjectStoragePath`` takes, or
-        such paths. Of a ``manifest.json`` the results beside it are read, so that the folder may be copied or moved; of
-        what a task returned, those in its ``output_dir``.
-    :param model: picks one model of a manifest; needed if several models ran.
+        such paths. A ``manifest.json`` refers to the results in the same folder, which may be copied or moved; a
+        returned manifest refers to those in its ``output_dir``.
+    :param model: selects one model of a manifest; required if several models ran.
     :return: an iterator of :class:`~airflow_provider_siliconflow.api.models.BatchResult`: ``.custom_id``,
         ``.ok``, ``.text``, ``.reasoning``, ``.usage``, ``.error``, ``.parse(PydanticModel)``.
-    :raises InvalidInputError: at once: no such model in the manifest, or several and none named; not a manifest; the
-        folder holds the results of another run by now.
-    :raises FileNotFoundError: there is no such file.
-    :raises IncompleteResultsError: while reading: a line is not JSON.
+    :raises InvalidInputError: at once, if the manifest lacks the model, or has several and none is selected; if it is
+        not a manifest; or if the folder now contains the results of another run.
+    :raises FileNotFoundError: the file does not exist.
+    :raises IncompleteResultsError: while reading, if a line is not JSON.
     """
     from airflow_provider_siliconflow.batch_files import result_lines
 
@@ -51,13 +51,13 @@ def read_results(source: ResultSource, *, model: str | None = None) -> Iterator[
 
 def to_frame(source: ResultSource, library: str | None = None, model: str | None = None) -> Any:
     """
-    Return results as a data frame, a row each, in the order of the input.
+    Return results as a data frame with one row per result, in the order of the input.
 
     Columns: ``custom_id``, ``outcome``, ``text``, ``reasoning``, ``finish_reason``, ``prompt_tokens``,
     ``completion_tokens``, ``error`` (the message).
 
     :param source: as for :func:`read_results`.
-    :param library: ``pandas`` or ``polars``; without it whichever is installed, pandas first.
+    :param library: ``pandas`` or ``polars``; by default the one that is installed, preferably pandas.
     :param model: as for :func:`read_results`.
     :raises ImportError: the library is not installed.
     """
@@ -76,7 +76,7 @@ def _results_file(source: ResultSource, model: str | None) -> Any:
         return _file_of(_load_manifest(file), str(source), file.parent, model)
     if model is not None:
         raise InvalidInputError(
-            f"model={model!r} picks from a manifest; {source} holds the results of one model already"
+            f"model={model!r} selects from a manifest, but {source} is the results file of a single model"
         )
     if not file.is_file():
         hint = f"; it is a folder: did you mean {file / 'manifest.json'}?" if file.is_dir() else ""
@@ -88,7 +88,7 @@ def _load_manifest(file: Any) -> Any:
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
     from airflow_provider_siliconflow.batch_files.atomic_files import LARGEST_JSON
 
-    # The author may well reach it by a link.
+    # Links are followed here: the DAG's author chose the path.
     with file.open("rb") as stream:
         content = stream.read(LARGEST_JSON + 1)
     if len(content) > LARGEST_JSON:
@@ -100,7 +100,7 @@ def _load_manifest(file: Any) -> Any:
 
 
 def _file_of_returned(manifest: Mapping[str, Any], model: str | None) -> Any:
-    """Return the file for a manifest that a task returned, unless its folder holds another run's by now."""
+    """Return the file for a manifest that a task returned, unless its folder now contains another run's results."""
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 
     name = "the manifest"
@@ -116,14 +116,14 @@ def _file_of_returned(manifest: Mapping[str, Any], model: str | None) -> Any:
         return file
     if _job(stored) != _job(manifest):
         raise InvalidInputError(
-            f"{output_dir} holds the results of another run by now, {_described(stored)}; the manifest is of "
-            f"{_described(manifest)}. Give each run a folder of its own, such as one with {{{{ ds }}}} in it"
+            f"{output_dir} now contains the results of another run, {_described(stored)}; the manifest is of "
+            f"{_described(manifest)}. Give each run a folder of its own, for example with {{{{ ds }}}} in its path"
         )
     return file
 
 
 def _job(manifest: Any) -> Any:
-    """Return what identifies the job of a manifest: its key, or else its batches."""
+    """Return the identity of a manifest's job: its key, or else its batches."""
     if not isinstance(manifest, Mapping):
         return None
     key = manifest.get("run") or manifest.get("unfinished")
@@ -143,7 +143,7 @@ def _described(manifest: Any) -> str:
 
 
 def _file_of(manifest: Any, name: str, folder: Any, model: str | None) -> Any:
-    """Return the file of one model below a folder: its path follows from its name, whatever the manifest says."""
+    """Return the results file of one model in a folder. Its path depends only on the model, not on the manifest."""
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
     from airflow_provider_siliconflow.batch_files.manifest import results_folder
 
@@ -156,12 +156,12 @@ def _file_of(manifest: Any, name: str, folder: Any, model: str | None) -> Any:
     known = ", ".join(repr(each) for each in models if each is not None)
     if model is None:
         if len(models) != 1:
-            raise InvalidInputError(f"{name} has results of several models; say which: model= one of {known}")
+            raise InvalidInputError(f"{name} has results of several models; model must be one of {known}")
         (model,) = models
     elif model not in models:
         raise InvalidInputError(
             f"{name} has no results of model {model!r}; "
-            + (f"it has {known}" if known else "its rows named their models themselves: leave model= out")
+            + (f"it has {known}" if known else "its rows named their models themselves, so leave model out")
         )
     file = results_folder(folder, model, several=len(models) > 1) / "results.jsonl"
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""How long to wait before a retry, by what went wrong (Airflow 3.3+)."""
+"""How long to wait before a retry, by the kind of error (Airflow 3.3+)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def batch_retry_policy() -> ExceptionRetryPolicy:
     """
     Return a ``retry_policy`` for this provider's operators and sensor.
 
-    A wait that timed out goes on after a minute, since its batch does; one that cancelled its batch follows
-    ``retry_delay``, since a retry pays for another. An overloaded or unreachable service gets ten minutes. Anything
-    else follows the task's own ``retry_delay``; errors that a retry cannot fix never get here.
+    A wait that timed out continues after a minute, since its batch continues. If it cancelled its batch, the task's
+    ``retry_delay`` applies, since a retry pays for another batch. After an overloaded or unreachable service the retry
+    comes after ten minutes. Any other error follows ``retry_delay``; errors that a retry cannot fix are not retried.
 
     .. code-block:: python
 
@@ -36,7 +36,7 @@ def batch_retry_policy() -> ExceptionRetryPolicy:
                 exception=f"{_ERRORS}.BatchTimeoutError",
                 action=RetryAction.RETRY,
                 retry_delay=timedelta(minutes=1),
-                reason="The batch goes on, and so does the wait; nothing is paid again",
+                reason="The batch continues, and a retry continues the wait at no extra cost",
             ),
             RetryRule(
                 exception=[
@@ -46,7 +46,7 @@ def batch_retry_policy() -> ExceptionRetryPolicy:
                 ],
                 action=RetryAction.RETRY,
                 retry_delay=timedelta(minutes=10),
-                reason="The service is overloaded or out of reach",
+                reason="The service is overloaded or unreachable",
             ),
         ]
     )

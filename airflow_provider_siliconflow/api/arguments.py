@@ -107,7 +107,7 @@ def check_replace(value: Any) -> dict[str, Any] | None:
         return None
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise InvalidInputError(
-            f"replace must be an object such as {{'model': 'Qwen/Qwen3-32B'}}; got {type(value).__name__}"
+            f"replace must be an object such as {{'model': 'deepseek-ai/DeepSeek-V3'}}; got {type(value).__name__}"
         )
     if "model" in value:
         _model_name("replace['model']", value["model"])
@@ -143,7 +143,7 @@ def check_models(model: Any, models: Any) -> tuple[str, ...]:
 def _model_name(argument: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InvalidInputError(
-            f"{argument} must be the name of a model such as 'Qwen/Qwen3-32B'; got {value!r}"
+            f"{argument} must be the name of a model such as 'deepseek-ai/DeepSeek-V3'; got {value!r}"
         )
     return value.strip()
 

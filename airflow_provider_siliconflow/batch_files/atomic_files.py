@@ -1,8 +1,9 @@
 """
-Files that appear under their name only when they are whole, and folders that nobody else can write to.
+Files that appear under their name only when they are complete, and folders to which nobody else can write.
 
-What lies in a job's own folder decides what is sent and paid, so it is neither read nor written through links. What a
-killed process left behind is known by its lock, which ends with the process, and removed by the next one.
+The files in a job's folder decide what is sent and paid for, so they are neither read nor written through links. Files
+that a killed process left behind are recognized by their lock, which ends with the process, and removed by the next
+one.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 
 log = logging.getLogger(__name__)
 
-#: What is written comes in larger blocks, and those bypass a small buffer.
+#: Size of the write buffer. Data comes in larger blocks, which bypass it.
 _BUFFER = 1 << 16
 
-#: Stores without folders. Making one there would make a bucket out of a misspelt name.
+#: Stores without folders. Creating one there would turn a misspelt name into a bucket.
 _WITHOUT_FOLDERS = frozenset(
     {"s3", "s3a", "s3n", "gs", "gcs", "abfs", "abfss", "adl", "az", "wasb", "oss", "r2"}
 )
 
-#: Bytes of the largest JSON file that is read: a job of 10,000,000 rows over ten models needs about 10 MB.
+#: Size of the largest JSON file that is read, in bytes: a job of 10,000,000 rows over ten models needs about 10 MB.
 LARGEST_JSON = 32 << 20
 
-#: How the names of temporary folders begin.
+#: Prefix of temporary folders.
 _TEMPORARY = "siliconflow-files-"
 
 # Writing ----------------------------------------------------------------------------------------------------
@@ -49,11 +50,11 @@ _TEMPORARY = "siliconflow-files-"
 @contextlib.contextmanager
 def write_whole(target: Any) -> Iterator[BinaryIO]:
     """
-    Open ``target`` for writing; it gets its name when the block ends, and nothing when the block raises.
+    Open ``target`` for writing; the file appears when the block ends, unless the block raises.
 
-    A local file is written beside its place and renamed; it follows the umask, and survives the end of the machine.
-    Anything else is written to a temporary file and uploaded in one go, since closing a remote stream half-way would
-    publish what was written so far.
+    A local file is written under another name in the same folder and renamed; it follows the umask, and survives a
+    crash of the machine. Any other file is written to a temporary file and then uploaded, since closing a remote stream
+    early would publish a partial file.
 
     :param target: a ``pathlib.Path`` or an fsspec-backed path such as Airflow's ``ObjectStoragePath``.
     """
@@ -80,16 +81,16 @@ def write_whole(target: Any) -> Iterator[BinaryIO]:
 
 
 def write_json(target: Any, value: Any) -> None:
-    """Write ``value`` as readable JSON; the file appears only when it is whole."""
+    """Write ``value`` as readable JSON; the file appears only when it is complete."""
     with write_whole(target) as stream:
         text = json.dumps(value, ensure_ascii=False, indent=2)
-        # What UTF-8 cannot hold, half of a surrogate pair, becomes the escape that JSON has for it.
+        # A lone surrogate, which UTF-8 cannot encode, becomes a JSON escape.
         stream.write(text.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def create_file(target: Any) -> AbstractContextManager[BinaryIO]:
     """
-    Open a file for writing from its start; what lay under its name, a link as well, is removed first.
+    Open a new file for writing; an existing file or link of that name is removed first.
 
     :param target: as for :func:`write_whole`. A local file follows the umask.
     """
@@ -112,12 +113,12 @@ def _create_part(local: Path) -> tuple[Path, BinaryIO]:
         stream = _create(part)
         if _lock(stream.fileno(), part) is not False:
             return part, stream
-        # Somebody who cleaned up came between its creation and its lock.
+        # Another process cleaned up between its creation and its lock.
         stream.close()
 
 
 def _remove_leftovers(local: Path) -> None:
-    """Remove the parts of a file that killed processes left; those of living ones are locked."""
+    """Remove the partial files of killed processes; those of running processes are locked."""
     for part in local.parent.glob(f".{glob.escape(local.name)}.*.part"):
         with contextlib.suppress(OSError):
             descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -147,7 +148,7 @@ def _lock(descriptor: int, path: Path) -> bool | None:
 
 
 def sync(stream: Any) -> None:
-    """Make a local file that was written survive the end of the machine; other streams are only flushed."""
+    """Make a written local file survive a crash of the machine; other streams are only flushed."""
     stream.flush()
     try:
         descriptor = stream.fileno()
@@ -157,7 +158,7 @@ def sync(stream: Any) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # Without this a new name is lost with the machine, and an intent with it.
+    # Without this, a crash of the machine loses a new name, and with it an intent.
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -174,7 +175,7 @@ def open_own(target: Any) -> AbstractContextManager[BinaryIO]:
     Open a file that this package wrote, for reading.
 
     :param target: as for :func:`write_whole`.
-    :raises FileNotFoundError: there is none.
+    :raises FileNotFoundError: it does not exist.
     :raises InvalidInputError: it is a link, or not a file.
     """
     local = local_path(target)
@@ -182,7 +183,7 @@ def open_own(target: Any) -> AbstractContextManager[BinaryIO]:
         opened: AbstractContextManager[BinaryIO] = target.open("rb")
         return opened
     try:
-        # Without O_NONBLOCK a pipe would be waited for.
+        # Without O_NONBLOCK, opening a pipe would block.
         descriptor = os.open(local, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as exc:
         if exc.errno == errno.ELOOP:
@@ -215,21 +216,21 @@ class OwnFile:
 
 def load_json(target: Any, *, limit: int = LARGEST_JSON) -> Any:
     """
-    Return what a JSON file that this package wrote holds.
+    Return the content of a JSON file that this package wrote.
 
     :param target: as for :func:`write_whole`.
-    :param limit: bytes of the largest file that is read.
-    :raises FileNotFoundError: there is none.
-    :raises InvalidInputError: it is cut, not JSON, too large, a link, or not a file.
+    :param limit: size of the largest file that is read, in bytes.
+    :raises FileNotFoundError: it does not exist.
+    :raises InvalidInputError: it is cut off, not JSON, too large, a link, or not a file.
     """
     with open_own(target) as stream:
         content = stream.read(limit + 1)
     if len(content) > limit:
-        raise InvalidInputError(f"{target} has more than {limit} bytes; it is not a file of this provider")
+        raise InvalidInputError(f"{target} has more than {limit} bytes, so it is not a file of this provider")
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as exc:
-        raise InvalidInputError(f"{target} is cut, or not JSON: {exc}") from None
+        raise InvalidInputError(f"{target} is cut off, or not JSON: {exc}") from None
 
 
 # Folders ----------------------------------------------------------------------------------------------------
@@ -237,10 +238,10 @@ def load_json(target: Any, *, limit: int = LARGEST_JSON) -> Any:
 
 def make_folder(folder: Any) -> None:
     """
-    Create a folder, and those above it, in a store that has folders.
+    Create a folder and its parents, in a store that has folders.
 
-    :param folder: a ``pathlib.Path`` or an fsspec-backed path. Its own ``mkdir`` is no use: in Airflow 3 that of
-        an ``ObjectStoragePath`` goes past the connection, and so without its credentials.
+    :param folder: a ``pathlib.Path`` or an fsspec-backed path. Its own ``mkdir`` is not used, since that of an
+        ``ObjectStoragePath`` ignores the connection in Airflow 3, and with it the credentials.
     """
     local = local_path(folder)
     if local is not None:
@@ -251,12 +252,12 @@ def make_folder(folder: Any) -> None:
 
 def make_private_folder(folder: Any) -> None:
     """
-    Create a folder that nobody else can read or write (0700); one that is there gets these permissions.
+    Create a folder that nobody else can read or write (0700); an existing folder gets these permissions.
 
-    Folders above it are created as by :func:`make_folder`, and so is this one in a store that is not local.
+    Its parents are created as by :func:`make_folder`, and so is the folder itself in a store that is not local.
 
     :param folder: as for :func:`make_folder`.
-    :raises InvalidInputError: what is there is a link, not a folder, or somebody else's.
+    :raises InvalidInputError: the existing one is a link, not a folder, or belongs to another user.
     """
     local = local_path(folder)
     if local is None:
@@ -275,20 +276,22 @@ def make_private_folder(folder: Any) -> None:
         found = os.fstat(descriptor)
         if found.st_uid != os.geteuid() and found.st_uid != _owner_of_new_files(descriptor):
             raise InvalidInputError(
-                f"{local} belongs to user {found.st_uid}, and this task runs as {os.geteuid()}: somebody else could "
+                f"{local} belongs to user {found.st_uid}, but this task runs as {os.geteuid()}: another user could "
                 "change what is sent and paid for. Remove it, or give another folder"
             )
         if found.st_mode & 0o077:
             try:
                 os.fchmod(descriptor, 0o700)
             except OSError as exc:
-                log.warning("%s can be read or written by others, and that cannot be changed: %s", local, exc)
+                log.warning(
+                    "%s can be read or written by others, and its mode cannot be changed: %s", local, exc
+                )
     finally:
         os.close(descriptor)
 
 
 def _owner_of_new_files(folder: int) -> int | None:
-    """Return whom a file belongs to that this process creates in a folder: some file systems map all users to one."""
+    """Return the owner of files that this process creates in a folder: some file systems map all users to one."""
     name = f".{uuid.uuid4().hex}.part"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -305,15 +308,15 @@ def _owner_of_new_files(folder: int) -> int | None:
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
     """
-    Make a local folder (0700) for as long as the block lasts.
+    Create a local folder (0700) that lasts as long as the block.
 
-    The first one of a process removes those that killed processes left.
+    The first call in a process removes the folders that killed processes left.
     """
     _remove_abandoned(tempfile.gettempdir())
     descriptor = None
     while descriptor is None:
         folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
-        # Somebody who cleans up may come between its creation and its lock.
+        # Another process may clean up between its creation and its lock.
         with contextlib.suppress(FileNotFoundError):
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             if _lock(descriptor, folder) is False:
@@ -341,8 +344,8 @@ def _remove_abandoned(parent: str) -> None:
 
 
 def local_path(target: Any) -> Path | None:
-    """Return the local path behind ``target``, or ``None`` if it is not local."""
-    # The protocol first: on Airflow 2.11 a path into a remote store is a pathlib.Path as well.
+    """Return the local path of ``target``; ``None`` if it is not local."""
+    # Check the protocol first: on Airflow 2.11 a path in a remote store is a pathlib.Path too.
     protocol = getattr(target, "protocol", None)
     if protocol is not None:
         return Path(target.path) if protocol in ("file", "local", "") else None

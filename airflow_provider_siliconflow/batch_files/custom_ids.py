@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from airflow_provider_siliconflow.batch_files.rules import Problems
 
-#: Hashes of custom ids, of 8 bytes each, that one of 256 buckets holds before all of them go to disk.
+#: Hashes of custom ids, of 8 bytes each, that one of 256 buckets may have before all buckets are written to disk.
 _BUCKET_HASHES = 512
 
 
@@ -17,8 +17,8 @@ class CustomIdSet:
     """
     The custom ids of an input, in memory that does not grow with it.
 
-    Only hashes are kept, most of them in a temporary file. Ids with the same hash are suspects, which
-    :meth:`name_duplicates` compares themselves.
+    Only hashes are kept, most of them in a temporary file. Ids with the same hash are suspects;
+    :meth:`name_duplicates` then compares the ids.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class CustomIdSet:
         self._begins: list[list[int]] = []
 
     def add(self, custom_id: str) -> None:
-        """Take in the ``custom_id`` of one more row."""
+        """Add the ``custom_id`` of one row."""
         hashed = hash(custom_id)
         bucket = self._buckets[hashed & 255]
         bucket.append(hashed)
@@ -70,7 +70,7 @@ class CustomIdSet:
     @staticmethod
     def name_duplicates(suspects: set[int], rows: Iterable[tuple[int, str]], problems: Problems) -> None:
         """
-        Add a problem for every row whose ``custom_id`` an earlier one has.
+        Add a problem for every row that has the same ``custom_id`` as an earlier one.
 
         :param suspects: from :meth:`suspects`.
         :param rows: line number and ``custom_id`` of all rows, in order.

@@ -1,4 +1,4 @@
-"""Numbers as people wrote them: 0.29 is 29 hundredths, not the binary fraction next to it."""
+"""Numbers as they were written: 0.29 is exactly 29 hundredths, not the nearest binary fraction."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fractions import Fraction
 
 def exact(number: int | float) -> Fraction:
     """
-    Return the number that the text of ``number`` says, exactly.
+    Return exactly the number that the decimal text of ``number`` shows.
 
     :param number: finite.
     """
@@ -16,8 +16,8 @@ def exact(number: int | float) -> Fraction:
 
 def exceeds(part: int, total: int, rate: int | float) -> bool:
     """
-    Whether ``part`` of ``total`` is more than a share: 29 of 100 is not more than 0.29.
+    Whether ``part`` of ``total`` exceeds a share: 29 of 100 does not exceed 0.29.
 
-    :param rate: the share as its author wrote it, from 0 to 1.
+    :param rate: the share as written by the DAG's author, from 0 to 1.
     """
     return part > exact(rate) * total

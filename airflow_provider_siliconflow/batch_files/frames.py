@@ -21,13 +21,13 @@ _WHOLE_COLUMNS = ("prompt_tokens", "completion_tokens")
 
 def to_frame(results: Source | Iterable[BatchResult], library: str | None = None) -> Any:
     """
-    Return results as a data frame, a row each.
+    Return results as a data frame with one row per result.
 
     Columns: ``custom_id``, ``outcome``, ``text``, ``reasoning``, ``finish_reason``, ``prompt_tokens``,
     ``completion_tokens``, ``error`` (the message).
 
-    :param results: a result file, or what :func:`read_results` returns.
-    :param library: ``pandas`` or ``polars``; without it whichever is installed, pandas first.
+    :param results: a result file, or the iterator from :func:`read_results`.
+    :param library: ``pandas`` or ``polars``; by default the one that is installed, preferably pandas.
     :raises ImportError: it is not installed.
     """
     if library not in (None, "pandas", "polars"):

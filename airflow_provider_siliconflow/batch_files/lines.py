@@ -1,4 +1,4 @@
-"""Lines in and out of anything that opens like a path, in bounded memory."""
+"""Reading and writing lines of anything that opens like a path, in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any, Literal, Protocol
 
 from airflow_provider_siliconflow.api.sources import ByteReader, Source
 
-#: Bytes asked for in one read: large enough for object stores, small enough not to matter in memory.
+#: Bytes per read: enough for object stores, and little memory.
 CHUNK_BYTES = 1 << 16
 
-#: Bytes of the longest line that is held in memory. No model's context takes a longer request; a file without
-#: any line end (a Parquet file given by mistake) must not fill the worker.
+#: Bytes of the longest line that is kept in memory. No model's context is larger, and a file without line ends (such
+#: as a Parquet file given by mistake) must not fill the worker's memory.
 LONGEST_LINE = 128 << 20
 
 
 class ByteWriter(Protocol):
-    """A binary stream that writes."""
+    """A binary stream to write to."""
 
     def write(self, data: bytes, /) -> Any:
         """Write all of ``data``."""
@@ -27,11 +27,11 @@ class Target(Protocol):
     """A file to write."""
 
     def open(self, mode: Literal["wb"], /) -> AbstractContextManager[ByteWriter]:
-        """Open for writing bytes, replacing what is there."""
+        """Open for writing bytes, replacing the content."""
 
 
 class File(Source, Target, Protocol):
-    """A file to write and read again."""
+    """A file to write and to read again."""
 
     def open(self, mode: Any, /) -> Any:
         """Open for reading or writing bytes."""
@@ -45,17 +45,18 @@ class Directory(Protocol):
 
 
 class Digest(Protocol):
-    """The part of a ``hashlib`` object that is needed here."""
+    """The needed part of a ``hashlib`` object."""
 
     def update(self, data: bytes, /) -> None:
-        """Take in ``data``."""
+        """Add ``data``."""
 
 
 class ChunkReader:
     """
-    Chunks of bytes, such as a download yields, that read like a stream.
+    A stream over chunks of bytes, such as those of a download.
 
-    :param chunks: of any size. Small ones are gathered: a line that arrives byte by byte must not be held so.
+    :param chunks: chunks of any size. Small ones are joined, so that a line that arrives byte by byte takes little
+        memory.
     """
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
@@ -77,11 +78,11 @@ class LineReader:
     """
     The lines of a stream, without their ``\\n``.
 
-    A line longer than ``longest`` is skipped as it is read, and ``None`` is yielded in its place.
+    A line longer than ``longest`` is skipped, and ``None`` is yielded in its place.
 
     :param stream: opened binary stream.
     :param longest: bytes of the longest line to return.
-    :param digest: is fed every byte read.
+    :param digest: gets every byte that is read.
     """
 
     def __init__(

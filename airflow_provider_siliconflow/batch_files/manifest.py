@@ -1,4 +1,4 @@
-"""The account of a whole run: what was sent, what came back, what it cost and where it is."""
+"""The manifest of a run: its batches, outcomes, tokens, cost and files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 
 log = logging.getLogger(__name__)
 
-#: Raised when a key of the manifest changes its meaning.
+#: Increased if a key of the manifest changes its meaning.
 MANIFEST_VERSION = 1
 
 _SLUG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -32,9 +32,9 @@ class BatchSummary:
     :param status: its last status.
     :param rows: rows sent in it.
     :param shard: index of the shard sent in it, among those of its round.
-    :param round: 0 for the first attempt, 1 for the first retry and so on.
+    :param round: 0 for the first attempt, 1 for the second, and so on.
     :param counts: ``total``, ``completed`` and ``failed`` as the service counted them.
-    :param spoilt: why its results could not be read whole; ``None`` if they were.
+    :param spoilt: why its results could not be read completely; ``None`` if they were.
     """
 
     id: str
@@ -65,7 +65,7 @@ class BatchSummary:
 @dataclass(frozen=True, slots=True)
 class ModelRun:
     """
-    What one model made of the input.
+    The results of one model.
 
     :param model: ``None`` if the rows name their models themselves.
     :param tally: the figures over all shards.
@@ -88,11 +88,11 @@ def build_manifest(
     """
     Return the manifest as JSON types, safe for XCom: no rows, no signed URLs.
 
-    Rows, tokens and cost are given for each model and in total. ``usage`` counts the answers that were kept,
-    ``billed_usage`` all that were made; ``cost`` follows from the latter.
+    Rows, tokens and cost are given by model and in total. ``usage`` counts the answers that were kept,
+    ``billed_usage`` all answers; ``cost`` is computed from the latter.
 
     :param runs: one per model.
-    :param prices: by model, whatever its case, as checked by :func:`~.prices.check_prices`.
+    :param prices: prices by model, in any case, as checked by :func:`~.prices.check_prices`.
     :param paths: the files and folders of the whole run, by name.
     """
     total = ModelTally()
@@ -113,7 +113,7 @@ def build_manifest(
     known = [each for each in costs if each is not None]
     if prices and len(known) < len(models):
         log.warning(
-            "No cost is given for %s, and so none in total: prices has %s",
+            "The manifest has no cost for %s, and so no total cost: prices has %s",
             ", ".join(
                 each["model"] or "rows that name their models" for each in models if each["cost"] is None
             ),
@@ -122,11 +122,11 @@ def build_manifest(
     for each in models:
         if each["without_usage"]:
             log.warning(
-                "%d answers of %s do not say how many tokens they took; tokens and cost in the manifest are too low",
+                "%d answers of %s do not state their tokens; tokens and cost in the manifest are too low",
                 each["without_usage"],
                 each["model"] or "the models that the rows name",
             )
-    # A sum that leaves out a model would pass for the whole.
+    # A sum without one of the models would look like the total.
     total_costs = None
     if known and len(known) == len(models):
         total_costs = (
@@ -183,12 +183,12 @@ def _tokens(usage: Usage) -> dict[str, int]:
 
 
 def _number(value: int) -> int:
-    """Return a figure from outside as XCom can hold it."""
+    """Return a number from outside, limited to what XCom can store."""
     return min(max(value, 0), MAX_COUNT)
 
 
 def _costs(billed: Usage, price: Price | None) -> tuple[Fraction, Fraction] | None:
-    """Return what prompts and completions cost, unrounded. Reasoning is a part of the completion."""
+    """Return the cost of prompts and completions, unrounded. Completions include reasoning."""
     if price is None:
         return None
     return cost(billed.prompt, price["prompt"]), cost(billed.completion, price["completion"])
@@ -208,9 +208,10 @@ def _cost_entry(costs: tuple[Fraction, Fraction] | None) -> dict[str, Any] | Non
 
 def model_slug(model: str) -> str:
     """
-    Return a name for the model's folder: safe in file systems and URLs, and no two models share one.
+    Return the name of a model's folder: safe in file systems and URLs, and different for every model.
 
-    ``Qwen/Qwen3-8B`` becomes ``Qwen--Qwen3-8B``. A name that cannot be turned back gets a digest at its end.
+    ``deepseek-ai/DeepSeek-V3`` becomes ``deepseek-ai--DeepSeek-V3``. A name that cannot be converted back gets a digest
+    at its end.
     """
     slug = model.replace("/", "--")
     if _SLUG.fullmatch(slug) and slug.replace("--", "/") == model:
@@ -226,7 +227,7 @@ def results_folder(output_dir: Any, model: str | None, *, several: bool) -> Any:
 
     :param output_dir: the folder of the whole run.
     :param model: ``None`` if the rows name their models themselves.
-    :param several: whether the run is over several models, each of which has a folder of its own then.
+    :param several: whether the run is over several models, so that each has its own folder.
     """
     return output_dir / model_slug(model) if several and model is not None else output_dir
 
@@ -249,10 +250,10 @@ _TABLE = (
 def render_summary(manifest: Mapping[str, Any]) -> str:
     """Return a manifest as a short table for the log."""
     models = manifest["models"]
-    lines = [_table_row(each["model"] or "(as the rows say)", each) for each in models]
+    lines = [_table_row(each["model"] or "(models of the rows)", each) for each in models]
     if len(models) > 1:
         lines.append(_table_row("total", manifest))
-    # A column of zeros is left out, but for those of the rows and of what is ok.
+    # Columns of zeros are left out, except those for all rows and for rows that are ok.
     shown = [
         column
         for column, name in enumerate(_TABLE)
@@ -274,10 +275,10 @@ def render_summary(manifest: Mapping[str, Any]) -> str:
             for each in rounds
         ]
     for name, label in (
-        ("model_mismatches", "answers by another model than the one asked"),
+        ("model_mismatches", "answers of another model than the requested one"),
         ("duplicates", "second results of a row, left out"),
-        ("foreign", "results of rows never asked"),
-        ("without_usage", "answers do not say what they took, so the tokens and the cost are too low"),
+        ("foreign", "results of rows that were never sent"),
+        ("without_usage", "answers do not state their tokens, so tokens and cost are too low"),
     ):
         if manifest[name]:
             text.append(f"{manifest[name]:,} {label}")

@@ -1,9 +1,9 @@
 """
-What became of every row: the service's result lines, put into the order of the input.
+Merging the service's result lines into the order of the input, with the outcome of every row.
 
-One shard is merged at a time. Its result files are read once, front to back, to learn where the line of each row is;
-then the lines are copied, byte for byte, in the order of the shard. Memory grows neither with the number of shards nor
-with the length of the answers.
+One shard is merged at a time. Its result files are read once from start to end, to find the line of each row; then the
+lines are copied byte for byte in the order of the shard. Memory does not grow with the number of shards or the length
+of the answers.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from airflow_provider_siliconflow.batch_files.verdicts import (
 
 log = logging.getLogger(__name__)
 
-#: Bytes of result lines of one shard that are kept for the writing; the other lines are read again.
+#: Most bytes of result lines of one shard that are kept in memory until they are written; other lines are read again.
 _HELD_BYTES = 1 << 19
 _BLOCK_BYTES = 1 << 16
 
-#: Rows of a batch whose request file is not at hand, and characters of a custom id of theirs, that are kept.
+#: Most rows of a batch without its request file, and most characters of their custom ids, that are kept.
 _MOST_ROWS = 20 * MAX_ROWS
 _LONGEST_ID = 256
 
-#: What is said of a row without a result.
+#: The message for a row without a result.
 _NO_RESULT = "the service returned no result for this row"
 
 
 def _no_result(reason: str) -> str:
-    """Return what is said of a row without a result whose batch cannot be read whole."""
+    """Return the message for a row without a result whose batch cannot be read completely."""
     return brief(f"no result for this row could be read: {reason}", MESSAGE_CHARACTERS)
 
 
@@ -68,7 +68,7 @@ class _Asked:
     The rows of a shard, in order.
 
     :param ids: their custom ids.
-    :param models: the model that each row names; empty if one is asked of the whole batch.
+    :param models: the model that each row names; empty if the whole batch has one model.
     """
 
     ids: list[str]
@@ -121,11 +121,11 @@ class BatchFiles:
 @dataclass(frozen=True, slots=True)
 class SpoiltBatch:
     """
-    A batch of which some or all results cannot be read.
+    A batch some or all of whose results cannot be read.
 
     :param batch_id: as in :class:`BatchFiles`.
     :param reason: what cannot be read, and why.
-    :param rows: rows that are not ok and may have lost a result to it; 0 if every row of the batch has one.
+    :param rows: rows that are not ok and whose result may be among the unreadable ones; 0 if every row has a result.
     """
 
     batch_id: str | None
@@ -136,11 +136,11 @@ class SpoiltBatch:
 @dataclass(frozen=True, slots=True)
 class MergedShard:
     """
-    What became of the rows of one shard.
+    The outcomes of the rows of one shard.
 
     :param tally: the figures.
-    :param retry: a byte per row, 1 if another attempt is worth it; fit for ``select_rows``.
-    :param spoilt: the batches that could not be read whole. Everything that could be read is in the results.
+    :param retry: a byte per row for ``select_rows``, 1 if the row is worth another attempt.
+    :param spoilt: the batches that could not be read completely. Everything readable is in the results.
     """
 
     tally: ModelTally
@@ -151,10 +151,10 @@ class MergedShard:
 @dataclass(frozen=True, slots=True)
 class MergedBatch:
     """
-    What became of the rows of one batch.
+    The outcomes of the rows of one batch.
 
     :param tally: the figures.
-    :param spoilt: set if the batch could not be read whole. Everything that could be read is in the results.
+    :param spoilt: set if the batch could not be read completely. Everything readable is in the results.
     """
 
     tally: ModelTally
@@ -173,18 +173,18 @@ def merge_shard(
     """
     Judge every row of a shard and write its result line, in the order of the shard.
 
-    An answer that is ok wins over one that is not, a later round over an earlier one, and within one batch the
-    first line, those of the output file before those of the error file. The service's lines are written as they
-    are; for a row without any, a line with the error code ``missing`` is made. JSON that is no result of any row
-    counts as foreign.
+    A result that is ok takes precedence over one that is not, then a later round over an earlier one, then within one
+    batch the first line, with the output file before the error file. The service's lines are written unchanged; a row
+    without any gets a line with the error code ``missing``. JSON that is not a result of any row counts as foreign.
 
     :param shard: the request file.
-    :param batches: the batches that may hold its rows, earliest round first, all of one model.
-    :param results: takes one line per row; ``None`` to judge only.
-    :param errors: takes the lines of the rows that are not ok.
-    :param model: the model asked of the whole batch; without it the one that each row names.
-    :param strict: whether a line that cannot be read is an error. Otherwise it costs one row, which nobody can name:
-        it is missing, and no row that its batch has no result of is sent again, since it may be paid for.
+    :param batches: the batches that may contain its rows, earliest round first, all of one model.
+    :param results: gets one line per row; ``None`` to only judge.
+    :param errors: gets the lines of the rows that are not ok.
+    :param model: the model of the whole batch; without it, the one that each row names.
+    :param strict: whether a line that cannot be read is an error. Otherwise it costs one unknown row, which is missing.
+        Rows of its batch without a result are then not sent again, since the line may be the paid answer to any of
+        them.
     :raises IncompleteResultsError: the shard is damaged; or, if ``strict``, a result line is not JSON or too long.
     """
     asked = _Asked.read(shard, with_models=model is None)
@@ -211,17 +211,17 @@ def merge_batch(
     batch: BatchFiles, results: ByteWriter, errors: ByteWriter, *, rows: int, strict: bool = True
 ) -> MergedBatch:
     """
-    Judge every row of a batch whose request file is not at hand and write its result line, in the service's order.
+    Judge every row of a batch without its request file and write its result line, in the service's order.
 
-    As in :func:`merge_shard` a row gets one line: the first that is ok, else its first. JSON that is no result of
-    any row is not written, and counts as foreign.
+    As in :func:`merge_shard`, a row gets one line: the first that is ok, or else its first. JSON that is not a result
+    of any row is not written, and counts as foreign.
 
     :param batch: the downloaded files.
-    :param results: takes one line per row.
-    :param errors: takes the lines of the rows that are not ok.
+    :param results: gets one line per row.
+    :param errors: gets the lines of the rows that are not ok.
     :param rows: rows that the batch itself counts; those without a line are missing.
     :param strict: whether a line that cannot be read is an error; otherwise its row is missing.
-    :raises IncompleteResultsError: the files hold results of more rows than any batch has; or, if ``strict``, a line
+    :raises IncompleteResultsError: the files have results of more rows than a batch can have; or, if ``strict``, a line
         is not JSON or too long.
     """
     tally = ModelTally()
@@ -240,11 +240,11 @@ def merge_batch(
 
 class _Index:
     """
-    The verdict that counts for each row, and where its line is.
+    The deciding verdict of each row, with the position of its line.
 
-    :param tally: takes what is known while reading: what was billed, duplicates and foreign lines.
-    :param ids: custom ids of the rows, in order; ``None`` to take the rows as they come.
-    :param held: bytes of result lines that may be kept in memory.
+    :param tally: gets the figures that are known while reading: billed tokens, duplicates and foreign lines.
+    :param ids: custom ids of the rows, in order; ``None`` to add rows in the order of the lines.
+    :param held: most bytes of result lines that are kept in memory.
     """
 
     def __init__(self, tally: ModelTally, ids: list[str] | None = None, *, held: int) -> None:
@@ -258,14 +258,14 @@ class _Index:
         self._batches: list[_ReadBatch] = []
 
     def _add_row(self, custom_id: str) -> int:
-        # The service names the row, and may say anything.
+        # The custom id comes from the service, so it may be anything.
         if len(custom_id) > _LONGEST_ID:
             custom_id = hashlib.sha256(custom_id.encode("utf-8", "surrogatepass")).hexdigest()
         position = self._positions.setdefault(custom_id, len(self.ids))
         if position == len(self.ids):
             if position == _MOST_ROWS:
                 raise IncompleteResultsError(
-                    f"{self.files[-1].name} holds results of more than {_MOST_ROWS} rows; a batch has at most "
+                    f"{self.files[-1].name} has results of more than {_MOST_ROWS} rows; a batch has at most "
                     f"{MAX_ROWS}",
                     retryable=False,
                 )
@@ -275,7 +275,7 @@ class _Index:
         return position
 
     def read(self, batch: BatchFiles, *, strict: bool) -> None:
-        """Take in the files of the next batch."""
+        """Read the files of the next batch."""
         read = _ReadBatch(batch, bytearray(len(self.ids)))
         self._batches.append(read)
         if batch.spoilt is not None:
@@ -314,7 +314,7 @@ class _Index:
                     duplicates += 1
                     if before.outcome is Outcome.OK or verdict.outcome is not Outcome.OK:
                         continue
-                    # It takes the place of a line that was counted.
+                    # It replaces a line that was already counted.
                     prompt -= before.prompt
                     completion -= before.completion
                     reasoning -= before.reasoning
@@ -324,7 +324,7 @@ class _Index:
                 reasoning += verdict.reasoning
                 total += verdict.total
                 if before is None or before.outcome is not Outcome.OK or verdict.outcome is Outcome.OK:
-                    # Thousands of them are kept, and need no copies of what they share.
+                    # Thousands of verdicts are kept; their equal texts need no copies.
                     verdict.custom_id = ids[position]
                     verdict.batch = number
                     verdict.file = file
@@ -339,14 +339,14 @@ class _Index:
         if duplicates:
             tally.duplicates += duplicates
             log.warning(
-                "Batch %s: %d lines of %s were left out, as the batch has a result for their rows already",
+                "Batch %s: %d lines of %s were left out, since the batch already has results for their rows",
                 batch.batch_id or "",
                 duplicates,
                 path.name,
             )
 
     def spoilt(self) -> tuple[SpoiltBatch, ...]:
-        """Return the batches that could not be read whole."""
+        """Return the batches that could not be read completely."""
         return tuple(
             SpoiltBatch(read.files.batch_id, read.reason, sum(map(self._is_lost, self._without_result(read))))
             for read in self._batches
@@ -355,9 +355,9 @@ class _Index:
 
     def unaccounted(self) -> dict[int, str | None]:
         """
-        Return the rows that a batch may have answered without a result that can be read: they may be paid for.
+        Return the rows that may be paid for although no result of them can be read.
 
-        :return: by position, what to say of the row if it has no result at all; ``None`` for the usual.
+        :return: by position, the message for the row if it has no result at all; ``None`` for the default message.
         """
         found: dict[int, str | None] = {}
         for read in self._batches:
@@ -368,7 +368,7 @@ class _Index:
         return found
 
     def _without_result(self, read: _ReadBatch) -> Iterator[int]:
-        """Return the positions of a batch's rows that it has no result of."""
+        """Return the positions of a batch's rows that have no result in it."""
         rows: Iterable[int | None] = range(len(self.ids))
         if read.files.requests is not None:
             rows = map(self._positions.get, iter_custom_ids(read.files.requests))
@@ -408,12 +408,12 @@ class _ReadBatch:
 
 def _count_row(verdict: Verdict, model: str | None, round: int, tally: ModelTally) -> bool:
     """
-    Count what became of one row.
+    Count the outcome of one row.
 
-    :param verdict: of its result line.
-    :param model: the model asked, if it is known.
-    :param round: the round that brought the verdict.
-    :param tally: takes the figures, but for ``rows`` and ``billed``.
+    :param verdict: the verdict on its result line.
+    :param model: the requested model, if known.
+    :param round: the round of the verdict.
+    :param tally: gets the figures, except ``rows`` and ``billed``.
     :return: whether the row is worth another attempt.
     """
     verdict.add_usage_to(tally.usage)
@@ -426,7 +426,7 @@ def _count_row(verdict: Verdict, model: str | None, round: int, tally: ModelTall
         reason = verdict.finish_reason
         if reason is not None:
             reasons = tally.finish_reasons
-            # A call per row is what this saves.
+            # Not a method call, since this runs for every row.
             if reason in reasons:
                 reasons[reason] += 1
             else:
@@ -475,7 +475,7 @@ def _copy(
                 line = os.pread(descriptors[verdict.file], verdict.length, verdict.offset)
                 if len(line) != verdict.length:
                     raise IncompleteResultsError(
-                        f"{index.files[verdict.file].name} was cut while it was read"
+                        f"{index.files[verdict.file].name} was cut off while it was read"
                     )
             to_results.add(line)
             if verdict is None or verdict.outcome is not Outcome.OK:
@@ -486,9 +486,9 @@ def _copy(
 
 class _LineBlock:
     """
-    Gathers lines before they are written, as writing costs by the call.
+    Collects lines before they are written, since every write has a fixed cost.
 
-    :param stream: takes the lines, each with a newline; ``None`` to drop them.
+    :param stream: gets the lines, each with a newline; ``None`` to drop them.
     """
 
     def __init__(self, stream: ByteWriter | None) -> None:
@@ -497,14 +497,14 @@ class _LineBlock:
         self._bytes = 0
 
     def add(self, line: bytes) -> None:
-        """Take a line, without its newline."""
+        """Add a line, without its newline."""
         self._lines.append(line)
         self._bytes += len(line)
         if self._bytes >= _BLOCK_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was gathered."""
+        """Write the collected lines."""
         if self._stream is not None and self._lines:
             self._lines.append(b"")
             self._stream.write(b"\n".join(self._lines))
@@ -523,10 +523,10 @@ def _missing_line(custom_id: str, said: str) -> bytes:
 
 def refused_lines(shard: Source, *, status: int, message: str) -> Iterator[bytes]:
     """
-    Make error lines for the rows of a shard whose batch the service did not take.
+    Yield error lines for the rows of a shard whose batch the service refused.
 
-    :param status: HTTP status of the refusal, the lines' error code.
-    :param message: what the service said.
+    :param status: HTTP status of the refusal, the error code of the lines.
+    :param message: the service's message.
     """
     message = brief(message)
     for custom_id in iter_custom_ids(shard):

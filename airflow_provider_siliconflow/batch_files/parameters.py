@@ -19,7 +19,7 @@ def check_parameters(name: str, parameters: Any) -> None:
 
     :param name: the argument, for messages.
     :param parameters: a mapping such as ``{"temperature": 0.2}``, or ``None``.
-    :raises InvalidInputError: it is anything else, holds what every row has of its own, or is not JSON.
+    :raises InvalidInputError: it is anything else, contains ``messages``, or cannot be written as JSON.
     """
     if parameters is None:
         return
@@ -32,7 +32,7 @@ def check_parameters(name: str, parameters: Any) -> None:
         if not isinstance(key, str):
             raise InvalidInputError(f"{name} must name body parameters by strings; got the key {key!r}")
     if "messages" in parameters:
-        raise InvalidInputError(f"{name} must not hold 'messages': every row has its own")
+        raise InvalidInputError(f"{name} must not contain 'messages': every row has its own")
     model = parameters.get("model")
     if model is not None and not isinstance(model, str):
         raise InvalidInputError(f"{name}['model'] must be the name of a model; got {model!r}")

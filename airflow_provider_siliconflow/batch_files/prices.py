@@ -1,5 +1,5 @@
 """
-The argument ``prices``, and what tokens cost by it.
+The argument ``prices``, and the cost of tokens.
 
 Imports nothing heavy: the argument is checked when a DAG file is parsed.
 """
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 #: CNY per million tokens of ``prompt`` and of ``completion``.
 Price: TypeAlias = Mapping[str, float]
 
-#: What a price is made of, in CNY per million tokens.
+#: The keys of a price, in CNY per million tokens.
 PRICE_KEYS = ("prompt", "completion")
 
-#: More than this is a mistake, and a bill could not be written as a number.
+#: A higher price is a mistake, and might make a cost that is too large for a number.
 _HIGHEST_PRICE = 1_000_000
 
-_EXAMPLE = "{'Qwen/Qwen3-32B': {'prompt': 0.5, 'completion': 2.0}}"
+_EXAMPLE = "{'deepseek-ai/DeepSeek-V3': {'prompt': 1.0, 'completion': 4.0}}"
 
 
 def check_prices(prices: Any) -> None:
@@ -32,7 +32,7 @@ def check_prices(prices: Any) -> None:
     Check the argument ``prices``.
 
     :param prices: ``{model: {"prompt": number, "completion": number}}`` in CNY per million tokens, or ``None``.
-    :raises InvalidInputError: it is anything else; the message names the entry and what would be right.
+    :raises InvalidInputError: it is anything else; the message names the entry and shows what would be right.
     """
     if prices is None:
         return
@@ -45,7 +45,7 @@ def check_prices(prices: Any) -> None:
         if not isinstance(price, Mapping):
             hint = f": prices are given by model, as in {_EXAMPLE}" if model in PRICE_KEYS else ""
             raise InvalidInputError(
-                f"{where} must be a mapping such as {{'prompt': 0.5, 'completion': 2.0}} in CNY per million tokens; "
+                f"{where} must be a mapping such as {{'prompt': 1.0, 'completion': 4.0}} in CNY per million tokens; "
                 f"got {price!r}{hint}"
             )
         _check_price(where, price)
@@ -85,9 +85,9 @@ def _suggestion(key: Any, missing: list[str]) -> str:
 
 def price_of(model: str | None, prices: Mapping[str, Price] | None) -> Price | None:
     """
-    Return the price of a model, or ``None`` if there is none.
+    Return the price of a model; ``None`` if there is none.
 
-    :param model: its name, in upper or lower case; ``None`` if the rows name theirs.
+    :param model: its name, in any case; ``None`` if the rows name their models.
     :param prices: as checked by :func:`check_prices`.
     """
     if model is None or not prices:
@@ -98,9 +98,9 @@ def price_of(model: str | None, prices: Mapping[str, Price] | None) -> Price | N
 
 def cost(tokens: int, price: float) -> Fraction:
     """
-    Return what tokens cost in CNY, unrounded.
+    Return the cost of tokens in CNY, unrounded.
 
-    :param price: CNY per million of them.
+    :param price: CNY per million tokens.
     """
     from airflow_provider_siliconflow.batch_files.decimals import exact
 
@@ -108,5 +108,5 @@ def cost(tokens: int, price: float) -> Fraction:
 
 
 def rounded(amount: Fraction) -> float:
-    """Return an amount in CNY to a millionth, as it is written. Sums are rounded last."""
+    """Return an amount in CNY, rounded to a millionth. Round only final sums."""
     return float(round(amount, 6))

@@ -1,4 +1,4 @@
-"""Rows become request lines: a file that is uploaded byte for byte is checked, other rows are written anew."""
+"""From rows to request lines: files that are uploaded byte for byte are checked, other rows are written again."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from airflow_provider_siliconflow.batch_files.rules import (
 @dataclass(frozen=True, slots=True)
 class RequestFileSummary:
     """
-    What a valid request file holds.
+    The figures of a valid request file.
 
     :param rows: number of request lines.
     :param bytes: size of the file.
     :param sha256: hex digest of the file's bytes.
     :param models: every ``body.model`` in it, sorted.
-    :param rows_without_model: lines that name no model, so that ``replace`` has to.
+    :param rows_without_model: lines that name no model, so that ``replace`` must name one.
     """
 
     rows: int
@@ -57,7 +57,7 @@ class RequestRow(msgspec.Struct, frozen=True, gc=False):
     One row as a request line, without a newline.
 
     :param line: compact JSON, UTF-8.
-    :param custom_id: the row's own, or one after its position.
+    :param custom_id: the row's own, or one made from its position.
     :param model: ``body.model``, if the row names one.
     :param prompt_tokens: an estimate: a quarter per ASCII character of the messages, one per other character.
     """
@@ -72,7 +72,7 @@ def _opened(source: Source, name: str) -> AbstractContextManager[ByteReader]:
     """
     Open a file for reading.
 
-    :raises InvalidInputError: there is none.
+    :raises InvalidInputError: it does not exist, or is a folder.
     """
     try:
         return source.open("rb")
@@ -86,14 +86,14 @@ def check_request_file(
     source: Source, *, name: str, max_rows: int = MAX_ROWS, max_bytes: int = MAX_BYTES
 ) -> RequestFileSummary:
     """
-    Check a file that is to be uploaded byte for byte, reading it once in bounded memory.
+    Check a file that will be uploaded byte for byte; it is read once, in bounded memory.
 
     :param source: the file.
-    :param name: what to call it in messages.
+    :param name: how messages call the file.
     :param max_rows: lines the service takes in one file.
     :param max_bytes: bytes the service takes in one file.
-    :raises InvalidRequestFileError: with up to 20 problems, each with its line and what would be right.
-    :raises InvalidInputError: there is no such file.
+    :raises InvalidRequestFileError: lines are invalid; the error lists up to 20 problems, each with its line.
+    :raises InvalidInputError: the file does not exist.
     """
     problems = Problems(name)
     custom_ids = CustomIdSet()
@@ -141,7 +141,9 @@ def check_request_file(
             if not rows:
                 problems.add(1, "the file is empty; a batch needs at least one request line")
             elif not reader.ends_with_newline:
-                problems.add(rows, "the last line does not end with a newline; the service wants one: add it")
+                problems.add(
+                    rows, "the last line does not end with a newline, which the service needs; add one"
+                )
     if suspects := custom_ids.suspects():
         with source.open("rb") as stream:
             custom_ids.name_duplicates(suspects, _custom_ids_of(stream, rows), problems)
@@ -167,19 +169,19 @@ def read_rows(
     max_bytes: int = MAX_BYTES,
 ) -> Iterator[RequestRow]:
     """
-    Read rows and return them as request lines; what cannot be one goes to ``problems``.
+    Read rows and return them as request lines; invalid rows go to ``problems``.
 
     A row is a full request line (``custom_id``, ``body``), a short one (``custom_id``, ``messages`` and other
-    body parameters) or a prompt (a string: one user message). A missing ``custom_id`` is numbered
-    ``row-0000001``, after the row's position. Fields of a full line are kept as they are, known or not.
-    Whether the custom ids are unique is not checked here.
+    body parameters) or a prompt (a string: one user message). A missing ``custom_id`` becomes ``row-0000001`` and so
+    on, after the row's position. Fields of a full line are kept unchanged, whether known or not. This does not check
+    whether the custom ids are unique.
 
     :param requests: a JSONL file or rows as Python objects (mappings and strings).
-    :param problems: takes what is wrong; raises by itself once there is enough.
+    :param problems: gets the problems; raises an error once there are enough.
     :param defaults: body parameters for rows that lack them.
-    :param defaults_name: the argument that they were given by, for messages.
-    :param max_bytes: bytes of the longest line, newline included.
-    :raises InvalidInputError: ``requests`` or ``defaults`` as a whole is of a wrong kind.
+    :param defaults_name: the argument with these parameters, for messages.
+    :param max_bytes: bytes of the longest line, including the newline.
+    :raises InvalidInputError: ``requests`` or ``defaults`` as a whole has the wrong type.
     """
     complete = _Completer(defaults, defaults_name)
     if isinstance(requests, str | bytes | bytearray | Mapping):
@@ -189,7 +191,7 @@ def read_rows(
         )
     if hasattr(requests, "columns"):
         raise InvalidInputError(
-            "requests must be a file or a sequence of rows, not a data frame, whose items are its column names: "
+            "requests must be a file or a sequence of rows, not a data frame, which iterates over its column names: "
             "give its rows as dicts"
         )
     if callable(getattr(requests, "open", None)):
@@ -259,7 +261,7 @@ def _request_rows(
         elif len(request.line) >= max_bytes:
             problems.add(
                 number,
-                f"the request is larger than the {max_bytes} bytes of a whole batch",
+                f"the request is larger than the {max_bytes} bytes of an entire batch",
                 request.custom_id,
             )
         else:
@@ -267,13 +269,13 @@ def _request_rows(
 
 
 class _Completer:
-    """Makes a request line of a row: keeps a line that is whole, rebuilds one that lacks something."""
+    """Turns a row into a request line: keeps a complete line, and completes any other."""
 
     def __init__(self, defaults: Mapping[str, Any] | None, name: str) -> None:
         check_parameters(name, defaults)
         self._defaults = {key: msgspec.Raw(to_json(value)) for key, value in (defaults or {}).items()}
         self._default_model = (defaults or {}).get("model")
-        #: Whether a line that is whole may still lack something.
+        #: Whether a full line may still lack parameters.
         self.adds_defaults = bool(defaults)
 
     def __call__(self, number: int, line: bytes) -> RequestRow | None:

@@ -1,4 +1,4 @@
-"""The one reader of result lines."""
+"""Reading result lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 #: Lines of a file that may be blank, or the result of no row. Reading gigabytes of them would take days.
 _MOST_IDLE_LINES = 1_000_000
 
-#: Takes what is wrong with a line that cannot be read.
+#: Called with the problem of a line that cannot be read.
 OnUnreadable = Callable[[str], None]
 
 
@@ -32,16 +32,16 @@ def read_lines(
     on_unreadable: OnUnreadable | None = None,
 ) -> Iterator[tuple[int, int, bytes, T | None]]:
     """
-    Read the lines of a result file; blank ones are left out.
+    Read the lines of a result file; blank lines are skipped.
 
     :param lines: the file.
     :param read: reads one line: :func:`~.verdicts.read_verdict` or :func:`~.verdicts.read_result`.
     :param name: the file, for messages.
     :param batch_id: the batch it belongs to, for messages.
-    :param on_unreadable: takes what is wrong with a line that cannot be read, and the lines after it are read all
-        the same. Without it such a line is an error.
-    :return: the line's number (from 1), its offset in bytes, the line, and what ``read`` made of it: ``None`` for
-        JSON that is no result of any row, about which one warning is logged at the end.
+    :param on_unreadable: called with the problem of a line that cannot be read; the following lines are still read.
+        Without it, such a line is an error.
+    :return: the line's number (from 1), its offset in bytes, the line, and the result of ``read``: ``None`` for JSON
+        that is not a result of any row, about which one warning is logged at the end.
     :raises IncompleteResultsError: a line is not JSON or too long, and there is no ``on_unreadable``.
     :raises IncompleteResultsError: a million lines are the result of no row.
     """
@@ -77,7 +77,7 @@ def read_lines(
         yield number, start, line, found
     if odd:
         log.warning(
-            "%s: %d lines are not the result of any row and were left out, the first of them line %d",
+            "%s: %d lines are not results of any row and were left out; the first is line %d",
             where,
             odd,
             first_odd,

@@ -1,4 +1,4 @@
-"""What a request line must be, and what is wrong with a line that is not one."""
+"""The rules for request lines, and explanations of what is wrong with an invalid line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Part(msgspec.Struct, gc=False):
 
 class _Message(msgspec.Struct, gc=False):
     role: Literal["system", "user", "assistant"]
-    # Decoding texts only to drop them would cost most; text_bytes checks of which kind they are.
+    # Decoding texts only to drop them would be the largest cost; text_bytes checks their type.
     content: msgspec.Raw
 
 
@@ -80,9 +80,9 @@ REFUSED = (msgspec.DecodeError, ValueError, RecursionError)
 
 class Problems:
     """
-    What is wrong with an input, collected until there is enough to show.
+    The problems of an input, collected until there are enough to show.
 
-    :param name: the file, or the argument that held the rows, as its author knows it.
+    :param name: the file, or the argument with the rows, as the author knows it.
     """
 
     def __init__(self, name: str) -> None:
@@ -92,33 +92,33 @@ class Problems:
 
     @property
     def lines(self) -> frozenset[int]:
-        """Numbers of the lines that are refused."""
+        """Numbers of the refused lines."""
         return frozenset(problem.line for problem in self._found)
 
     def add(self, line: int, reason: str, custom_id: str | None = None) -> None:
         """
         Add a problem.
 
-        :raises InvalidRequestFileError: that was the last one worth showing.
+        :raises InvalidRequestFileError: there are enough problems to show.
         """
         self._found.append(LineProblem(line, reason, custom_id))
         if len(self._found) >= MAX_PROBLEMS:
             self.fail(more=True)
 
     def add_once(self, kind: str, line: int, reason: str) -> None:
-        """Add a problem that is likely the same on every line, at the first line that has it."""
+        """Add a problem that is probably the same on every line, only for the first line that has it."""
         if kind not in self._kinds:
             self._kinds.add(kind)
             self.add(line, reason)
 
     def fail(self, *, more: bool) -> NoReturn:
-        """Raise what was found."""
+        """Raise an error with the problems."""
         raise InvalidRequestFileError(
             self.name, sorted(self._found, key=lambda problem: problem.line), more=more
         )
 
     def raise_if_any(self) -> None:
-        """:raises InvalidRequestFileError: something was found."""
+        """:raises InvalidRequestFileError: there are problems."""
         if self._found:
             self.fail(more=False)
 
@@ -127,7 +127,7 @@ def text_bytes(messages: list[_Message]) -> int:
     """
     Return the size of the messages' text.
 
-    :raises ValueError: the messages are not a prompt: a content of the wrong kind, or no user at the end.
+    :raises ValueError: the messages are not a prompt: a content has the wrong type, or the last role is not user.
     """
     size = kind = 0
     for message in messages:
@@ -148,22 +148,22 @@ def estimate_tokens(line: bytes, text_bytes: int) -> int:
     """
     Estimate the prompt tokens of a request: a quarter per ASCII character, one per other character.
 
-    Only the text of the messages counts, as the line has it: everything beyond ASCII is taken to belong to it, and an
-    escape such as ``\\u4e2d`` counts as its six characters. A figure for a plan, not for a bill.
+    Only the text of the messages counts, as written in the line: all non-ASCII characters are assumed to belong to it,
+    and an escape such as ``\\u4e2d`` counts as six characters. The estimate is for planning, not for billing.
 
     :param line: the request line.
     :param text_bytes: from :func:`text_bytes`.
-    :raises UnicodeDecodeError: the line is not UTF-8, which the decoder does not check of what it skips.
+    :raises UnicodeDecodeError: the line is not UTF-8, which the decoder does not check in skipped parts.
     """
     if line.isascii():
         return text_bytes + 3 >> 2
-    # Most of these characters have three bytes, two more than one per character.
+    # Most of these characters have three bytes, two more than an ASCII character.
     wide = len(line) - len(line.decode()) + 1 >> 1
     return wide + (max(text_bytes - 3 * wide, 0) + 3 >> 2)
 
 
 def accept(line: bytes) -> _FullLine | None:
-    """Return a line of a file that is uploaded as it is; ``None`` if the service would refuse it."""
+    """Return a line of a file that is uploaded unchanged; ``None`` if the service would refuse the line."""
     try:
         request = _decode_full_line(line)
         text_bytes(request.body.messages)
@@ -175,7 +175,7 @@ def accept(line: bytes) -> _FullLine | None:
 
 
 def _no_constant(constant: str) -> NoReturn:
-    raise _NotJSONError(f"the line holds {constant}, which JSON does not have; use a number or null")
+    raise _NotJSONError(f"the line contains {constant}, which is not JSON; use a number or null")
 
 
 class _NotJSONError(ValueError):
@@ -187,7 +187,7 @@ def explain(line: bytes, *, as_row: bool = False) -> tuple[str | None, str]:
     Say what is wrong with a line that was refused.
 
     :param line: the line without its newline.
-    :param as_row: whether short rows and prompts would have been right as well.
+    :param as_row: whether short rows and prompts are valid too.
     :return: the ``custom_id`` if it can be read, and the reason.
     """
     try:
@@ -204,11 +204,14 @@ def explain(line: bytes, *, as_row: bool = False) -> tuple[str | None, str]:
         return None, f"the line is not valid JSON ({exc.msg}, column {exc.colno})"
     except ValueError:
         # Python's own limit on the digits of a number.
-        return None, "the line is no request, and a number in it has too many digits to say what is wrong"
+        return (
+            None,
+            "the line is not a valid request, and has a number with too many digits to say what is wrong",
+        )
     except RecursionError:
         return None, "the line is nested too deeply"
     if as_row and isinstance(value, str):
-        return None, f"the prompt {_shown(value)} is not text that can be sent (a lone surrogate)"
+        return None, f"the prompt {_shown(value)} cannot be sent: it contains a lone surrogate"
     if not isinstance(value, dict):
         return None, f"the line is {_kind(value)}; a request line is a JSON object with custom_id and body"
     custom_id = value.get("custom_id")
@@ -219,7 +222,7 @@ def explain(line: bytes, *, as_row: bool = False) -> tuple[str | None, str]:
 def _explain_fields(row: dict[str, Any], as_row: bool) -> str | None:
     if "custom_id" not in row:
         if not as_row:
-            return "custom_id is missing; every line needs its own, a string"
+            return "custom_id is missing; every line needs a string of its own"
     elif not isinstance(row["custom_id"], str) or not row["custom_id"]:
         return f"custom_id must be a string that is not empty, not {_shown(row['custom_id'])}"
     if row.get("method", METHOD) != METHOD:
@@ -232,7 +235,7 @@ def _explain_fields(row: dict[str, Any], as_row: bool) -> str | None:
             return f"body must be an object, not {_kind(body)}"
         return _explain_body(body, "body.")
     if not as_row:
-        return "body is missing; it holds the request's messages"
+        return "body is missing; it must contain the request's messages"
     if "messages" not in row:
         return "the row has neither body nor messages"
     return _explain_body(row, "")
@@ -254,7 +257,7 @@ def _explain_body(body: dict[str, Any], where: str) -> str | None:
         if isinstance(content, list):
             for part in content:
                 if not isinstance(part, dict) or not isinstance(part.get("text", ""), str):
-                    return f"{at}.content must hold objects such as {{'type': 'text', 'text': '...'}}"
+                    return f"{at}.content must contain objects such as {{'type': 'text', 'text': '...'}}"
         elif content is not None and not isinstance(content, str):
             return f"{at}.content must be a string or a list of parts, not {_kind(content)}"
     if messages[-1]["role"] != "user":

@@ -1,4 +1,4 @@
-"""Cut rows of any number into shards: request files that fit into one batch each."""
+"""Splitting any number of rows into shards: request files that each fit into one batch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from airflow_provider_siliconflow.batch_files.lines import ByteWriter, Directory
 from airflow_provider_siliconflow.batch_files.reader import read_rows
 from airflow_provider_siliconflow.batch_files.rules import MAX_BYTES, MAX_ROWS, Problems
 
-#: Bytes of lines gathered before they are hashed and written: both cost by the call.
+#: Bytes of lines that are collected before they are hashed and written, since every call has a fixed cost.
 _BLOCK_BYTES = 1 << 16
 
-#: Lines handed to the writer at once, for the same reason.
+#: Lines that are passed to the writer at a time, for the same reason.
 _LINES_AT_ONCE = 64
 
-#: Shards of the largest plan that is believed: 5,000,000,000 rows.
+#: Most shards of a valid plan: 5,000,000,000 rows.
 _MOST_SHARDS = 1_000_000
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -43,7 +43,7 @@ class Shard:
     :param rows: number of request lines.
     :param bytes: size of the file.
     :param sha256: hex digest of the file's bytes.
-    :param name: file name below the folder it was written to.
+    :param name: file name in the folder it was written to.
     :param sources: for a shard of selected rows, the indexes of the shards they were selected from.
     """
 
@@ -62,9 +62,9 @@ class Shard:
     @classmethod
     def from_dict(cls, data: Any) -> Shard:
         """
-        Return the shard that :meth:`to_dict` described.
+        Return the shard that :meth:`to_dict` encoded.
 
-        :raises InvalidInputError: it did not describe this.
+        :raises InvalidInputError: the data is not an encoded shard.
         """
         shard = _converted(cls, data)
         for problem, found in (
@@ -87,12 +87,12 @@ class Shard:
 @dataclass(frozen=True, slots=True)
 class Split:
     """
-    What an input was cut into.
+    The shards of an input, with its figures.
 
     :param shards: in the order of the rows.
     :param rows: number of rows.
     :param bytes: size of all shards.
-    :param models: every ``body.model`` the rows name, sorted.
+    :param models: every ``body.model`` that the rows name, sorted.
     :param rows_without_model: rows that name no model.
     :param prompt_tokens: an estimate: a quarter per ASCII character of the messages, one per other character.
     """
@@ -112,9 +112,9 @@ class Split:
     @classmethod
     def from_dict(cls, data: Any) -> Split:
         """
-        Return the split that :meth:`to_dict` described.
+        Return the split that :meth:`to_dict` encoded.
 
-        :raises InvalidInputError: it did not describe this, or its figures do not add up.
+        :raises InvalidInputError: the data is not an encoded split, or its figures do not add up.
         """
         shards = data.get("shards") if isinstance(data, Mapping) else None
         if not isinstance(shards, list) or not 0 < len(shards) <= _MOST_SHARDS:
@@ -129,7 +129,7 @@ class Split:
         sums = (first_row, sum(shard.bytes for shard in found))
         fits = 0 <= split.rows_without_model <= split.rows and 0 <= split.prompt_tokens <= split.bytes
         if (split.rows, split.bytes) != sums or not fits:
-            raise InvalidInputError("the plan has figures that do not add up to those of its shards")
+            raise InvalidInputError("the plan has figures that do not match those of its shards")
         return split
 
 
@@ -140,7 +140,7 @@ def _converted(kind: type[T], data: Any) -> T:
     try:
         return msgspec.convert(data, kind)
     except (msgspec.ValidationError, RecursionError) as exc:
-        raise InvalidInputError(f"the plan is not one of this provider: {exc}") from None
+        raise InvalidInputError(f"the plan was not written by this provider: {exc}") from None
 
 
 def shard_name(index: int) -> str:
@@ -159,20 +159,19 @@ def split_requests(
     defaults_name: str = "defaults",
 ) -> Split:
     """
-    Make request lines of rows and write them as shards, in one pass and bounded memory.
+    Turn rows into request lines and write them as shards, in one pass and in bounded memory.
 
-    When this raises, ``work_dir`` may hold some shards: they mean nothing before the caller has written the split
-    beside them.
+    If this raises, ``work_dir`` may contain some shards; they are meaningless until the caller has stored the split.
 
     :param requests: a JSONL file or rows as Python objects, see :func:`~.reader.read_rows`.
     :param work_dir: folder for the shards; created if need be.
-    :param name: what to call ``requests`` in messages.
-    :param max_rows: rows of the longest shard.
-    :param max_bytes: bytes of the largest shard.
+    :param name: how messages call ``requests``.
+    :param max_rows: most rows of a shard.
+    :param max_bytes: most bytes of a shard.
     :param defaults: body parameters for rows that lack them.
-    :param defaults_name: the argument that they were given by, for messages.
-    :raises InvalidRequestFileError: rows cannot be requests, or share a ``custom_id``.
-    :raises InvalidInputError: there is no row, or an argument is wrong.
+    :param defaults_name: the argument with these parameters, for messages.
+    :raises InvalidRequestFileError: rows are invalid, or share a ``custom_id``.
+    :raises InvalidInputError: there are no rows, or an argument is wrong.
     """
     problems = Problems(name)
     custom_ids = CustomIdSet()
@@ -200,7 +199,7 @@ def split_requests(
         writer.extend(lines)
     shards = writer.shards
     if suspects := custom_ids.suspects():
-        # The shards hold every row but the refused ones, and so the line numbers of a list as well.
+        # The shards contain every row except the refused ones, which gives the line numbers of their rows.
         numbers = itertools.filterfalse(problems.lines.__contains__, itertools.count(1))
         written = itertools.chain.from_iterable(iter_custom_ids(work_dir / shard.name) for shard in shards)
         custom_ids.name_duplicates(suspects, zip(numbers, written, strict=False), problems)
@@ -232,10 +231,10 @@ def iter_custom_ids(shard: Source) -> Iterator[str]:
 
 def iter_rows(shard: Source, kind: type[T]) -> Iterator[T]:
     """
-    Return what is needed of every line of a shard, in order.
+    Decode every line of a shard, in order.
 
-    :param kind: a ``msgspec.Struct``.
-    :raises IncompleteResultsError: the shard is damaged: its lines were checked when it was written.
+    :param kind: a ``msgspec.Struct`` with the needed fields.
+    :raises IncompleteResultsError: the shard is damaged, since its lines were checked when it was written.
     """
     decode = msgspec.json.Decoder(kind).decode
     with open_own(shard) as stream:
@@ -244,8 +243,8 @@ def iter_rows(shard: Source, kind: type[T]) -> Iterator[T]:
                 row = decode(line or b"")
             except (msgspec.DecodeError, ValueError, RecursionError):
                 raise IncompleteResultsError(
-                    f"line {number} of the request file {shard} is damaged. Its batches are untouched, and so are "
-                    "their results at the service"
+                    f"line {number} of the request file {shard} is damaged. Its batches and their results at the "
+                    "service are untouched"
                 ) from None
             yield row
 
@@ -259,13 +258,13 @@ def select_rows(
     max_bytes: int = MAX_BYTES,
 ) -> tuple[Shard, ...]:
     """
-    Write new shards of chosen rows, their lines byte for byte.
+    Write new shards of selected rows, with their lines byte for byte.
 
-    :param shards: the shards to choose from.
-    :param chosen: for each of them, a ``bytearray`` with a byte per row that is not 0 where the row is
-        chosen, or the set of chosen positions.
-    :param work_dir: folder for the new shards; created if need be.
-    :return: the new shards; ``sources`` of each names the shards that its rows come from.
+    :param shards: the shards to select from.
+    :param chosen: for each shard, a ``bytearray`` with a byte per row that is not 0 if the row is selected, or the set
+        of selected positions.
+    :param work_dir: folder for the new shards; created if necessary.
+    :return: the new shards; the ``sources`` of each are the shards that its rows come from.
     """
     with ShardWriter(work_dir, max_rows=max_rows, max_bytes=max_bytes) as writer:
         for index, (shard, wanted) in enumerate(zip(shards, chosen, strict=True)):

@@ -1,4 +1,4 @@
-"""What became of the rows sent to one model, in figures."""
+"""The outcomes of the rows sent to one model, in figures."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from airflow_provider_siliconflow.api.redaction import brief
 
-#: Distinct error messages that are counted apart; the rest is counted together.
+#: Distinct error messages that are counted separately; the rest are counted together.
 MAX_MESSAGES = 200
 OTHER_MESSAGES = "(other messages)"
 #: Characters of a message that are kept.
 MESSAGE_CHARACTERS = 300
 
-#: Distinct finish reasons that are counted apart; the rest is counted together.
+#: Distinct finish reasons that are counted separately; the rest are counted together.
 MAX_REASONS = 20
 OTHER_REASONS = "(other reasons)"
 _REASON_CHARACTERS = 64
@@ -21,7 +21,7 @@ _REASON_CHARACTERS = 64
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens, as the service counted them. ``reasoning`` is a part of ``completion``."""
+    """Tokens, as the service counted them. ``completion`` includes ``reasoning``."""
 
     prompt: int = 0
     completion: int = 0
@@ -39,21 +39,21 @@ class Usage:
 @dataclass(slots=True)
 class ModelTally:
     """
-    What became of the rows sent to one model; of some shards or all of them, see :meth:`add`.
+    The outcomes of the rows sent to one model, for one or more shards, see :meth:`add`.
 
     :param rows: rows of the input.
-    :param finish_reasons: of the rows that are ok, see :meth:`add_finish_reason`.
+    :param finish_reasons: finish reasons of the rows that are ok, see :meth:`add_finish_reason`.
     :param truncated: rows that are ok, but cut at ``max_tokens`` (finish reason ``length``).
-    :param empty: rows that are ok, but without any text (a model that only reasoned, for one).
-    :param without_usage: rows that are ok, but do not say how many tokens they took, so that ``billed`` is too low.
-    :param mismatches: answers by another model than the one asked.
-    :param duplicates: result lines refused because their batch had one for that row already.
-    :param foreign: result lines of rows that were never asked.
+    :param empty: rows that are ok, but have no text (for example of a model that only reasoned).
+    :param without_usage: rows that are ok, but do not state their tokens, so that ``billed`` is too low.
+    :param mismatches: answers of another model than the requested one.
+    :param duplicates: result lines that were left out because their batch already had one for the row.
+    :param foreign: result lines of rows that were never sent.
     :param balance_errors: rows that failed because the account could not pay.
-    :param usage: tokens of the answers kept.
-    :param billed: tokens of all answers of all rounds, those that a later one replaced included.
-    :param messages: how many rows failed with which message, see :meth:`add_message`.
-    :param ok_in_round: rows by the round that answered them.
+    :param usage: tokens of the answers that were kept.
+    :param billed: tokens of all answers of all rounds, including those that a later one replaced.
+    :param messages: number of rows by error message, see :meth:`add_message`.
+    :param ok_in_round: number of rows by the round that answered them.
     """
 
     rows: int = 0
@@ -88,20 +88,20 @@ class ModelTally:
             self.add_message(message, count)
 
     def add_finish_reason(self, reason: str, count: int = 1) -> None:
-        """Count rows by their finish reason; at most 20 different ones are counted apart."""
+        """Count rows by their finish reason; at most 20 distinct ones are counted separately."""
         _count(self.finish_reasons, reason, count, _REASON_CHARACTERS, MAX_REASONS, OTHER_REASONS)
 
     def add_message(self, message: str, count: int = 1) -> None:
-        """Count rows by their error message; at most 200 different ones are counted apart."""
+        """Count rows by their error message; at most 200 distinct ones are counted separately."""
         _count(self.messages, message, count, MESSAGE_CHARACTERS, MAX_MESSAGES, OTHER_MESSAGES)
 
     def most_common_errors(self, limit: int = 5) -> dict[str, int]:
-        """Return the most common error messages and how many rows have them."""
+        """Return the most common error messages with their numbers of rows."""
         return dict(Counter(self.messages).most_common(limit))
 
 
 def _count(counts: dict[str, int], text: str, count: int, characters: int, most: int, others: str) -> None:
-    """Count a text from outside; it goes into XCom and logs, and may name a signed URL."""
+    """Count a text from outside, which goes into XCom and logs and may contain a signed URL."""
     if text not in counts:
         text = brief(text, characters)
         if text not in counts and len(counts) >= most:

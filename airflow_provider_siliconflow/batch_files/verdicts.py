@@ -1,9 +1,9 @@
 """
-What one result line says of its row, and whether the row is worth another attempt.
+The verdict on one result line: the outcome of its row, and whether the row is worth another attempt.
 
-A line is whatever the service, or a gateway before it, wrote. The usual answer is read by a typed decoder that skips
-what it does not need; everything else by :class:`BatchResult`, which takes anything. Both agree on every line. What
-is kept of a line is short and bounded: a hostile line costs its own row, and no more memory than its size.
+The service, or a gateway in front of it, may write anything into a line. Usual answers are read by a typed decoder that
+skips unneeded fields; everything else by :class:`BatchResult`, which accepts anything. Both agree on every line. Only
+short, limited parts of a line are kept: a hostile line costs its own row, and no more memory than its size.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from airflow_provider_siliconflow.api.models import BatchResult, Outcome, has_co
 from airflow_provider_siliconflow.api.redaction import READ_CHARACTERS, brief, valid_text
 from airflow_provider_siliconflow.batch_files.tally import MESSAGE_CHARACTERS, Usage
 
-#: Bytes of the longest error whose verdict is remembered.
+#: Bytes of the longest error whose verdict is cached.
 _LONGEST_KNOWN = 1024
 
 #: Characters of the longest model name that is kept.
 _LONGEST_MODEL = 256
 
-#: Bytes of a line whose values are counted before it is read: as objects they may take thirty times as much.
+#: Bytes from which the values of a line are counted before it is read: as objects they may take thirty times as much.
 _LARGE_LINE = 4 << 20
-#: Values of a large line above which only what is needed of it is read.
+#: Values of a large line above which only the needed fields are read.
 _MOST_VALUES = 500_000
-#: Bytes of the longest line that is repaired, which takes several copies of it.
+#: Bytes of the longest line that is repaired; a repair takes several copies of it.
 _LONGEST_REPAIR = 16 << 20
 
 _BALANCE_CODES = frozenset({"30001", "402", "insufficient_balance", "insufficient_quota"})
@@ -51,7 +51,7 @@ _PERMANENT_TEXT = re.compile(
 def is_balance_error(
     *, code: str | None = None, message: str | None = None, status: int | None = None
 ) -> bool:
-    """Whether a row failed because the account cannot pay: further attempts are pointless for any row."""
+    """Whether a row failed because the account cannot pay, so that no row is worth another attempt."""
     return (
         status == 402
         or (code or "").lower() in _BALANCE_CODES
@@ -63,13 +63,13 @@ def worth_retrying(
     outcome: Outcome, *, code: str | None = None, message: str | None = None, status: int | None = None
 ) -> bool:
     """
-    Whether the same row, sent again unchanged, may be answered.
+    Whether the same row may be answered if it is sent again unchanged.
 
-    A status or a numeric code decides if there is one, the words of code and message otherwise. What is not known to
-    be transient is not retried: it would be paid again.
+    A status or numeric code decides if there is one, otherwise the words of code and message. Errors that are not known
+    to be transient are not retried, since the retry would be paid for.
 
     :param code: ``error.code`` as text: an HTTP status, the service's own number or a word.
-    :param message: what the service said.
+    :param message: the service's message.
     :param status: ``response.status_code``.
     """
     if outcome is not Outcome.ERROR:
@@ -132,7 +132,7 @@ class _Response(msgspec.Struct, Generic[Choices], gc=False):
 
 
 class _Answered(msgspec.Struct, Generic[Choices], gc=False):
-    """The usual answer. Whatever does not fit this is read by :class:`BatchResult`, which takes anything."""
+    """The usual answer. Anything else is read by :class:`BatchResult`, which accepts anything."""
 
     custom_id: str
     response: _Response[Choices]
@@ -152,31 +152,31 @@ class _Named(msgspec.Struct, gc=False):
 
 
 _decode_answered = msgspec.json.Decoder(_Answered[list[_Choice]]).decode
-# A list of millions of choices would fill the memory; one is the rule.
+# Usually there is one choice; a list of millions would fill the memory.
 _decode_large = msgspec.json.Decoder(_Answered[tuple[_LargeChoice]]).decode
 _decode_failed = msgspec.json.Decoder(_Failed).decode
 _decode_named = msgspec.json.Decoder(_Named).decode
 
 _REFUSED = (msgspec.DecodeError, ValueError, RecursionError)
 
-#: Digits of the longest number that is read as a whole one: Python refuses longer ones.
+#: Digits of the longest number that is read as an integer; Python refuses longer ones.
 _LONGEST_NUMBER = 4000
 _ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})?')
 
 
 class UnreadableLineError(ValueError):
-    """A line of a result file cannot be read, so nobody knows whose result it is; the text says what it is."""
+    """A line of a result file cannot be read, so its row is unknown; the text says what is wrong."""
 
 
 class Verdict(msgspec.Struct, gc=False):
     """
-    What one result line says of its row, and where the line is.
+    The verdict on one result line, and the position of the line.
 
-    :param empty: whether an answer that is ok holds no text.
-    :param metered: whether the line counts the tokens of prompt and completion.
-    :param code: ``error.code`` of a row that is not ok, short.
-    :param message: what the service said of a row that is not ok, short and without secrets.
-    :param transient: whether the row, not ok, is worth another attempt.
+    :param empty: whether an answer that is ok has no text.
+    :param metered: whether the line states the tokens of prompt and completion.
+    :param code: ``error.code`` of a row that is not ok, shortened.
+    :param message: the service's message about a row that is not ok, shortened and without secrets.
+    :param transient: whether a row that is not ok is worth another attempt.
     :param out_of_balance: whether the row failed because the account cannot pay.
     """
 
@@ -210,13 +210,13 @@ class Verdict(msgspec.Struct, gc=False):
 
 def read_verdict(line: bytes) -> Verdict | None:
     """
-    Judge a result line; ``None`` if it is none.
+    Judge a line; ``None`` if it is not a result line.
 
     :raises UnreadableLineError: it is not JSON, or nested too deeply.
     """
     try:
         answered = _decode_answered(line) if len(line) <= _LARGE_LINE else _decode_large(line)
-        # Only a short text can be blank in earnest.
+        # Only a short text can be blank.
         content = answered.response.body.choices[0].message.content
         empty = len(content) < 64 and _is_blank(msgspec.json.decode(content))
     except (*_REFUSED, IndexError):
@@ -238,7 +238,7 @@ def read_verdict(line: bytes) -> Verdict | None:
         details = usage.completion_tokens_details
         if details is not None:
             reasoning = details.reasoning_tokens or 0
-    # By position, as this is what a million rows wait for.
+    # Positional arguments are faster, and this runs for every row.
     return Verdict(
         answered.custom_id,
         outcome,
@@ -255,10 +255,10 @@ def read_verdict(line: bytes) -> Verdict | None:
 
 def read_result(line: bytes) -> BatchResult | None:
     """
-    Read a result line of any shape; ``None`` if it is none, having no ``custom_id``.
+    Read a result line of any shape; ``None`` if it has no ``custom_id`` and so is not a result line.
 
-    Of a line of more than 4 MiB with more than 500,000 values (log probabilities, mostly), or of one of more than
-    16 MiB that is damaged, only the custom id, the texts, the finish reason and the usage are read.
+    Only the custom id, the texts, the finish reason and the usage are read from a line of more than 4 MiB with more
+    than 500,000 values (mostly log probabilities), and from a damaged line of more than 16 MiB.
 
     :raises UnreadableLineError: it is not JSON, or nested too deeply.
     """
@@ -280,7 +280,7 @@ def read_result(line: bytes) -> BatchResult | None:
     try:
         return BatchResult.model_validate(data)
     except pydantic.ValidationError:
-        # The row was answered, perhaps paid for: a field of an odd kind is no reason to lose it.
+        # The row was answered and perhaps paid for; one field of an odd type must not lose it.
         response = data.get("response")
         return BatchResult.model_construct(
             custom_id=custom_id,
@@ -317,7 +317,7 @@ def _read_name(line: bytes) -> BatchResult | None:
         raise UnreadableLineError("is not JSON") from exc
     error = {
         "code": "unreadable",
-        "message": f"the result of {len(line)} bytes holds too many values to be read",
+        "message": f"the result of {len(line)} bytes has too many values to be read",
     }
     return BatchResult.model_construct(custom_id=custom_id, error=error)
 
@@ -331,10 +331,10 @@ def _text_of(raw: msgspec.Raw) -> str | None:
 
 def _decode_damaged(line: bytes) -> Any:
     """
-    Read JSON as well as it can be read: one damaged text must not withhold the rows around it.
+    Read damaged JSON as well as possible: one damaged text must not lose the rows around it.
 
-    An answer may be cut within an escaped pair of characters or within the bytes of one; or a gateway puts bytes
-    into it that JSON does not have.
+    An answer may be cut off within an escaped surrogate pair or within the bytes of a character, or a gateway may
+    insert bytes that JSON does not allow.
     """
     text = line.decode("utf-8-sig", "replace")
     try:
@@ -349,14 +349,14 @@ def _decode_damaged(line: bytes) -> Any:
 
 
 def _loads(text: str) -> Any:
-    # With "strict" off, control characters may stand in texts.
+    # Without "strict", texts may contain control characters.
     return json.loads(
         text, strict=False, parse_int=lambda n: int(n) if len(n) < _LONGEST_NUMBER else float(n)
     )
 
 
 def _read_failure(line: bytes) -> Verdict | None:
-    """Judge the usual failure, of which a file may hold thousands that differ in their rows alone."""
+    """Judge the usual failure; a file may contain thousands that differ only in their rows."""
     try:
         failed = _decode_failed(line)
         if len(failed.error) > _LONGEST_KNOWN:
@@ -403,7 +403,7 @@ def _verdict_of(result: BatchResult) -> Verdict:
         verdict.out_of_balance = outcome is Outcome.ERROR and is_balance_error(
             code=code, message=words, status=status
         )
-        # Thousands of them may be kept, most of them the same.
+        # Thousands of them may be kept, and most are the same.
         verdict.code = code and intern(code)
         verdict.message = intern(brief(message, MESSAGE_CHARACTERS))
     return verdict
@@ -426,7 +426,7 @@ def _reason(result: BatchResult) -> tuple[str | None, str]:
     status = (result.response or {}).get("status_code")
     if not isinstance(status, int) or isinstance(status, bool) or not 100 <= status <= 599:
         status = None
-    return None, "the answer holds no choice" if status in (None, 200) else f"HTTP {status}"
+    return None, "the answer has no choice" if status in (None, 200) else f"HTTP {status}"
 
 
 def _is_blank(text: Any) -> bool:
@@ -434,7 +434,7 @@ def _is_blank(text: Any) -> bool:
 
 
 def whole_number(value: Any) -> int | None:
-    """Return a count as the service may send it: a number, one with a fraction of zero, or digits."""
+    """Return a count, which the service may send as an integer, as a float without a fraction, or as digits."""
     digits = isinstance(value, str) and value.isdecimal() and len(value) < 20
     if digits or (isinstance(value, float) and value.is_integer()):
         value = int(value)

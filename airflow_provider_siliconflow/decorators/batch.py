@@ -1,4 +1,4 @@
-"""``@task.siliconflow_batch``: a function that makes the rows, and the job that runs them."""
+"""``@task.siliconflow_batch``: a function that returns rows, and the job that runs them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class SiliconFlowBatchDecoratedOperator(DecoratedOperator, RunBatchOperator):
     """
     Run the rows that a function returns or yields; see :class:`~..operators.batch.RunBatchOperator`.
 
-    The function is called once: a retry goes on with the rows as the first try planned them. Its rows are not
+    The function is called once: a retry continues with the rows that the first try planned. Its rows are not
     rendered as templates.
 
     :param python_callable: returns or yields rows, or returns the path of a JSONL file.
-    :param op_args: positional arguments for it.
-    :param op_kwargs: keyword arguments for it.
+    :param op_args: positional arguments of the function.
+    :param op_kwargs: keyword arguments of the function.
     """
 
     template_fields: Sequence[str] = tuple(
@@ -51,13 +51,15 @@ class SiliconFlowBatchDecoratedOperator(DecoratedOperator, RunBatchOperator):
         **kwargs: Any,
     ) -> None:
         if kwargs.pop("multiple_outputs", None):
-            raise ValueError("multiple_outputs is not for @task.siliconflow_batch: its manifest is one value")
+            raise ValueError(
+                "@task.siliconflow_batch does not take multiple_outputs: its manifest is one value"
+            )
         super().__init__(
             python_callable=python_callable,
             op_args=op_args,
             op_kwargs=op_kwargs,
             requests=SET_DURING_EXECUTION,
-            # The manifest is one value: its keys are not XComs of their own.
+            # The manifest is one value: its keys are not separate XComs.
             multiple_outputs=False,
             **kwargs,
         )
@@ -78,7 +80,7 @@ class SiliconFlowBatchDecoratedOperator(DecoratedOperator, RunBatchOperator):
         return open_source(rows, self._requests_name()) if isinstance(rows, str) else rows
 
     def lineage_input(self) -> Any:
-        """Return nothing: the rows come from a function."""
+        """Return ``None``: the rows come from a function."""
         return None
 
     def _requests_name(self) -> str:
@@ -91,7 +93,7 @@ def siliconflow_batch_task(python_callable: Callable[..., Any] | None = None, **
 
     .. code-block:: python
 
-        @task.siliconflow_batch(output_dir="s3://bucket/{{ run_id }}", model="Qwen/Qwen3-32B")
+        @task.siliconflow_batch(output_dir="s3://bucket/{{ run_id }}", model="deepseek-ai/DeepSeek-V3")
         def summaries(articles: list[str]):
             for article in articles:
                 yield f"Summarise in one sentence: {article}"

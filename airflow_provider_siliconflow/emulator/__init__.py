@@ -1,7 +1,7 @@
 """
 A local SiliconFlow: try DAGs and test clients without a key or any spending.
 
-Run ``siliconflow-emulator`` beside an Airflow, or :func:`running_emulator` inside a test::
+Run ``siliconflow-emulator`` for a local Airflow, or :func:`running_emulator` in a test::
 
     with running_emulator(speed=1000) as emulator:
         monkeypatch.setenv("AIRFLOW_CONN_SILICONFLOW_DEFAULT", emulator.airflow_connection)

@@ -32,7 +32,7 @@ faults (--fault, repeatable): MATCH:KIND[=VALUE][,NAME=VALUE...] or a JSON objec
   'POST /batches:status-after=502'                  the batch is created, the answer is a 502
   'GET /batches/*:status=429,times=3,retry-after=2' three polls are refused
   'GET storage:cut=1000,skip=1'                     the second download ends after 1,000 bytes
-  'GET /batches/*:gzip-bomb=500000000'              a poll is answered with 500 MB, packed to 0.5 MB
+  'GET /batches/*:gzip-bomb=500000000'              a poll is answered with 500 MB, compressed to 0.5 MB
   '{{"match": "POST /batches", "kind": "rewrite", "rename": {{"id": "batch_id"}}, "remove": ["status"]}}'
 {indent(fill("kinds: " + ", ".join(KINDS), 90), "  ")}
   An answer is rewritten with rename, merge, remove, envelope=true, status=CODE, body or raw (text).
@@ -143,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
     _number(
         odd,
         "--partial-output-seconds",
-        "the output file holds half of its lines until this many seconds after the end",
+        "the output file contains only half of its lines until this many seconds after the end",
     )
     _number(odd, "--settle-seconds", "request counts are right only this many seconds after the end")
     _choice(odd, "--settle-as", "what is shown for the counts until then")
@@ -198,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _allow_many_connections() -> None:
-    """Raise the limit on open files as far as allowed: the usual 1,024 is too low for a load test."""
+    """Raise the limit of open files as far as allowed: the usual 1,024 is too low for a load test."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -257,7 +257,7 @@ def _price(text: str) -> tuple[str, dict[str, str]]:
 
 
 def _fail(text: str) -> str:
-    raise ValueError(f"--model is written NAME=SKILL, for example Qwen/Qwen3-32B=0.8, not {text!r}")
+    raise ValueError(f"--model must be NAME=SKILL, for example deepseek-ai/DeepSeek-V3=0.8, not {text!r}")
 
 
 def _default(name: str) -> Any:
@@ -285,7 +285,7 @@ def _switch(group: argparse._ArgumentGroup, name: str, text: str) -> None:
 
 
 def _write_at_once(path: Path, text: str) -> None:
-    """Write a file so that a watcher never sees half of it."""
+    """Write a file so that a watcher never sees a partial one."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(text + "\n")
     os.replace(part, path)

@@ -1,4 +1,4 @@
-"""What the service says about the account: its key, its balance and its models."""
+"""What the service reports about the account: its key, its balance and its models."""
 
 from __future__ import annotations
 

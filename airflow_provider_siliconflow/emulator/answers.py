@@ -1,8 +1,8 @@
 """
 Answers of the emulated models.
 
-An answer is a pure function of the model, the messages, the parameters and the custom id: never of the batch,
-the time or chance. Two runs over the same rows therefore give the same bytes, down to ids and usage.
+An answer depends only on the model, the messages, the parameters and the custom id, not on the batch, the time or
+chance. So two runs over the same rows give the same bytes, including ids and usage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator.response_format import SchemaBook
     from airflow_provider_siliconflow.emulator.schemas import SchemaWriter
 
-#: ``created`` of the answers lies in the day that follows.
+#: ``created`` of the answers is within a day after this time.
 _EPOCH = 1_741_685_413
 _CHARACTERS_PER_TOKEN = 4
 _REASONING_MODEL = re.compile(r"(^|[-/])(R1|QwQ)([-.]|$)|Thinking", re.IGNORECASE)
@@ -97,7 +97,7 @@ class Answerer:
     Answers rows.
 
     :param book: known answers.
-    :param skills: model id to the share of known questions it answers rightly.
+    :param skills: model id to the share of known questions that it answers correctly.
     :param schemas: the schemas that rows ask for.
     """
 
@@ -235,7 +235,7 @@ def expired_line(custom_id: str) -> bytes:
 
 
 def transient_status(custom_id: str, model: str, rate: float) -> int | None:
-    """Return the status a row fails with on its first run under ``row_error_rate``, None if it succeeds."""
+    """Return the status with which a row fails on its first run under ``row_error_rate``; None if it succeeds."""
     digest = digest_of(custom_id, model, b"row error")
     if share_of(digest) < rate:
         return 429 if digest[8] & 1 else 503

@@ -40,8 +40,8 @@ class EmulatorConfig:
     """
     Behaviour of the emulated service.
 
-    Durations in *service* seconds are divided by ``speed``. Those in *wall* seconds are not, because they say how
-    long a client sees something odd; they pass on the service's clock, so ``advance`` shortens them.
+    Durations in *service* seconds are divided by ``speed``. Durations in *wall* seconds are not, because they are the
+    time for which a client sees something odd; they run on the service's clock, so ``advance`` shortens them.
 
     :param speed: how many times faster than the real service batches run.
     :param queue_seconds: service seconds a batch stays ``in_queue``.
@@ -49,22 +49,22 @@ class EmulatorConfig:
     :param finalizing_seconds: service seconds between the last row and ``completed``.
     :param cancelling_seconds: service seconds between ``cancelling`` and ``cancelled``.
     :param late_output_seconds: wall seconds a finished batch still shows no result files.
-    :param late_error_seconds: wall seconds a finished batch still shows no error file; None is as
-        ``late_output_seconds``, which then holds for both files.
-    :param partial_output_seconds: wall seconds after its end for which the output file of a batch holds only the
+    :param late_error_seconds: wall seconds a finished batch still shows no error file; None means the same as
+        ``late_output_seconds``.
+    :param partial_output_seconds: wall seconds after its end for which the output file of a batch contains only the
         first half of its lines.
     :param settle_seconds: wall seconds after its end before a batch shows its counts; until then, while it runs
         too, ``settle_as`` is shown.
     :param settle_as: what is shown for the counts: ``"zeros"`` (total, 0, 0), ``"null"`` or ``"empty"`` (``{}``).
-    :param list_lag_seconds: wall seconds before a new batch shows up in the list; by id it is found at once.
+    :param list_lag_seconds: wall seconds before a new batch appears in the list; by its id it is found at once.
     :param list_oldest_first: the list begins with the oldest batch.
-    :param list_limit: the list shows only this many batches, ignores ``after`` and ``limit`` and says that there
-        is no more; 0 is no limit.
-    :param list_endless: pages are filled with new made-up batches and always say that there is more.
+    :param list_limit: the list shows only this many batches, ignores ``after`` and ``limit`` and claims to be complete;
+        0 is no limit.
+    :param list_endless: pages are filled with new made-up batches, and each claims that there are more.
     :param list_metadata: how the list shows metadata.
     :param batch_metadata: how an answer about one batch shows metadata.
-    :param clock_offset_seconds: added to every time the service states, the ``Date`` header and signed URLs
-        included; may be negative. The service itself still runs on time.
+    :param clock_offset_seconds: added to every time that the service states, including the ``Date`` header and signed
+        URLs; may be negative. The service itself still uses the correct time.
     :param url_ttl_seconds: wall seconds a signed result URL is valid.
     :param row_error_rate: share of rows (0 to 1) that fail with a 429 or 503 the first time they are run.
     :param invalid_rate: share of rows (0 to 1) whose answer, the first time they are run, is not JSON, has a field of
@@ -90,7 +90,7 @@ class EmulatorConfig:
     :param no_thinking_models: models whose rows fail with 20015 if they have ``enable_thinking``.
     :param answers: JSONL file of ``{"question": ..., "answer": ...}``; ``prompt`` or ``custom_id`` in place of
         ``question`` gives the whole answer to a prompt or a row.
-    :param ignore_cursor: the list ignores ``after`` and claims that there is more, forever.
+    :param ignore_cursor: the list ignores ``after``, and always claims that there are more batches.
     :param flat_files: file calls answer a flat OpenAI-style object instead of the documented envelope.
     :param results_as_file_ids: ``output_file_id`` and ``error_file_id`` are file ids instead of signed URLs.
     :param max_file_bytes: upload limit in bytes.

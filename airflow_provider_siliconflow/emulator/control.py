@@ -1,4 +1,4 @@
-"""The emulator's own calls, below ``/_emulator/``: a test inspects and changes the emulator with them."""
+"""The emulator's own calls, below ``/_emulator/``, with which tests inspect and change it."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class Control:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         """
-        Answer a control call: what is wrong with it comes back as ``{"error": ...}``.
+        Answer a control call; errors are returned as ``{"error": ...}``.
 
-        A page in the user's browser must not drive the emulator. It cannot send this content type to another
-        origin, and a name of its own that leads to this machine is still the name in ``Host``.
+        A page in the user's browser must not control the emulator. It cannot send this content type to another origin,
+        and if its own host name resolves to this machine, that name is still in ``Host``.
         """
         if not _names_this_machine(request.headers.get("Host", "")):
             return json_response(
@@ -96,7 +96,7 @@ class Control:
 
     async def _add_fault(self, request: web.Request) -> web.StreamResponse:
         given = await _body(request, (dict, list, str))
-        # All are read before the first is added, so that a refusal adds none.
+        # All of them are read before the first is added, so that an invalid one adds none.
         faults = [Fault.parse(spec) for spec in (given if isinstance(given, list) else [given])]
         return odd_json_response([self._faults.add(fault).as_dict() for fault in faults])
 
@@ -152,7 +152,7 @@ class Control:
 
 
 async def _body(request: web.Request, wanted: type | tuple[type, ...]) -> Any:
-    # Not msgspec: a fault may carry what it refuses, a lone surrogate for one.
+    # Not msgspec, which refuses some values of faults, such as lone surrogates.
     body = json.loads(await request.read() or b"{}")
     if not isinstance(body, wanted):
         raise ValueError("the body has the wrong JSON type")

@@ -1,4 +1,4 @@
-"""What the service decides when a batch is created: whether the request is valid, and which rows are special."""
+"""Decisions at the creation of a batch: whether the request is valid, and which rows are special."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class RowFates:
         special: Iterable[Special],
         config: EmulatorConfig,
     ) -> None:
-        """Choose at creation, since "the first time" goes by the order in which batches are created."""
+        """Choose at creation, since "the first time" depends on the order in which batches are created."""
         candidates: list[Special] = []
         flawed: list[Special] = []
         for one in special:

@@ -71,7 +71,7 @@ class Disk:
             self._save(self._folder / "batches" / f"{batch.id}.json", batch)
 
     def save_state(self, state: SavedState) -> None:
-        """Write what is kept beside files and batches."""
+        """Write the state other than files and batches."""
         self._save(self._folder / "state.json", state)
 
     def read_files(self) -> list[FileRecord]:
@@ -83,7 +83,7 @@ class Disk:
         return list(self._read("batches", BatchRecord))
 
     def read_state(self) -> SavedState | None:
-        """Return what an earlier run kept beside files and batches."""
+        """Return the state of an earlier run other than files and batches."""
         path = self._folder / "state.json"
         return msgspec.json.decode(path.read_bytes(), type=SavedState) if path.exists() else None
 

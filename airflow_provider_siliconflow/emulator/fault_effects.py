@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 class FaultEffects:
     """
-    Answers the requests that a fault hits.
+    Answers requests to which a fault applies.
 
     :param journal: holds requests for the kinds ``hold`` and ``hold-after``.
     """
@@ -56,7 +56,7 @@ class FaultEffects:
         """
         Return the answer under a fault.
 
-        :param work: does what was asked for and returns the proper answer.
+        :param work: carries out the request and returns the correct answer.
         """
         kind = fault.kind
         if kind in ("status", "html", "redirect"):
@@ -69,7 +69,7 @@ class FaultEffects:
             return await work()
 
         if request.path.startswith("/results/") and kind in ("slow", "hold-after"):
-            # A download changes nothing, so there is no work to do first; the file is opened when it is sent.
+            # A download changes nothing, so there is nothing to carry out first; the file is opened when it is sent.
             await self._delay(fault, request)
             return await work()
         response = await work()
@@ -154,7 +154,7 @@ async def _cut(request: web.Request, response: web.StreamResponse, size: int) ->
         path = response._path
         found = path.stat()
         whole = found.st_size
-        # As aiohttp makes it for the whole file: what a client compares when it goes on from here.
+        # The same entity tag as aiohttp's for the whole file, which a client compares if it resumes.
         headers["ETag"] = f'"{found.st_mtime_ns:x}-{whole:x}"'
         headers["Accept-Ranges"] = "bytes"
         first, last, _ = request.http_range.indices(whole)

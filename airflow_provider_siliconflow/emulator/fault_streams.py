@@ -1,7 +1,7 @@
 """
-Answers that are too big, too slow or without end.
+Answers that are too large, too slow or endless.
 
-Every one is made while it is sent, from a block of at most 1 MB, so the emulator stays small whatever it sends.
+Each is generated while it is sent, from a block of at most 1 MB, so the emulator needs little memory for any of them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Filled:
         """
         Yield the body.
 
-        :param size: of the whole body in bytes; a smaller body than head and tail is not made.
+        :param size: size of the whole body in bytes; it is at least that of head and tail.
         """
         yield self.head
         whole, rest = divmod(max(0, size - len(self.head) - len(self.tail)), len(self.block))
@@ -69,7 +69,7 @@ async def filled(fault: Fault, request: web.Request, response: web.StreamRespons
         until = time.monotonic() + (fault.seconds or 0)
         while time.monotonic() < until:
             await answer.write(body.block)
-            # Writing to a client that reads fast enough never waits, and other requests must be answered too.
+            # Writing to a fast client never waits, and other requests must be answered too.
             await asyncio.sleep(0)
         await answer.write(body.tail)
     else:
@@ -83,7 +83,7 @@ async def filled(fault: Fault, request: web.Request, response: web.StreamRespons
 
 
 async def drip(fault: Fault, request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
-    """Send the true body one byte at a time."""
+    """Send the correct body one byte at a time."""
     answer = _like(response, fault)
     answer.content_length = _size(response)
     await answer.prepare(request)
@@ -98,7 +98,7 @@ async def drip(fault: Fault, request: web.Request, response: web.StreamResponse)
 async def drip_headers(
     fault: Fault, request: web.Request, response: web.StreamResponse
 ) -> web.StreamResponse:
-    """Send the status line and the headers one byte at a time, then the true body."""
+    """Send the status line and the headers one byte at a time, then the correct body."""
     head = _head(response, fault) + b"\r\n"
     for place in range(len(head)):
         await request.writer.write(head[place : place + 1])
@@ -109,7 +109,7 @@ async def drip_headers(
 async def many_headers(
     fault: Fault, request: web.Request, response: web.StreamResponse
 ) -> web.StreamResponse:
-    """Send a number of headers beside the true ones."""
+    """Send a number of extra headers."""
     await request.writer.write(_head(response, fault))
     count = fault.count or 0
     for first in range(0, count, 1000):
@@ -121,7 +121,7 @@ async def many_headers(
 
 
 async def endless_continue(fault: Fault, request: web.Request) -> None:
-    """Send ``100 Continue`` until the time is over or the client leaves."""
+    """Send ``100 Continue`` until the time is over or the client disconnects."""
     until = time.monotonic() + (fault.seconds or 0)
     while time.monotonic() < until:
         await request.writer.write(_CONTINUE * 1000)
@@ -131,7 +131,7 @@ async def endless_continue(fault: Fault, request: web.Request) -> None:
 
 
 class _Sent(web.StreamResponse):
-    """Stands for an answer that was written past aiohttp; the connection is closed after it."""
+    """Represents an answer that was written without aiohttp; the connection is closed after it."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status=status)
@@ -207,9 +207,9 @@ async def _filled(fault: Fault, response: web.StreamResponse) -> _Filled:
 
 def _gzipped(pieces: Iterator[bytes]) -> Iterator[bytes]:
     """
-    Compress a body that repeats itself.
+    Compress a body that repeats a block.
 
-    A block is deflated once: ended with a full flush it stands for itself, so the same bytes are sent again.
+    The block is deflated once. Since it ends with a full flush, its bytes are independent and can be sent repeatedly.
     """
     yield b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
     checksum = size = 0

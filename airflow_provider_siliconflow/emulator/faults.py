@@ -1,4 +1,4 @@
-"""Fault rules: what to do to how many of the requests that match."""
+"""Fault rules: which fault applies to which requests, and how often."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import msgspec
 
 from airflow_provider_siliconflow.emulator.odd_json import encode_odd
 
-#: Kind to what a value right behind it sets (``status=503``, ``slow=2``), and what it is when left out.
-#: The value may be left out and then stays unset.
+#: By kind, the field that a value directly after it sets (``status=503``, ``slow=2``), and its default.
+#: Without a default the field stays unset.
 _NO_DEFAULT = object()
 _KINDS: dict[str, tuple[str, Any]] = {
     "status": ("status", 503),
@@ -48,17 +48,17 @@ class Fault:
     """
     One rule.
 
-    Kinds that leave the work undone: ``status``, ``html``, ``redirect``, ``reset``;
-    ``hold`` waits, then works.
-    All others do the work first and spoil the answer: ``status-after``, ``reset-after``, ``slow``, ``cut``,
+    Kinds that do not carry out the request: ``status``, ``html``, ``redirect``, ``reset``;
+    ``hold`` waits and then carries it out.
+    All others carry it out first and then spoil the answer: ``status-after``, ``reset-after``, ``slow``, ``cut``,
     ``truncated-json``, ``empty``, ``hold-after``; ``rewrite`` changes the JSON answer; ``huge``, ``gzip-bomb``
-    (an encoding the client did not ask for) and ``endless`` fill it, ``drip`` and ``drip-headers`` send it byte
+    (an encoding that the client did not request) and ``endless`` fill it, ``drip`` and ``drip-headers`` send it byte
     by byte, ``endless-continue`` sends ``100 Continue`` before it, ``many-headers`` adds headers.
 
-    ``rewrite`` applies, in this order, ``rename``, ``merge``, ``remove`` and ``envelope`` to the true answer, or
-    sends ``body`` or ``raw`` instead. A path is a name, or several with dots between them; a star stands for
-    every item of a list: ``data.*.metadata``. Inside ``merge`` and ``body``, ``{"$text": N}`` is a text of N
-    characters, ``{"$digits": N}`` a whole number of N digits and ``{"$nested": N}`` N lists inside each other.
+    ``rewrite`` applies ``rename``, ``merge``, ``remove`` and ``envelope``, in this order, to the correct answer, or
+    sends ``body`` or ``raw`` instead. A path is a name, or several names separated by dots; a star stands for
+    every item of a list: ``data.*.metadata``. In ``merge`` and ``body``, ``{"$text": N}`` is a text of N
+    characters, ``{"$digits": N}`` an integer of N digits and ``{"$nested": N}`` N nested lists.
 
     :param match: method and path, as ``POST /batches``, ``GET /batches/*``, ``* /files`` or ``GET storage``;
         a star is one part of the path.
@@ -67,7 +67,7 @@ class Fault:
     :param skip: how many matching requests pass first.
     :param status: of ``status``, ``status-after``, ``html`` and ``rewrite``.
     :param body: of ``status``, ``status-after`` and ``rewrite``: JSON that replaces the service's own body.
-    :param raw: of ``rewrite``: text sent as it is.
+    :param raw: of ``rewrite``: text that is sent unchanged.
     :param rename: of ``rewrite``: path to new name.
     :param merge: of ``rewrite``: path to new value.
     :param remove: of ``rewrite``: paths.
@@ -78,9 +78,9 @@ class Fault:
     :param bytes: of ``cut``: how much of the body is sent before the connection ends; of ``huge`` and
         ``gzip-bomb``: size of the body, once it is decoded.
     :param count: of ``many-headers``.
-    :param fill: of ``huge``, ``gzip-bomb`` and ``endless``: ``spaces`` inside the true answer, which stays valid
-        JSON; ``junk`` alone; or ``lines`` of the result file again and again. Default: ``lines`` for a
-        download, else ``spaces``.
+    :param fill: of ``huge``, ``gzip-bomb`` and ``endless``: ``spaces`` inside the correct answer, which stays valid
+        JSON; only ``junk``; or the ``lines`` of the result file repeatedly. Default: ``lines`` for a
+        download, otherwise ``spaces``.
     :param chunked: of ``huge``: do not announce the length.
     :param location: of ``redirect``.
     :param hits: requests hit so far.
@@ -114,7 +114,7 @@ class Fault:
             raise ValueError(
                 f"a fault matches a method and a path like 'GET /files' or 'GET storage', not {self.match!r}",
             )
-        # Written as in a URL it means the same.
+        # A path may be written as in a URL.
         self.match = self.match.replace(" /v1/", " /", 1)
         name, default = _KINDS[self.kind]
         if name and getattr(self, name) is None and default is not _NO_DEFAULT:
@@ -139,7 +139,7 @@ class Fault:
         Read a fault as given on the command line or to the control API.
 
         :param spec: ``MATCH:KIND[=VALUE][,NAME=VALUE...]``, a JSON object, or its fields.
-        :raises ValueError: with what is wrong.
+        :raises ValueError: the fault is invalid; the message says why.
         """
         if isinstance(spec, Fault):
             return spec
@@ -167,7 +167,7 @@ class Fault:
         return _pattern(path).fullmatch(target) is not None
 
     def as_dict(self) -> dict[str, Any]:
-        # Not asdict(): it copies, and a body may be nested too deeply for that.
+        # Not asdict(), which copies: a body may be nested too deeply for that.
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
 
@@ -224,7 +224,7 @@ def _read_text(text: str) -> dict[str, Any]:
         return dict(read)
     match, colon, rest = text.partition(":")
     if not colon:
-        raise ValueError(f"a fault is written MATCH:KIND[=VALUE][,NAME=VALUE...], not {text!r}")
+        raise ValueError(f"a fault must be MATCH:KIND[=VALUE][,NAME=VALUE...], not {text!r}")
     values: dict[str, Any] = {"match": match.strip()}
     known = {one.name for one in fields(Fault)}
     for number, part in enumerate(rest.split(",")):

@@ -1,4 +1,4 @@
-"""What the server has been asked so far, and the requests that a fault holds at this moment."""
+"""The requests that the server has received, and those that a fault holds at the moment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RecordedRequest:
     :param method: HTTP method.
     :param path: path below the origin, with its query except on the storage.
     :param route: method-less route as faults name it: ``/batches/*``, ``storage``.
-    :param status: status that was sent; 0 when the connection was closed without a whole answer.
+    :param status: status that was sent; 0 if the connection was closed without a complete answer.
     :param at: epoch seconds of its arrival.
     :param fault: kind of the fault that hit it.
     """
@@ -32,9 +32,9 @@ class RecordedRequest:
 
 class Journal:
     """
-    Record of the requests. Everything but reading it belongs to the server's event loop.
+    Record of the requests. Only the server's event loop may change it.
 
-    ``counts`` holds every request by ``METHOD /route``; ``requests`` holds the last 20,000, oldest first.
+    ``counts`` has the number of all requests by ``METHOD /route``; ``requests`` has the last 20,000, oldest first.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Journal:
 
     @property
     def held(self) -> list[str]:
-        """The requests a fault holds at this moment, as ``METHOD /path``."""
+        """The requests that a fault holds at the moment, as ``METHOD /path``."""
         return list(self._held.values())
 
     async def hold(self, name: str) -> None:
@@ -69,7 +69,7 @@ class Journal:
             del self._held[event]
 
     def release(self) -> int:
-        """Let all held requests go on, and return how many there were."""
+        """Let all held requests continue, and return how many there were."""
         held = list(self._held)
         for event in held:
             event.set()

@@ -1,4 +1,4 @@
-"""Which batches a page of the list shows, in the orderly and in the odd forms."""
+"""Which batches a page of the list shows, in the documented and in the odd forms."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def list_page(
     after: str | None,
 ) -> tuple[list[BatchRecord], bool]:
     """
-    Return one page, and whether the service says that there is more.
+    Return one page, and whether the service claims that there are more.
 
     :param order: sort keys of all batches, oldest first.
     :param now: the service's clock in epoch seconds.
     :param size: batches on a page.
-    :param after: id of the last batch of the page before.
+    :param after: id of the last batch of the previous page.
     :raises ServiceError: 404, the cursor names no batch.
     """
     if config.list_limit:
@@ -47,7 +47,7 @@ def list_page(
         return page, False
     if config.list_endless:
         missing = size - len(page)
-        # As new as can be, so that no client may stop because the batches are too old for it.
+        # As new as possible, so that no client stops because the batches are too old.
         page += [BatchRecord.of_another_user(new_id("batch_"), 0, now) for _ in range(missing)]
         return page, True
     return page, more or (config.ignore_cursor and bool(page))
@@ -68,7 +68,7 @@ def _following(
             key = cursor.sort_key()
             place = bisect_right(order, key) if oldest_first else bisect_left(order, key)
         elif config.list_endless:
-            # A batch that was made up for an earlier page: all true ones came before.
+            # A batch made up for an earlier page: all real ones came before it.
             return
         else:
             raise unknown_object("Batch", after)

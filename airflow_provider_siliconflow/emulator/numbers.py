@@ -48,7 +48,8 @@ def _between(low: Fraction, high: Fraction, open_low: bool, open_high: bool) -> 
         exact = low + (high - low) * Fraction(count, _STEPS)
         # With few digits where they are enough.
         numbers = (float(round(exact, digits)) for digits in (2, 6, 12, 18))
-        found += [number for number in numbers if low < number < high][:1]
+        # As it is written: the float 0.89 is a little more than 0.89.
+        found += [number for number in numbers if low < Fraction(str(number)) < high][:1]
     return found
 
 

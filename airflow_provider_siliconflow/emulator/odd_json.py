@@ -1,4 +1,4 @@
-"""JSON that no well-behaved service sends: how it is written, and how a true answer is turned into it."""
+"""JSON that no well-behaved service sends: writing it, and changing a correct answer into it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-#: Values that would be unwieldy in a fault, or beyond what Python's own encoder takes.
+#: Values that would be unwieldy in a fault, or that Python's own encoder does not take.
 _MADE: dict[str, Callable[[int], str]] = {
     "$text": lambda size: '"' + "x" * size + '"',
     "$digits": lambda size: "9" * size or "0",
@@ -18,12 +18,12 @@ _MADE: dict[str, Callable[[int], str]] = {
 
 def encode_odd(body: Any) -> bytes:
     r"""
-    Write JSON with whatever is in it.
+    Write any JSON.
 
     Lone surrogates and NUL become escapes (``\ud800``, ``\u0000``), integers may have any size, and the objects
     ``{"$text": N}``, ``{"$digits": N}`` and ``{"$nested": N}`` become what they name.
 
-    :raises ValueError: a value that JSON has no form for.
+    :raises ValueError: a value cannot be written as JSON.
     """
     made: list[str] = []
 
@@ -52,7 +52,7 @@ def rewritten(
     envelope: bool,
 ) -> Any:
     """
-    Change a decoded JSON answer, and return it. A path that leads nowhere changes nothing.
+    Change a decoded JSON answer, and return it. A path that does not exist changes nothing.
 
     :param rename: path to new name.
     :param merge: path to new value; the last name of a path need not exist.
@@ -70,7 +70,7 @@ def rewritten(
             else:
                 holder[int(name)] = value
     for path in remove:
-        # From the end, so that the places of a list hold until they are reached.
+        # From the end, so that the indexes of a list stay valid until they are reached.
         for holder, name in reversed(_places(answer, path)):
             if isinstance(holder, dict):
                 holder.pop(name, None)
@@ -82,7 +82,7 @@ def rewritten(
 
 
 def _places(answer: Any, path: str) -> list[tuple[Any, str]]:
-    """Return the objects and lists a path leads to, each with the name or place inside it."""
+    """Return the objects and lists that a path matches, each with the name or index in it."""
     found = [answer]
     *way, last = path.split(".")
     for part in way:

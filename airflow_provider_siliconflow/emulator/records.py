@@ -1,4 +1,4 @@
-"""What the service keeps of a file, of a batch and of itself."""
+"""The records of a file, of a batch and of the service."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Container
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-# Not random's own generator: tests seed it, and ids must still differ between emulators.
+# Not the generator of random: tests seed it, and ids must still differ between emulators.
 _random = random.SystemRandom()
 
 ResultKind = Literal["output", "error"]
@@ -86,7 +86,7 @@ class BatchRecord(msgspec.Struct, kw_only=True):
 
 
 class SavedState(msgspec.Struct):
-    """What outlives a restart beside files and batches."""
+    """The state that outlives a restart, other than files and batches."""
 
     secret: str
     clock_offset: float = 0.0

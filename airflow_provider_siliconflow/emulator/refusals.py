@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-#: What the real service answers with a status; a string is sent as a JSON string.
+#: The real service's bodies by status; a string is sent as a JSON string.
 DEFAULT_BODIES: dict[int, Any] = {
     400: {"code": 20015, "message": "Invalid parameter.", "data": None},
     401: "Invalid token",
@@ -66,7 +66,7 @@ def positive_number(value: str | int, name: str) -> int:
     """
     Read a query parameter.
 
-    :raises ServiceError: 400, it is no whole number above 0.
+    :raises ServiceError: 400, it is not an integer above 0.
     """
     try:
         number = int(value)

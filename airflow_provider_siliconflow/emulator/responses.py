@@ -15,7 +15,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def new_trace() -> str:
-    """Return a value of ``TRACE_HEADER``, which every answer of the service carries."""
+    """Return a value for ``TRACE_HEADER``, which every answer of the service has."""
     return f"ti_{secrets.token_hex(8)}"
 
 

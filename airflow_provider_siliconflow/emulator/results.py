@@ -48,7 +48,7 @@ class ResultStore:
         """
         Return the path of a result file.
 
-        :param write: writes the output and the error file, if they are not there.
+        :param write: writes the output and the error file if they do not exist.
         :param modified: their time of modification in epoch seconds.
         """
         with self._lock:
@@ -59,7 +59,8 @@ class ResultStore:
         with writing:
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
-                # A batch may be dropped and asked for again while it is still being written: never share a part.
+                # A batch may be dropped and requested again while it is still being written: do not share partial
+                # files.
                 parts = [path.parent / f"{one}.{secrets.token_hex(4)}" for one in RESULT_KINDS]
                 write(*parts)
                 for one, part in zip(RESULT_KINDS, parts, strict=True):
@@ -84,7 +85,7 @@ class ResultStore:
         return half
 
     def forget(self, batch_id: str) -> None:
-        """Drop the files of a batch, so that they are written anew."""
+        """Drop the files of a batch, so that they are written again."""
         with self._lock:
             if self._used.pop(batch_id, None) is not None:
                 self._remove(batch_id)
@@ -118,7 +119,7 @@ def write_results(
     Write both result files in one pass over the input; memory holds one line and two buffers.
 
     :param content: the input file.
-    :param offsets: where its lines begin, and its size.
+    :param offsets: the offsets of its lines, followed by its size.
     """
     timeline, style = batch.timeline, style_of(batch)
     replace = batch.request.get("replace") or {}

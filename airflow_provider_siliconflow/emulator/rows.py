@@ -1,4 +1,4 @@
-"""The rows of an input file: what the service checks on upload, and the markers in a row."""
+"""The rows of an input file: the service's checks at the upload, and the markers in a row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ENDPOINT = "/v1/chat/completions"
 
-#: One line is read into memory as a whole, so it needs a bound of its own.
+#: A line is read into memory as a whole, so it needs its own limit.
 MAX_LINE_BYTES = 64 * 1024 * 1024
 MAX_REPORTED_ERRORS = 20
 
@@ -42,7 +42,7 @@ class MarkedRow(msgspec.Struct, frozen=True):
 
 
 class FileScan(msgspec.Struct):
-    """What one pass over an input file found."""
+    """The findings of one pass over an input file."""
 
     line_count: int = 0
     #: At most ``MAX_REPORTED_ERRORS`` sentences; none means that the file is valid.
@@ -56,7 +56,7 @@ class FileScan(msgspec.Struct):
 
 
 class Row(msgspec.Struct):
-    """A whole request line."""
+    """A complete request line."""
 
     custom_id: str
     body: dict[str, Any]
@@ -193,7 +193,7 @@ def _check_line(
     format_problem: Callable[[object], str | None],
 ) -> str | None:
     try:
-        # Decoded whole, as the results will need it: what is skipped here could not be answered later.
+        # Decoded completely, since the results need all of it.
         decoded = msgspec.json.decode(line)
         checked = msgspec.convert(decoded, _CheckedLine)
     except UnicodeDecodeError:

@@ -1,7 +1,7 @@
 """
 The lifetime of an emulator: listening, and stopping.
 
-:class:`EmulatorServer` lives in an event loop of the caller's, :class:`Emulator` in a thread of its own.
+:class:`EmulatorServer` runs in an event loop of the caller, :class:`Emulator` in a thread of its own.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class EmulatorServer:
         :param storage_port: port of the result storage; 0 takes a free one.
         :param storage_host: host name inside result URLs, other than the API's so that the origins differ.
         :raises OSError: a port is taken.
-        :raises OverflowError: a port is no port number.
+        :raises OverflowError: a port is not a valid port number.
         """
         bound = await self._listen(self._wire.storage_app(), host, storage_port)
         self.storage_url = f"http://{storage_host}:{bound}"
@@ -142,7 +142,7 @@ class Emulator:
 
     @property
     def base_url(self) -> str:
-        """What a connection's host is set to: ``http://127.0.0.1:PORT/v1``."""
+        """The host of a connection to it: ``http://127.0.0.1:PORT/v1``."""
         return self.server.base_url
 
     @property
@@ -152,7 +152,7 @@ class Emulator:
 
     @property
     def control_url(self) -> str:
-        """Where the control calls live: ``http://127.0.0.1:PORT/_emulator``."""
+        """Base URL of the control calls: ``http://127.0.0.1:PORT/_emulator``."""
         return self.base_url.removesuffix(API) + PREFIX.rstrip("/")
 
     @property
@@ -167,7 +167,7 @@ class Emulator:
 
     @property
     def held(self) -> list[str]:
-        """The requests a fault holds at this moment, as ``METHOD /path``."""
+        """The requests that a fault holds at the moment, as ``METHOD /path``."""
         return self.server.journal.held
 
     @property
@@ -181,7 +181,7 @@ class Emulator:
         return connection_json(self.base_url, self.service.config)
 
     def release(self) -> None:
-        """Let requests held by a fault go on."""
+        """Let the requests that a fault holds continue."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self.server.journal.release)
 
@@ -210,8 +210,8 @@ def running_emulator(
     """
     Run an emulator in a background thread, for tests.
 
-    :param config: behaviour; or give its fields by name, as ``running_emulator(speed=1000)``.
-    :param data_dir: keep state here over restarts; otherwise a temporary folder is used.
+    :param config: behaviour; or give its fields by name, as in ``running_emulator(speed=1000)``.
+    :param data_dir: keep state here across restarts; by default a temporary folder is used.
     :param faults: as for :meth:`Faults.add`.
     :param host: address to listen on.
     :param port: port of the API; 0 takes a free one.

@@ -1,9 +1,9 @@
 """
-The emulated account: no HTTP and no event loop.
+The emulated account, without HTTP or an event loop.
 
-Every method may be called from any thread. Reading a batch costs the same whatever its size and however many
-there are: its state is computed from the clock. Uploads, result files and creations under ``row_error_rate``
-read a whole file.
+Every method may be called from any thread. The cost of reading a batch depends neither on its size nor on the number of
+batches, since its state is computed from the clock. Uploads, result files and creations under ``row_error_rate`` read a
+whole file.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class EmulatedService:
     :param config: behaviour; replaced as a whole by :meth:`configure`.
     :param storage: folder for files, batches and results.
     :param clock: wall clock in epoch seconds.
-    :param persistent: write state beside the files, and read what an earlier run left.
+    :param persistent: write state to the folder, and read that of an earlier run.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class EmulatedService:
         return self._clock() + self._saved.clock_offset
 
     def stated_now(self) -> float:
-        """Return the present time as the service states it, with ``clock_offset_seconds``."""
+        """Return the current time as the service states it, with ``clock_offset_seconds``."""
         return self.now() + self.config.clock_offset_seconds
 
     def advance(self, seconds: float) -> None:
@@ -132,7 +132,7 @@ class EmulatedService:
 
     def configure(self, changes: Mapping[str, object]) -> None:
         """
-        Change settings of the running service; a new speed holds for what is left of every batch.
+        Change settings of the running service; a new speed applies to the rest of every batch.
 
         :raises ValueError: an unknown setting or a wrong value.
         """
@@ -150,7 +150,7 @@ class EmulatedService:
 
     def force_status(self, batch_id: str, status: str | None) -> dict[str, Any]:
         """
-        Show any status; a terminal one also ends the batch. None shows the true status again.
+        Show any status; a terminal one also ends the batch. None shows the real status again.
 
         :raises ServiceError: 404, no such batch.
         """
@@ -164,10 +164,10 @@ class EmulatedService:
 
     def seed_foreign_batches(self, count: int, age_seconds: float = 0.0) -> None:
         """
-        Add completed batches of another user of the account, without results, a second between one and the next.
+        Add completed batches of another user of the account, without results, one second apart.
 
         :param count: how many.
-        :param age_seconds: age of the newest.
+        :param age_seconds: age of the newest one.
         """
         with self._lock:
             newest = self.now() - age_seconds
@@ -190,7 +190,7 @@ class EmulatedService:
 
     def forget_file(self, file_id: str, *, still_listed: bool = False) -> None:
         """
-        Lose an upload: its id is unknown from now on. Batches that were created over it go on.
+        Lose an upload: its id is unknown from now on. Batches that were created over it continue.
 
         :param still_listed: ``GET /files`` shows it nevertheless.
         :raises ServiceError: 404, no such file.
@@ -228,7 +228,7 @@ class EmulatedService:
         :param source: a path, or the content in chunks.
         :param take: move the file at ``source`` instead of copying it.
         :return: the answer of ``POST /files``.
-        :raises ServiceError: 400 for a wrong purpose or a file over a limit. Wrong lines are no error here:
+        :raises ServiceError: 400 for a wrong purpose or a file over a limit. Invalid lines are not an error here;
             they fail the batch.
         """
         return self._uploads.add(filename, purpose, source, take=take)
@@ -246,11 +246,11 @@ class EmulatedService:
         return self._uploads.get(file_id)
 
     def delete_file(self, file_id: str) -> dict[str, Any]:
-        """Delete a file for its owner; batches that were created over it go on."""
+        """Delete a file for its owner; batches that were created over it continue."""
         return self._uploads.delete(file_id)
 
     def open_content(self, file_id: str) -> Path:
-        """Return the path behind ``GET /files/{id}/content``: an input file, or results kept as a file."""
+        """Return the path for ``GET /files/{id}/content``: an input file, or results kept as a file."""
         with self._lock:
             result = self._result_ids.get(file_id)
             if result is None:
@@ -260,7 +260,7 @@ class EmulatedService:
     # -- batches ----------------------------------------------------------------------------------------
 
     def creation_is_slow(self, request: object) -> bool:
-        """Return whether :meth:`create_batch` reads a file, so that no event loop should wait for it."""
+        """Return whether :meth:`create_batch` reads a file, so that an event loop should not wait for it."""
         if not isinstance(request, dict):
             return False
         try:
@@ -276,7 +276,7 @@ class EmulatedService:
 
         :param request: the JSON body of ``POST /batches``.
         :return: the batch object.
-        :raises ServiceError: 400, 402, 404 or 429, as the real service refuses.
+        :raises ServiceError: 400, 402, 404 or 429, as by the real service.
         """
         hours, replace = check_creation(request)
         assert isinstance(request, dict)
@@ -291,9 +291,7 @@ class EmulatedService:
             raise default_refusal(402)
         errors = list(file.scan.errors)
         if model is None and file.scan.line_without_model is not None:
-            errors.append(
-                f"Line {file.scan.line_without_model}: no model, neither in the line nor in replace."
-            )
+            errors.append(f"Line {file.scan.line_without_model}: neither the line nor replace names a model.")
         config = self.config
         special: list[Special] = []
         if not errors and needs_rows(file.scan, replace, config):
@@ -357,10 +355,10 @@ class EmulatedService:
 
     def cancel_batch(self, batch_id: str) -> dict[str, Any]:
         """
-        Ask for a cancellation.
+        Request a cancellation.
 
         :return: the batch, still with its old status, as the real service may answer.
-        :raises ServiceError: 400 when the batch has ended.
+        :raises ServiceError: 400 if the batch has ended.
         """
         with self._lock:
             batch = self._batch(batch_id)
@@ -374,10 +372,10 @@ class EmulatedService:
         """
         Return the path of a result file, writing it if it is not on disk.
 
-        The bytes and the time of modification of a whole file are always the same for a batch, so a download can
-        be resumed even after the file was dropped and written again.
+        The bytes and modification time of a complete file are always the same for a batch, so a download can be resumed
+        even after the file was dropped and written again.
 
-        :raises ServiceError: 404 when the batch has no such file.
+        :raises ServiceError: 404 if the batch has no such file.
         """
         with self._lock:
             batch = self._batch(batch_id)
@@ -385,7 +383,7 @@ class EmulatedService:
             if kind not in result_kinds(batch, now):
                 raise not_found()
             partial = kind == "output" and now < batch.timeline.fate_at + self.config.partial_output_seconds
-        # Storage makes the entity tag from size and time: the same, then, when the file is written again.
+        # The storage computes the entity tag from size and time, so it is the same if the file is written again.
         modified = int(batch.timeline.fate_at)
         get = self._results.get_half if partial else self._results.get
         return get(batch_id, kind, lambda output, error: self._write_results(batch, output, error), modified)

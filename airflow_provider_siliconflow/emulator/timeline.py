@@ -1,4 +1,4 @@
-"""The life of one batch as instants fixed in advance: its state at any time is computed, never stepped."""
+"""The life of one batch as times fixed in advance, from which its state at any time is computed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ TERMINAL_STATUSES = frozenset({"completed", "failed", "expired", "cancelled"})
 
 class Timeline(msgspec.Struct, kw_only=True):
     """
-    Instants of a batch in epoch seconds.
+    Times of a batch in epoch seconds.
 
-    ``fate`` is the status the batch ends with, ``fate_at`` when; a cancellation or control call moves them.
+    ``fate`` is the status with which the batch ends, ``fate_at`` the time; a cancellation or control call changes them.
     """
 
     created: float
     queue_until: float
-    #: When the first row began, or would have for the rows done by now at the present speed.
+    #: When the first row began, or would have begun for the rows done so far at the current speed.
     progress_from: float
     rows_until: float
     expires: float
@@ -28,14 +28,14 @@ class Timeline(msgspec.Struct, kw_only=True):
     cancel_at: float | None = None
     #: Rows that were done when the batch was stopped early.
     stopped_rows: int | None = None
-    #: A status shown instead of the true one.
+    #: A status shown instead of the real one.
     shown_status: str | None = None
 
     @classmethod
     def plan(
         cls, *, created: float, window: float, queue: float, processing: float, finalizing: float, total: int
     ) -> Timeline:
-        """Plan a batch that nothing interrupts; all durations in wall seconds."""
+        """Plan a batch without interruptions; all durations are in wall seconds."""
         queue_until = created + queue
         rows_until = queue_until + processing
         expires = created + window
@@ -83,7 +83,7 @@ class Timeline(msgspec.Struct, kw_only=True):
         return self.queue_until <= stop and self.fate != "failed"
 
     def timestamps(self, now: float) -> dict[str, int | None]:
-        """Return every time field of the batch object, in its documented order, null where not reached."""
+        """Return every time field of the batch object in its documented order; null if it is not reached."""
         ended = self.ended(now)
 
         def end(fate: str) -> int | None:
@@ -114,9 +114,9 @@ class Timeline(msgspec.Struct, kw_only=True):
 
     def show(self, status: str | None, now: float) -> None:
         """
-        Force a status: a terminal one ends the batch now, any other is shown until None shows the true one.
+        Force a status: a terminal one ends the batch now, any other is shown until None shows the real one.
 
-        A batch is not seen to end while it shows another status.
+        While a batch shows a forced status, its end is not visible.
         """
         if status not in TERMINAL_STATUSES:
             self.shown_status = status
@@ -130,14 +130,14 @@ class Timeline(msgspec.Struct, kw_only=True):
         self.fate_at = now
 
     def stretch(self, factor: float, now: float) -> None:
-        """Multiply what is left of the batch; what has happened stays."""
+        """Multiply the remaining time of the batch; the past does not change."""
         if self.ended(now):
             return
 
         def moved(instant: float) -> float:
             return now + (instant - now) * factor if instant > now else instant
 
-        # Also when it lies in the past, so that the rows done at this moment stay the same.
+        # Even if it is in the past, so that the rows done so far stay the same.
         if self.rows_until > now:
             self.progress_from = now + (self.progress_from - now) * factor
         self.queue_until = moved(self.queue_until)

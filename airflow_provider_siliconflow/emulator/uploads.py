@@ -29,8 +29,8 @@ class Uploads:
     """
     The uploaded files. Safe to use from any thread.
 
-    :param disk: where they are.
-    :param config: returns the settings in force.
+    :param disk: the folder.
+    :param config: returns the current settings.
     :param now: the service's clock in epoch seconds.
     :param lock: guards the records; shared with the service.
     :param format_problem: returns what is wrong with a row's ``response_format``.
@@ -122,7 +122,7 @@ class Uploads:
         return self._enveloped({"data": listed, "object": "file"})
 
     def all_listed(self) -> list[dict[str, Any]]:
-        """Return every file the list shows, oldest first."""
+        """Return every file that the list shows, oldest first."""
         return [self._listed(file) for file in self._files.values() if _shown(file)]
 
     def get(self, file_id: str) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Uploads:
             return self._enveloped(self._object(self.find(file_id)))
 
     def delete(self, file_id: str) -> dict[str, Any]:
-        """Delete a file for its owner; batches that were created over it go on."""
+        """Delete a file for its owner; batches that were created over it continue."""
         with self._lock:
             file = self.find(file_id)
             file.deleted = True
@@ -146,11 +146,11 @@ class Uploads:
             self._disk.save_file(file)
 
     def content_path(self, file_id: str) -> Path:
-        """Return the path of a file's content, of a deleted file too."""
+        """Return the path of a file's content, even of a deleted file."""
         return self._disk.content_path(file_id)
 
     def offsets(self, file_id: str) -> array[int]:
-        """Return where the lines of a file begin, followed by its size."""
+        """Return the offsets of the lines of a file, followed by its size."""
         offsets = self._offsets.get(file_id)
         if offsets is None:
             offsets = self._offsets[file_id] = line_offsets(self.content_path(file_id))

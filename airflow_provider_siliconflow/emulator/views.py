@@ -1,4 +1,4 @@
-"""What the API shows of a batch at a given time."""
+"""A batch as the API shows it at a given time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def batch_view(
     Return a batch object.
 
     :param now: the service's clock in epoch seconds.
-    :param reference: makes the value of ``output_file_id`` and ``error_file_id``.
+    :param reference: returns the value of ``output_file_id`` and ``error_file_id``.
     :param metadata: how the metadata is shown.
     """
     timeline = batch.timeline

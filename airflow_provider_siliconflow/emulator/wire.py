@@ -1,4 +1,4 @@
-"""The emulated service on HTTP: the routes of the API, the result storage, and what happens around each request."""
+"""The emulated service over HTTP: the routes of the API, the result storage, and the handling of each request."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _STORAGE_ERRORS = {
 
 class Wire:
     """
-    Answers requests with an :class:`EmulatedService`, as the faults allow.
+    Answers requests with an :class:`EmulatedService`, subject to faults.
 
     :param service: state and rules.
     :param faults: rules for faults; shared, they may change at any time.
@@ -68,7 +68,7 @@ class Wire:
         self._journal = journal
         self._effects = FaultEffects(journal)
         self._control = Control(service, faults, journal)
-        # Apart from the loop's own threads, which aiohttp needs to open the files it sends.
+        # Separate from the loop's own threads, which aiohttp needs to open the files that it sends.
         self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="emulator-work")
 
     def api_app(self) -> web.Application:
@@ -223,7 +223,7 @@ class Wire:
                 size += len(chunk)
                 if size <= limit:
                     spooled.write(chunk)
-        # Only now: a client that is cut off while it sends never sees why.
+        # Not earlier: a client that is cut off while it sends never sees the reason.
         if size > limit:
             raise self._service.file_too_large()
 

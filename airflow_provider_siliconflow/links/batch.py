@@ -9,7 +9,7 @@ from airflow.providers.common.compat.sdk import BaseOperatorLink
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import BaseOperator
 
-#: The console's list of batches; no link to a single one is known.
+#: The console's list of batches; no link to a single batch is known.
 CONSOLE_URL = "https://cloud.siliconflow.cn/me/batches"
 
 

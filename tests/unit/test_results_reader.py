@@ -77,7 +77,7 @@ def test_manifest_of_rows_that_name_their_models(tmp_path: Path) -> None:
     write(tmp_path / "results.jsonl", "A")
     unnamed = manifest(tmp_path, None)
     assert [row.text for row in read_results(unnamed)] == ["A"]
-    with pytest.raises(InvalidInputError, match="leave model= out"):
+    with pytest.raises(InvalidInputError, match="leave model out"):
         read_results(unnamed, model="a")
 
 
@@ -118,7 +118,9 @@ def test_results_of_another_run_are_refused(tmp_path: Path, own: dict[str, Any])
     path.write_text(json.dumps(returned))
     assert [row.text for row in read_results(returned)] == ["A"]
     path.write_text(json.dumps({**returned, "run": "2", "task": {**task, "run_id": "second"}}))
-    with pytest.raises(InvalidInputError, match="another run by now, task 't' of DAG 'd', run 'second'"):
+    with pytest.raises(
+        InvalidInputError, match="the results of another run, task 't' of DAG 'd', run 'second'"
+    ):
         read_results(returned)
     with pytest.raises(InvalidInputError, match="another run"):
         to_frame(returned)
@@ -137,14 +139,14 @@ def test_downloads_differ_by_their_batches(tmp_path: Path) -> None:
     second["models"][0]["batches"] = [{"id": "batch_2"}]
     (tmp_path / "manifest.json").write_text(json.dumps(second))
     assert [row.text for row in read_results(second)] == ["A"]
-    with pytest.raises(InvalidInputError, match="another run by now, a download"):
+    with pytest.raises(InvalidInputError, match="the results of another run, a download"):
         read_results(first)
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (None, "several models; say which: model= one of 'Qwen/Qwen3-32B', 'b'"),
+        (None, "several models; model must be one of 'Qwen/Qwen3-32B', 'b'"),
         ("c", "no results of model 'c'.*'Qwen/Qwen3-32B', 'b'"),
     ],
 )
@@ -180,11 +182,11 @@ def test_what_is_no_manifest(tmp_path: Path, content: str) -> None:
 def test_what_no_task_returned(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="not a manifest"):
         read_results({"rows": 3})
-    with pytest.raises(InvalidInputError, match="one model already"):
+    with pytest.raises(InvalidInputError, match="of a single model"):
         read_results(write(tmp_path / "results.jsonl", "A"), model="a")
     with pytest.raises(InvalidInputError, match="source must be a path, a URI or a path object; got int"):
         read_results(5)
-    with pytest.raises(InvalidInputError, match="source holds a NUL"):
+    with pytest.raises(InvalidInputError, match="source must not contain NUL"):
         read_results("a\0b.jsonl")
 
 

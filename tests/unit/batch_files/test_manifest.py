@@ -77,7 +77,7 @@ def test_a_total_cost_is_not_given_when_a_model_has_no_price(caplog: pytest.LogC
     build_manifest([run("a")], prices=prices)
     assert not caplog.records
     manifest = build_manifest([run("a"), run("b"), run(None)], prices=prices)
-    assert "No cost is given for b, rows that name their models" in caplog.text
+    assert "The manifest has no cost for b, rows that name their models" in caplog.text
     assert manifest["models"][0]["cost"]["total"] == 3.0
     assert manifest["models"][1]["cost"] is None
     assert manifest["cost"] is None

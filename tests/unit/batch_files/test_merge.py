@@ -187,7 +187,7 @@ def test_json_that_is_no_result_does_not_stop_the_rows_around_it(
 ) -> None:
     merged, results, _ = folder.merge(folder.batch([answer("a"), odd, answer("b")]))
     assert (merged.tally.ok, merged.tally.foreign, ids(results)) == (2, 1, ["a", "b", "c", "d"])
-    assert "result-1.jsonl: 1 lines are not the result" in caplog.text
+    assert "result-1.jsonl: 1 lines are not results" in caplog.text
     assert "line 2" in caplog.text
 
 

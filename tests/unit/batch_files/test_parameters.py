@@ -17,7 +17,7 @@ from tests.unit.batch_files.samples import USER
     [
         (["temperature"], "request_params must be a mapping .* got list"),
         ({1: 2}, "request_params must name .* the key 1"),
-        ({"messages": USER}, "request_params must not hold 'messages'"),
+        ({"messages": USER}, "request_params must not contain 'messages'"),
         ({"t": float("nan")}, r"request_params\['t'\] cannot be written as JSON"),
         ({"stop": "\ud800"}, r"request_params\['stop'\] cannot be written as JSON"),
         ({"model": 3}, r"request_params\['model'\] must be the name of a model; got 3"),

@@ -65,4 +65,4 @@ def test_a_download_is_read_as_it_arrives(caplog: pytest.LogCaptureFixture) -> N
     ):
         next(rows)
     assert len(list(results_in([data], name="the file", on_unreadable=lambda _: None))) == 2
-    assert "the file: 1 lines are not the result of any row" in caplog.text
+    assert "the file: 1 lines are not results of any row" in caplog.text

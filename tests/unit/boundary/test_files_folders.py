@@ -68,7 +68,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytes
     # A file system that maps all users to one gives new files to the folder's owner as well.
     make_private_folder(folder)
     monkeypatch.setattr(atomic_files, "_owner_of_new_files", lambda descriptor: 4711)
-    with pytest.raises(InvalidInputError, match=r"belongs to user \d+, and this task runs as 4711"):
+    with pytest.raises(InvalidInputError, match=r"belongs to user \d+, but this task runs as 4711"):
         make_private_folder(folder)
     assert list(folder.iterdir()) == []
 

@@ -202,7 +202,7 @@ def test_an_error_that_says_success_is_none(tmp_path: Path) -> None:
     merged, _, errors = folder.merge(folder.batch([fine, hollow]))
     assert (merged.tally.ok, merged.tally.error) == (1, 1)
     assert ids(errors) == ["b", "c", "d"]
-    assert merged.tally.messages["the answer holds no choice"] == 1
+    assert merged.tally.messages["the answer has no choice"] == 1
 
 
 def test_rows_nested_beyond_reading_cost_themselves(tmp_path: Path) -> None:
@@ -223,8 +223,8 @@ def test_answers_without_usage_are_counted_and_logged(
     tally = Folder(tmp_path, ROWS).merge(Folder(tmp_path, ROWS).batch(lines, [failure("d")]))[0].tally
     manifest = build_manifest([ModelRun("m", tally, [])])
     assert manifest["without_usage"] == manifest["models"][0]["without_usage"] == 2
-    assert "2 answers of m do not say how many tokens they took" in caplog.text
-    assert "2 answers do not say what they took" in render_summary(manifest)
+    assert "2 answers of m do not state their tokens" in caplog.text
+    assert "2 answers do not state their tokens" in render_summary(manifest)
 
 
 @pytest.mark.parametrize(

@@ -324,7 +324,7 @@ def test_reasoning_and_truncation_show_in_usage(account: Account) -> None:
         (row("x", messages=[{"role": "user"}]), "missing required field `content`"),
         (json.dumps(row("x", seed=1.5)).encode().replace(b"1.5", b"1e999") + b"\n", "out of range"),
         (row("first"), "not unique"),
-        ({"custom_id": "x", "body": {"messages": [{"role": "user", "content": ""}]}}, "no model"),
+        ({"custom_id": "x", "body": {"messages": [{"role": "user", "content": ""}]}}, "names a model"),
         ({**row("x"), "url": "/v1/embeddings"}, "url must be"),
         (row("x", "[[emulator:eror=400]]"), "unknown marker"),
     ],

@@ -18,12 +18,13 @@ JSON_MODE: dict[str, Any] = {"response_format": {"type": "json_object"}}
 
 def outcomes(account: Account, batch: dict[str, Any]) -> dict[str, str]:
     """Return the code and message by row; the counts of the batch must agree with them."""
+    counts = batch["request_counts"]
+    # Without such rows there is no such file.
     errors = {
         line["custom_id"]: f"{line['error']['code']} {line['error']['message']}"
-        for line in account.lines(batch, "error")
+        for line in (account.lines(batch, "error") if counts["failed"] else ())
     }
-    answered = dict.fromkeys(account.ids(batch, "output"), "ok")
-    counts = batch["request_counts"]
+    answered = dict.fromkeys(account.ids(batch, "output") if counts["completed"] else (), "ok")
     assert (counts["completed"], counts["failed"]) == (len(answered), len(errors))
     return {**errors, **answered}
 

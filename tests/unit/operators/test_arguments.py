@@ -115,7 +115,11 @@ def test_arguments_are_kept_as_they_came(operator: Any) -> None:
         ([RunBatchOperator], {"model": 7}, "model must"),
         ([RunBatchOperator], {"prices": {"a": {"promt": 1, "completion": 2}}}, r"prices\['a'\]"),
         ([RunBatchOperator], {"prices": '{"a": {"prompt": 1}}'}, r"prices\['a'\]"),
-        ([RunBatchOperator], {"request_params": {"messages": []}}, "request_params must not hold 'messages'"),
+        (
+            [RunBatchOperator],
+            {"request_params": {"messages": []}},
+            "request_params must not contain 'messages'",
+        ),
         ([RunBatchOperator], {"request_params": {"model": 7}}, r"request_params\['model'\]"),
         ([RunBatchOperator], {"request_params": {"stop": {1, 2}}}, r"request_params\['stop'\]"),
     ],
@@ -225,7 +229,7 @@ def test_a_wrong_argument_fails_for_good_before_any_request(
         ({"output_dir": "{{ none }}"}, "output_dir"),
         ({"requests": "{{ none }}"}, "requests must be rows"),
         ({"models": "{{ [] }}"}, "models is empty"),
-        ({"request_params": "{{ {'messages': []} }}"}, "request_params must not hold 'messages'"),
+        ({"request_params": "{{ {'messages': []} }}"}, "request_params must not contain 'messages'"),
         ({"prices": "{{ {'a': 1} }}"}, "prices"),
     ],
 )
