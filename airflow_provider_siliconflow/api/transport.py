@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any
@@ -276,13 +276,7 @@ class Answer:
         while True:
             began = time.monotonic()
             exchange.deadline = began + patience
-            lost: NoAnswerError | None = None
-            try:
-                piece: bytes | None = next(stream, None)
-            except _FAILURES as exc:
-                lost = self._lost(exc)
-            if lost is not None:
-                raise lost
+            piece = self._received(lambda: next(stream, None))
             exchange.deadline = None
             if piece is None:
                 # A connection that was shut down looks like one that was closed at the end of the body.
@@ -293,15 +287,17 @@ class Answer:
             yield piece
 
     def _read_piece(self, size: int) -> bytes:
-        lost: NoAnswerError | None = None
+        piece = self._received(lambda: self._response.raw.read(size, decode_content=False))
+        self._check_time()
+        return piece or b""
+
+    def _received(self, receive: Callable[[], bytes | None]) -> bytes | None:
         try:
-            piece: bytes = self._response.raw.read(size, decode_content=False) or b""
+            return receive()
         except _FAILURES as exc:
             lost = self._lost(exc)
-        if lost is not None:
-            raise lost
-        self._check_time()
-        return piece
+        # Raised out here, without its cause, which holds the request.
+        raise lost
 
     def _check_time(self) -> None:
         if self._exchange.expired:
