@@ -119,10 +119,12 @@ class BatchWait:
     ended: dict[str, Batch] = field(default_factory=dict)
     _pending: dict[str, _Waiting] = field(default_factory=dict)
     _summary: _LastSummary | None = None
+    _longest_pause: float = 0.0
 
     def __post_init__(self) -> None:
         if self.began is None:
             self.began = self.now
+        self._longest_pause = max(self.poll_interval, FAULT_PAUSE_LIMIT, RETRY_AFTER_LIMIT) * 1.2 + _POLL_STEP
         # The first polls of many batches are spread a little, so that they are not all due at once.
         spread = min(self.poll_interval, 0.02 * len(self.batch_ids))
         self._pending = {
@@ -186,8 +188,7 @@ class BatchWait:
     def _due_in(self, state: _Waiting, now: float) -> float:
         """Return the seconds until a poll is due; 0 if they are more than any pause: the clock was set back since."""
         left = state.due - now
-        longest = max(self.poll_interval, FAULT_PAUSE_LIMIT, RETRY_AFTER_LIMIT) * 1.2 + _POLL_STEP
-        return left if left <= longest else 0.0
+        return left if left <= self._longest_pause else 0.0
 
     def time_left(self, now: float) -> float | None:
         """Return the seconds that are left for a poll; ``None`` if there is no limit."""
