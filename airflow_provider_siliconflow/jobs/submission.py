@@ -169,10 +169,9 @@ class Submission:
                     return batch
         return None
 
-    def is_ours(self, work: BatchWork, batch: Batch) -> bool | None:
-        """Whether a batch belongs to a piece of work; ``None`` if the service states too little to tell."""
-        proof = self._account.prove(work, batch)
-        return None if proof is Proof.UNPROVEN else proof is Proof.OURS
+    def is_ours(self, work: BatchWork, batch: Batch) -> bool:
+        """Whether a batch is proven to belong to a piece of work; not if the service states too little to tell."""
+        return self._account.prove(work, batch) is Proof.OURS
 
     def owns(self, work: BatchWork, batch: Batch) -> bool:
         """Whether a batch that the ledger names belongs to a piece of work. What this process sent certainly does."""
