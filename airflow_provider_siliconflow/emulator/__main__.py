@@ -98,31 +98,25 @@ def parser() -> argparse.ArgumentParser:
         help='JSONL of {"question": ..., "answer": ...}: what the models know; with "prompt" or "custom_id" in '
         "place of question, the whole answer to a prompt or a row",
     )
-    account.add_argument(
+    _repeatable(
+        account,
         "--model",
-        action="append",
-        default=[],
-        metavar="NAME=SKILL",
-        help="add or change a model; skill (0 to 1) is the share of known questions it answers correctly",
+        "NAME=SKILL",
+        "add or change a model; skill (0 to 1) is the share of known questions it answers correctly",
     )
-    account.add_argument(
-        "--key",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="accept only this API key (default: any that does not begin with sk-invalid)",
+    _repeatable(
+        account, "--key", "KEY", "accept only this API key (default: any that does not begin with sk-invalid)"
     )
-    _names(account, "--batch-model", "refuse batches of other models than this with 20012")
-    _names(account, "--no-json-model", "this model refuses JSON mode with 20024")
-    _names(account, "--no-thinking-model", "this model refuses enable_thinking with 20015")
+    _repeatable(account, "--batch-model", "NAME", "refuse batches of other models than this with 20012")
+    _repeatable(account, "--no-json-model", "NAME", "this model refuses JSON mode with 20024")
+    _repeatable(account, "--no-thinking-model", "NAME", "this model refuses enable_thinking with 20015")
     _number(account, "--thinking-tokens", "tokens of thinking, at most thinking_budget; 0 is a sentence")
     _number(account, "--cached-share", "share of the tokens of a prompt that come from the service's cache")
-    account.add_argument(
+    _repeatable(
+        account,
         "--price",
-        action="append",
-        default=[],
-        metavar="NAME=PROMPT/COMPLETION[/CACHED]",
-        help="what a model costs in batches, in CNY per million tokens, for the bill (/_emulator/bill)",
+        "NAME=PROMPT/COMPLETION[/CACHED]",
+        "what a model costs in batches, in CNY per million tokens, for the bill (/_emulator/bill)",
     )
     _number(account, "--balance", "charge balance in CNY; 0 refuses new batches")
     _number(account, "--max-open-batches", "refuse a batch with 429 while this many are open; 0 is no limit")
@@ -137,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     _number(wrong, "--wrong-attempts", "how often these can befall one row; each time is drawn anew")
 
     odd = command.add_argument_group("odd behaviour (seconds here are never divided by the speed)")
-    odd.add_argument("--fault", action="append", default=[], metavar="SPEC", help="see below")
+    _repeatable(odd, "--fault", "SPEC", "see below")
     _number(odd, "--late-output-seconds", "finished batches show their result URLs this many seconds later")
     _number(odd, "--late-error-seconds", "the same for the error file alone", "as --late-output-seconds")
     _number(
@@ -276,8 +270,8 @@ def _choice(group: argparse._ArgumentGroup, name: str, text: str) -> None:
     group.add_argument(name, type=type(default), choices=choices, help=f"{text} (default: {default})")
 
 
-def _names(group: argparse._ArgumentGroup, name: str, text: str) -> None:
-    group.add_argument(name, action="append", default=[], metavar="NAME", help=f"{text}; repeatable")
+def _repeatable(group: argparse._ArgumentGroup, name: str, metavar: str, text: str) -> None:
+    group.add_argument(name, action="append", default=[], metavar=metavar, help=f"{text}; repeatable")
 
 
 def _switch(group: argparse._ArgumentGroup, name: str, text: str) -> None:
