@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from hostile_cases import HOSTILE, READABLE
+from hostile_cases import HOSTILE, READABLE, WAITS
 
-from tests.system.live import AIRFLOW, EXHAUSTIVE, OpenAccount, add_batch, eventually
+from tests.system.live import AIRFLOW, OpenAccount, add_batch, eventually
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.emulator.server import Emulator
     from scripts.live_airflow import LiveAirflow
-
-WAITS = 50 if EXHAUSTIVE else 10
 
 
 def triggerer_pids(airflow: LiveAirflow) -> set[int]:

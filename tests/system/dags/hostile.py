@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from datetime import datetime
 
 from airflow.providers.common.compat.sdk import DAG
-from hostile_cases import HOSTILE
+from hostile_cases import HOSTILE, WAITS
 
 from airflow_provider_siliconflow.sensors.batch import BatchSensor
-
-WAITS = 50 if os.environ.get("EXHAUSTIVE") else 10
 
 with DAG("hostile", start_date=datetime(2026, 1, 1), schedule=None):
     for number in range(WAITS):

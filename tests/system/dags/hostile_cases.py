@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+#: Honest waits beside the hostile ones.
+WAITS = 50 if os.environ.get("EXHAUSTIVE") else 10
 
 #: Answers that say nothing readable about the batch.
 UNREADABLE: dict[str, dict[str, Any]] = {

@@ -297,7 +297,11 @@ class FaultyLedger:
 def make_work(service: EmulatedService, task_id: str = "create") -> BatchWork:
     answer = service.add_file("rows.jsonl", "batch", [CONTENT])
     file_id = answer.get("data", answer)["id"]
-    submitter = Submitter("dag", "run", task_id, -1, 3)
+    return work_over(file_id, Submitter("dag", "run", task_id, -1, 3))
+
+
+def work_over(file_id: str, submitter: Submitter) -> BatchWork:
+    """Return work over a file that is at the service already."""
     return BatchWork(
         key=submitter.key(input=file_id),
         label=submitter.label,

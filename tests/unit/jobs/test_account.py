@@ -18,7 +18,7 @@ from airflow_provider_siliconflow.api.models import Batch, UploadedFile
 from airflow_provider_siliconflow.api.protocol import PAGE_SIZE
 from airflow_provider_siliconflow.jobs.account import ANCHOR_MARGIN, AccountBatches, AccountFiles, Listed
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork, Submitter, Upload
-from tests.unit.jobs.faulty import FakeClock, FakeListing
+from tests.unit.jobs.faulty import FakeClock, FakeListing, work_over
 
 NOW = 1_800_000_000.0
 #: Older than any batch of the work can be.
@@ -26,17 +26,7 @@ OLD = NOW - 2 * ANCHOR_MARGIN
 
 
 def make_work(deployment_id: str | None = None) -> BatchWork:
-    submitter = Submitter("dag", "run", "task", -1, 0, deployment_id)
-    return BatchWork(
-        key=submitter.key(input="file-1"),
-        label=submitter.label,
-        input_file_id="file-1",
-        endpoint="/v1/chat/completions",
-        completion_window="24h",
-        metadata={},
-        replace=None,
-        submitter=submitter,
-    )
+    return work_over("file-1", Submitter("dag", "run", "task", -1, 0, deployment_id))
 
 
 WORK = make_work()

@@ -18,21 +18,12 @@ from airflow_provider_siliconflow.api.models import Batch, UploadedFile
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY, BatchWork, Submitter, Upload
 from airflow_provider_siliconflow.jobs.search import CANCEL_PATIENCE, LIST_LAG, AccountSearch, is_replaceable
 from airflow_provider_siliconflow.jobs.states import Ended, Planned, Sending, Sent, State, Uploaded
-from tests.unit.jobs.faulty import FakeClock, FakeListing, FaultyLedger
+from tests.unit.jobs.faulty import FakeClock, FakeListing, FaultyLedger, work_over
 
 NOW = 1_800_000_000.0
 CONTENT = b"rows\n"
 SUBMITTER = Submitter("dag", "run", "task", -1, 0)
-WORK = BatchWork(
-    key=SUBMITTER.key(input="file-1"),
-    label=SUBMITTER.label,
-    input_file_id="file-1",
-    endpoint="/v1/chat/completions",
-    completion_window="24h",
-    metadata={},
-    replace=None,
-    submitter=SUBMITTER,
-)
+WORK = work_over("file-1", SUBMITTER)
 UPLOAD = Upload(
     "upload", "rows-upload.jsonl", len(CONTENT), sha256(CONTENT).hexdigest(), lambda: pytest.fail("not sent")
 )
