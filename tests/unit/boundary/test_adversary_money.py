@@ -9,14 +9,19 @@ from typing import Any
 import pytest
 
 from airflow_provider_siliconflow.api.client import SiliconFlowClient
+from airflow_provider_siliconflow.api.exceptions import (
+    IncompleteResultsError,
+)
 from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.emulator.server import Emulator
-from tests.unit.boundary.test_jobs_dead_batches import batches
+from airflow_provider_siliconflow.jobs.downloads import LATE_FILE_PATIENCE
+from tests.unit.boundary.test_jobs_dead_batches import batches, billed
+from tests.unit.jobs.faulty import (
+    FakeListing,
+)
 from tests.unit.jobs.whole_job import MODELS, Job, rows
 
 pytestmark = pytest.mark.emulator(speed=2000.0)
-
-Rewrite = Callable[[bytes], bytes]
 
 
 class OddJob(Job):
@@ -26,17 +31,25 @@ class OddJob(Job):
         super().__init__(emulator, folder, requests, **({"models": MODELS[:1]} | changes))
         self.created: Callable[[Batch], Batch] = lambda batch: batch
         self.read: Callable[[Batch], Batch] = lambda batch: batch
+        self.listed: Callable[[Batch], bool] = lambda _: True
         self.downloaded: Callable[[str, bytes], bytes] = lambda _, content: content
 
     def client(self) -> SiliconFlowClient:
         client = super().client()
         create, get, download = client.create_batch, client.get_batch, client.iter_file
+        listed = client.list_batches
 
         def iter_file(reference: str, refresh: Any, *, limit: int | None = None) -> Iterator[bytes]:
             yield self.downloaded(reference, b"".join(download(reference, refresh, limit=limit)))
 
+        def list_batches() -> FakeListing:
+            listing = listed()
+            shown = list(filter(self.listed, listing))
+            return FakeListing(shown, cut=listing.cut, unreadable=listing.unreadable)
+
         client.create_batch = lambda **request: self.created(create(**request))  # type: ignore[method-assign]
         client.get_batch = lambda batch_id, **how: self.read(get(batch_id, **how))  # type: ignore[method-assign]
+        client.list_batches = list_batches  # type: ignore[assignment,method-assign]
         client.iter_file = iter_file  # type: ignore[method-assign]
         return client
 
@@ -99,3 +112,34 @@ def test_a_round_knows_as_well_what_is_counted_as_answered(emulator: Emulator, t
     manifest = job.attempt()
     assert len(batches(emulator)) == 3
     assert manifest["rows"]["ok"] == 9
+
+
+@pytest.mark.parametrize("lag", [30.0, 100.0])
+def test_counts_that_add_up_to_fewer_rows_than_were_sent_are_not_there_yet(
+    emulator: Emulator, tmp_path: Path, lag: float
+) -> None:
+    job = OddJob(emulator, tmp_path, rows(6), max_row_attempts=2, max_rows_per_batch=6)
+    ended: list[float] = []
+
+    def early() -> bool:
+        ended.append(job.clock.time())
+        return job.clock.time() < ended[0] + lag
+
+    def read(batch: Batch) -> Batch:
+        if batch.is_terminal and early():
+            counts = batch.request_counts.model_copy(update={"total": 3, "completed": 3})
+            return changed(batch, request_counts=counts)
+        return batch
+
+    def downloaded(reference: str, content: bytes) -> bytes:
+        return b"".join(content.splitlines(keepends=True)[: 3 if early() else 6])
+
+    job.read, job.downloaded = read, downloaded
+    if lag > sum(LATE_FILE_PATIENCE):
+        with pytest.raises(IncompleteResultsError, match="cannot be read"):
+            job.attempt()
+        job.clock.sleep(300.0)
+    manifest = job.attempt()
+    assert manifest["rows"]["ok"] == 6
+    assert len(batches(emulator)) == 1
+    assert set(billed(emulator).values()) == {1}
