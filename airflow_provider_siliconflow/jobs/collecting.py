@@ -31,6 +31,7 @@ from airflow_provider_siliconflow.batch_files.manifest import (
     results_folder,
 )
 from airflow_provider_siliconflow.batch_files.merge import BatchFiles, MergedShard, merge_shard, refused_lines
+from airflow_provider_siliconflow.batch_files.result_lines import OnUnreadable
 from airflow_provider_siliconflow.batch_files.shards import Shard, iter_custom_ids, select_rows
 from airflow_provider_siliconflow.batch_files.tally import ModelTally
 from airflow_provider_siliconflow.jobs.clock import Clock
@@ -42,7 +43,7 @@ from airflow_provider_siliconflow.jobs.downloads import (
 )
 from airflow_provider_siliconflow.jobs.job import OpenJob
 from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, Piece
-from airflow_provider_siliconflow.jobs.settled import SETTLE_LIMIT
+from airflow_provider_siliconflow.jobs.settled import SETTLE_LIMIT, SETTLE_PATIENCE
 from airflow_provider_siliconflow.jobs.states import Ended, Sent
 from airflow_provider_siliconflow.jobs.storable import storable, storable_text
 
@@ -95,6 +96,7 @@ class Collector:
         self._output_dir = output_dir
         self._clock = clock
         self._short: set[str] = set()
+        self._replacing_since = 0.0
 
     # Before the merge -------------------------------------------------------------------------------------
 
@@ -128,13 +130,37 @@ class Collector:
         """
         Return a byte per row of a dead batch: 1 if it did not answer the row.
 
+        A batch that was cancelled and shows nothing may have been stopped before any row ran, or show it late.
+
         :raises SiliconFlowError: the batch cannot be read, or is not settled.
         """
-        with self._downloaded(piece, ended.batch_id, ended_at=ended.at or None) as (_, files):
-            return self._unanswered(piece, ended, files)
+        self._replacing_since = self._replacing_since or self._clock.time()
+        unanswered = self._unanswered_so_far(piece, ended)
+        settled_at = (ended.at or self._replacing_since) + SETTLE_PATIENCE
+        left = settled_at - self._clock.time()
+        if ended.status == BatchStatus.CANCELLED and all(unanswered) and left > 0:
+            log.info(
+                "Batch %s was cancelled and shows no answer; reading it again in %.0f s", ended.batch_id, left
+            )
+            self._clock.sleep(min(left, SETTLE_PATIENCE))
+            unanswered = self._unanswered_so_far(piece, ended)
+        return unanswered
 
-    def _unanswered(self, piece: Piece, ended: Ended, files: BatchFiles) -> bytearray:
-        outcomes = outcomes_in(files)
+    def _unanswered_so_far(self, piece: Piece, ended: Ended) -> bytearray:
+        problems: list[str] = []
+        with self._downloaded(piece, ended.batch_id, ended_at=ended.at or None) as (_, files):
+            unanswered = self._unanswered(piece, ended, files, problems.append)
+        if problems and any(unanswered):
+            raise IncompleteResultsError(
+                f"{problems[0]}, and it may be the answer to a row that seems to have none.",
+                batch_id=ended.batch_id,
+            )
+        return unanswered
+
+    def _unanswered(
+        self, piece: Piece, ended: Ended, files: BatchFiles, on_unreadable: OnUnreadable
+    ) -> bytearray:
+        outcomes = outcomes_in(files, on_unreadable)
         answered = {Outcome.OK, Outcome.ERROR}
         if ended.status == BatchStatus.FAILED and Outcome.OK not in outcomes.values():
             # Rejected as a whole: what it says of single rows is no answer to them.
@@ -290,7 +316,9 @@ class Collector:
                 )
                 files = stack.enter_context(downloading)[1]
                 if self._job.dead(piece):
-                    collected.unanswered[ended.batch_id] = sum(self._unanswered(piece, ended, files))
+                    # The merge says which lines cannot be read, and they cost their own rows alone.
+                    unanswered = self._unanswered(piece, ended, files, lambda _: None)
+                    collected.unanswered[ended.batch_id] = sum(unanswered)
                 return files
             except SiliconFlowError as exc:
                 self._spoil(ended.batch_id, exc, collected)

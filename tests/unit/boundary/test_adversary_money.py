@@ -10,12 +10,14 @@ import pytest
 
 from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
+    BatchFailedError,
     IncompleteResultsError,
 )
 from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.emulator.server import Emulator
 from airflow_provider_siliconflow.jobs.downloads import LATE_FILE_PATIENCE
-from tests.unit.boundary.test_jobs_dead_batches import batches, billed
+from airflow_provider_siliconflow.jobs.settled import SETTLE_LIMIT
+from tests.unit.boundary.test_jobs_dead_batches import batches, billed, written
 from tests.unit.jobs.faulty import (
     FakeListing,
 )
@@ -142,4 +144,56 @@ def test_counts_that_add_up_to_fewer_rows_than_were_sent_are_not_there_yet(
     manifest = job.attempt()
     assert manifest["rows"]["ok"] == 6
     assert len(batches(emulator)) == 1
+    assert set(billed(emulator).values()) == {1}
+
+
+@pytest.mark.emulator(speed=1.0, queue_seconds=0.0, rows_per_second=100.0)
+def test_a_line_that_is_not_json_costs_one_row_of_a_cancelled_batch_too(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    job = OddJob(emulator, tmp_path, rows(20), max_rows_per_batch=20)
+
+    def cancel(call: str) -> None:
+        if call == "POST /batches":
+            emulator.service.advance(0.12)
+            emulator.service.force_status(batches(emulator)[-1]["id"], "cancelled")
+            job.after = lambda _: None
+
+    def downloaded(reference: str, content: bytes) -> bytes:
+        if "output" not in reference:
+            return content
+        return b"{broken\n" + b"".join(content.splitlines(keepends=True)[1:])
+
+    job.after = cancel
+    job.downloaded = downloaded
+    with pytest.raises(BatchFailedError, match="cancelled"):
+        job.attempt()
+    answered = emulator.service.state()["batches"][0]["request_counts"]["completed"]
+    assert sum(row["error"] is None for row in written(tmp_path)) == answered - 1 > 3
+
+
+@pytest.mark.emulator(speed=1.0, queue_seconds=0.0, rows_per_second=100.0)
+def test_a_cancelled_batch_of_which_nothing_is_known_yet_is_not_replaced_at_once(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    emulator.service.configure({"late_output_seconds": 40.0, "settle_as": "null", "settle_seconds": 86400.0})
+    job = OddJob(emulator, tmp_path, rows(20), max_rows_per_batch=20)
+    job.read = lambda batch: changed(batch, in_progress_at=None)
+
+    def die(call: str) -> None:
+        if call == "POST /batches":
+            emulator.service.advance(0.12)
+            emulator.service.force_status(batches(emulator)[-1]["id"], "cancelled")
+            emulator.service.configure({"speed": 1000.0})
+            job.after = lambda _: None
+            raise KeyboardInterrupt
+
+    job.after = die
+    with pytest.raises(KeyboardInterrupt):
+        job.attempt()
+    with pytest.raises(BatchFailedError, match="cancelled"):
+        job.attempt()
+    assert len(batches(emulator)) == 1
+    job.clock.sleep(SETTLE_LIMIT)
+    assert job.attempt()["rows"]["ok"] == 20
     assert set(billed(emulator).values()) == {1}
