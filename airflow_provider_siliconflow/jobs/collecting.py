@@ -206,7 +206,7 @@ class Collector:
             return None
         cancelled = [
             ended.batch_id
-            for piece in job.rounds[-1]
+            for piece in job.current
             if (ended := job.dead(piece)) and ended.status == BatchStatus.CANCELLED
             # A person who cancels a batch does not want its rows to be sent again at once.
             if collected.unanswered.get(ended.batch_id)

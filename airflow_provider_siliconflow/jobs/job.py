@@ -75,9 +75,26 @@ class OpenJob:
 
     @property
     def current(self) -> list[Piece]:
-        """The batches of the last round, and those of earlier ones that have not ended, having been refused before."""
-        late = [piece for pieces in self.rounds[:-1] for piece in pieces if self.ended(piece) is None]
+        """
+        The batches of the last round, and those of earlier ones that no later round stands for.
+
+        Those had been refused, and have not ended; or they died since.
+        """
+        late = [piece for pieces in self.rounds[:-1] for piece in pieces if self._is_late(piece)]
         return [*late, *self.rounds[-1]]
+
+    def _is_late(self, piece: Piece) -> bool:
+        if self.ended(piece) is None:
+            return True
+        if self.dead(piece) is None:
+            return False
+        sources = set(piece.shard.sources or (piece.shard.index,))
+        return all(
+            sources.isdisjoint(later.shard.sources)
+            for pieces in self.rounds[piece.round + 1 :]
+            for later in pieces
+            if later.model == piece.model
+        )
 
     def _pieces(self, number: int, shards: Mapping[int, Sequence[Shard]]) -> list[Piece]:
         """Return the batches of a round, shard by shard, so that an upload serves its models one after another."""

@@ -116,6 +116,37 @@ def test_a_round_knows_as_well_what_is_counted_as_answered(emulator: Emulator, t
     assert manifest["rows"]["ok"] == 9
 
 
+def refused_then(emulator: Emulator, tmp_path: Path, attempts: int) -> OddJob:
+    requests = rows(10, lambda i: "[[emulator:once=429]]" if i == 7 else "")
+    job = OddJob(emulator, tmp_path, requests, max_row_attempts=attempts)
+    emulator.faults.add("POST /batches:status=400")
+    with pytest.raises(BatchFailedError, match="refused"):
+        job.attempt()
+    assert len(batches(emulator)) == 2
+    return job
+
+
+@pytest.mark.parametrize("attempts", [2, 3])
+def test_a_batch_of_an_earlier_round_that_is_cancelled_late_is_not_forgotten(
+    emulator: Emulator, tmp_path: Path, attempts: int
+) -> None:
+    job = refused_then(emulator, tmp_path, attempts)
+    emulator.service.configure({"speed": 1.0})
+
+    def cancel(call: str) -> None:
+        if call == "POST /batches":
+            emulator.service.force_status(batches(emulator)[-1]["id"], "cancelled")
+            emulator.service.configure({"speed": 2000.0})
+            job.after = lambda _: None
+
+    job.after = cancel
+    with pytest.raises(BatchFailedError, match="cancelled"):
+        job.attempt()
+    assert len(batches(emulator)) == 3, "not replaced in the same try"
+    assert job.attempt()["rows"]["ok"] == 10
+    assert set(billed(emulator).values()) == {1}
+
+
 @pytest.mark.parametrize("lag", [30.0, 100.0])
 def test_counts_that_add_up_to_fewer_rows_than_were_sent_are_not_there_yet(
     emulator: Emulator, tmp_path: Path, lag: float
