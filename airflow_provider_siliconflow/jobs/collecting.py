@@ -216,6 +216,10 @@ class Collector:
                 "No row is sent again in this try, because of batches %s", ", ".join(map(str, waits_for[:5]))
             )
             return None
+        # The next try sends the rows of a later round that was refused as a part of that one.
+        refused = {piece.model for piece in job.current if piece.round and job.refused(piece)}
+        if not any(any(chosen) for model, chosen in collected.retries.items() if model not in refused):
+            return None
         folder = job.plans.path
         sources = [folder / FIRST_ROUND / shard.name for shard in job.plan.split.shards]
         return {
@@ -227,6 +231,7 @@ class Collector:
                 max_bytes=job.options.max_bytes,
             )
             for model, chosen in collected.retries.items()
+            if model not in refused
         }
 
     def _model_folder(self, model: int) -> Any:

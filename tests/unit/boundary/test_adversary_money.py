@@ -228,3 +228,15 @@ def test_a_cancelled_batch_of_which_nothing_is_known_yet_is_not_replaced_at_once
     job.clock.sleep(SETTLE_LIMIT)
     assert job.attempt()["rows"]["ok"] == 20
     assert set(billed(emulator).values()) == {1}
+
+
+def test_rows_of_a_round_that_was_refused_are_sent_once(emulator: Emulator, tmp_path: Path) -> None:
+    """Refused in their second attempt, they are not sent in a third one beside it."""
+    requests = rows(4, lambda i: "[[emulator:once=429]]" if i == 1 else "")
+    job = OddJob(emulator, tmp_path, requests, max_row_attempts=3)
+    emulator.faults.add("POST /batches:status=400,skip=1")
+    with pytest.raises(BatchFailedError, match="refused"):
+        job.attempt()
+    assert len(batches(emulator)) == 1
+    assert job.attempt()["rows"]["ok"] == 4
+    assert set(billed(emulator).values()) == {1}
