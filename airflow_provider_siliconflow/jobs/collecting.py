@@ -41,6 +41,7 @@ from airflow_provider_siliconflow.jobs.downloads import (
     downloaded,
     outcomes_in,
 )
+from airflow_provider_siliconflow.jobs.identity import WORK_KEY
 from airflow_provider_siliconflow.jobs.job import OpenJob
 from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, Piece
 from airflow_provider_siliconflow.jobs.settled import SETTLE_LIMIT, SETTLE_PATIENCE
@@ -394,6 +395,12 @@ class Collector:
             patience=patience,
             requests=self._job.source(piece) if shared else None,
         ) as found:
+            if found[0].metadata.get(WORK_KEY, piece.work_key) != piece.work_key:
+                raise IncompleteResultsError(
+                    f"Batch {batch_id} belongs to other work, and our record is wrong to name it. Our own is on the "
+                    f"console with the metadata {WORK_KEY}={piece.work_key}.",
+                    batch_id=batch_id,
+                )
             if found[1].short:
                 self._short.add(batch_id)
             yield found

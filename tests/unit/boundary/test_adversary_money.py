@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -240,3 +241,31 @@ def test_rows_of_a_round_that_was_refused_are_sent_once(emulator: Emulator, tmp_
     assert len(batches(emulator)) == 1
     assert job.attempt()["rows"]["ok"] == 4
     assert set(billed(emulator).values()) == {1}
+
+
+def test_a_ledger_that_says_a_foreign_batch_has_ended_brings_no_foreign_rows(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    other = OddJob(emulator, tmp_path / "other", rows(3, lambda _: "of somebody else"))
+    other.run_id = "other"
+    other.attempt()
+    theirs = batches(emulator)[0]["id"]
+    job = OddJob(emulator, tmp_path / "ours", rows(3))
+    run = job.next_try()
+    run.start(lambda: job.requests, "requests", timeout=None)
+    (path,) = (tmp_path / "ours").glob(".siliconflow/*/ledger.json")
+    ledger = json.loads(path.read_text())
+    ((key, entry),) = ledger["work"].items()
+    ledger["work"][key] = entry | {
+        "state": "ended",
+        "batch_id": theirs,
+        "status": "completed",
+        "counts": {"total": 3, "completed": 3, "failed": 0},
+        "errors": [],
+        "at": 0,
+    }
+    path.write_text(json.dumps(ledger))
+    with pytest.raises(IncompleteResultsError, match="belongs to other work"):
+        job.attempt()
+    assert not any(row["error"] is None for row in written(tmp_path / "ours"))
+    assert len(batches(emulator)) == 2
