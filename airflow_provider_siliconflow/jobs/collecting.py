@@ -300,6 +300,10 @@ class Collector:
                     found.append(self._opened(stack, piece, retired, shared=shared))
             if ended is not None:
                 found.append(self._collected_files(stack, piece, ended, collected, shared=shared))
+            elif (reason := job.left_out(piece)) is not None:
+                batch_id = job.batch_id(piece) or ""
+                collected.spoilt[batch_id] = storable_text(reason, 1000)
+                found.append(self._spoilt_files(piece, batch_id, collected, shared=shared))
             elif refused is not None and piece.round == 0:
                 # In a later round the rows have a result already, which says more.
                 folder = stack.enter_context(temporary_folder())
@@ -314,7 +318,6 @@ class Collector:
     def _collected_files(
         self, stack: contextlib.ExitStack, piece: Piece, ended: Ended, collected: Collected, *, shared: bool
     ) -> BatchFiles:
-        requests = self._job.source(piece) if shared else None
         if ended.batch_id not in collected.spoilt:
             try:
                 downloading = self._downloaded(
@@ -328,14 +331,17 @@ class Collector:
                 return files
             except SiliconFlowError as exc:
                 self._spoil(ended.batch_id, exc, collected)
+        return self._spoilt_files(piece, ended.batch_id, collected, shared=shared)
+
+    def _spoilt_files(self, piece: Piece, batch_id: str, collected: Collected, *, shared: bool) -> BatchFiles:
         return BatchFiles(
             None,
             None,
             round=piece.round,
             shared=shared,
-            batch_id=ended.batch_id,
-            spoilt=collected.spoilt[ended.batch_id],
-            requests=requests,
+            batch_id=batch_id,
+            spoilt=collected.spoilt[batch_id],
+            requests=self._job.source(piece) if shared else None,
         )
 
     def _opened(

@@ -58,6 +58,7 @@ class OpenJob:
         while (shards := plans.read_round(len(self.rounds), self.models)) is not None:
             self.rounds.append(self._pieces(len(self.rounds), shards))
         self._rests: list[Rest] = []
+        self._unreadable: dict[str, str] = {}
         for rest in plans.read_rests():
             self._take_rest(rest)
 
@@ -210,6 +211,14 @@ class OpenJob:
         state = self.state(piece)
         return state if isinstance(state, Refused) else None
 
+    def leave_out(self, piece: Piece, reason: str) -> None:
+        """Go on in this process without a batch that was created and cannot be read; it stays recorded."""
+        self._unreadable[piece.work_key] = reason
+
+    def left_out(self, piece: Piece) -> str | None:
+        """Return why a batch is left out."""
+        return self._unreadable.get(piece.work_key)
+
     def is_waiting(self, piece: Piece) -> bool:
         """Whether a batch is still to be submitted, or to be searched for."""
         return isinstance(self.state(piece), Planned | Sending)
@@ -230,9 +239,15 @@ class OpenJob:
         return tuple(state.batch_id for state in states if isinstance(state, Sent))
 
     @property
+    def awaited(self) -> tuple[str, ...]:
+        """Ids of those that are to be waited for: all but the ones that are left out."""
+        pieces = (piece for piece in self.current if self.left_out(piece) is None)
+        return tuple(state.batch_id for state in map(self.state, pieces) if isinstance(state, Sent))
+
+    @property
     def running(self) -> int:
-        """Number of the batches that have not ended."""
-        states = map(self.state, self.current)
+        """Number of the batches that have not ended, but for those that are left out."""
+        states = (self.state(piece) for piece in self.current if self.left_out(piece) is None)
         return sum(isinstance(state, Sent) and not state.terminal_since for state in states)
 
     @property

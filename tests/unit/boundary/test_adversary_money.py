@@ -148,6 +148,29 @@ def test_a_batch_of_an_earlier_round_that_is_cancelled_late_is_not_forgotten(
     assert set(billed(emulator).values()) == {1}
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_batch_that_vanished_for_good_costs_its_own_rows_alone(
+    emulator: Emulator, tmp_path: Path, shown: bool
+) -> None:
+    job = OddJob(emulator, tmp_path, rows(15))
+    run = job.next_try()
+    run.start(lambda: job.requests, "requests", timeout=None)
+    gone = batches(emulator)[1]["id"]
+    emulator.faults.add(f"GET /batches/{gone}:status=404,times=-1")
+    if not shown:
+        emulator.service.configure({"list_limit": 1})
+    job.listed = lambda batch: shown and batch.id != gone
+    with pytest.raises(IncompleteResultsError, match="cannot be read") as caught:
+        job.attempt()
+    assert caught.value.retryable
+    assert gone in str(caught.value)
+    assert len(batches(emulator)) == 3
+    assert [row["error"] is None for row in written(tmp_path)] == [True] * 5 + [False] * 5 + [True] * 5
+    emulator.faults.clear()
+    assert job.attempt()["rows"]["ok"] == 15
+    assert len(batches(emulator)) == 3
+
+
 @pytest.mark.parametrize("lag", [30.0, 100.0])
 def test_counts_that_add_up_to_fewer_rows_than_were_sent_are_not_there_yet(
     emulator: Emulator, tmp_path: Path, lag: float
