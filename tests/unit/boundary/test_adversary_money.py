@@ -8,19 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pytest_mock import MockerFixture
 
 from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
     BatchFailedError,
     IncompleteResultsError,
 )
-from airflow_provider_siliconflow.api.models import Batch
+from airflow_provider_siliconflow.api.models import Batch, RequestCounts
 from airflow_provider_siliconflow.emulator.server import Emulator
 from airflow_provider_siliconflow.jobs.downloads import LATE_FILE_PATIENCE
 from airflow_provider_siliconflow.jobs.settled import SETTLE_LIMIT
 from tests.unit.boundary.test_jobs_dead_batches import batches, billed, written
+from tests.unit.boundary.test_submission_money import World
 from tests.unit.jobs.faulty import (
     FakeListing,
+    FaultyLedger,
+    Oddities,
+    batches_of,
+    make_work,
 )
 from tests.unit.jobs.whole_job import MODELS, Job, rows
 
@@ -292,3 +298,44 @@ def test_a_ledger_that_says_a_foreign_batch_has_ended_brings_no_foreign_rows(
         job.attempt()
     assert not any(row["error"] is None for row in written(tmp_path / "ours"))
     assert len(batches(emulator)) == 2
+
+
+@pytest.mark.parametrize("counts", ["null", "zeros", "few"])
+def test_a_cancelled_batch_is_not_replaced_before_its_counts_are_there(
+    tmp_path: Path, mocker: MockerFixture, counts: str
+) -> None:
+    """All of its rows were answered; a moment after it was cancelled, that does not show yet."""
+    world = World(tmp_path, [], Oddities(), [], 0.0)
+    work = make_work(world.service)
+    first = world.submit(work)
+    began = world.clock.time()
+    late = {"null": (0, 0), "zeros": (9, 0), "few": (9, 4)}[counts]
+
+    def get_batch(batch_id: str) -> Batch:
+        total, completed = (9, 9) if world.clock.time() > began + 60 else late
+        said = RequestCounts(total=total, completed=completed)
+        return first.model_copy(
+            update={"status": "cancelled", "in_progress_at": began, "request_counts": said}
+        )
+
+    mocker.patch.object(world.api, "get_batch", side_effect=get_batch)
+    assert world.submit(work).id == first.id
+    assert world.ours(work, set()) == [first.id]
+
+
+def test_a_batch_that_is_cancelled_while_it_is_searched_for_is_not_replaced_in_the_same_try(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path, ["lost-after"], Oddities(), [], 10.0)
+    work, sleep = make_work(world.service), world.clock.sleep
+
+    def sleep_and_cancel(seconds: float) -> None:
+        sleep(seconds)
+        for batch in batches_of(world.service, work):
+            if batch["status"] != "cancelled":
+                world.service.force_status(batch["id"], "cancelled")
+
+    world.clock.sleep = sleep_and_cancel  # type: ignore[method-assign]
+    batch = world.submit(work, FaultyLedger(iter(())), "none")
+    assert len(world.ours(work, set())) == 1
+    assert batch.status == "cancelled"
