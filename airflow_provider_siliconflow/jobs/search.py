@@ -231,8 +231,12 @@ class AccountSearch:
         if work.upload is None:
             return {work.input_file_id} if work.input_file_id else set()
         self.files.read()
+        recorded = self.recorded_files(work.upload)
+        if recorded and self._ledger.complete:
+            # A file is recorded before a batch over it is asked for, so another of its name is a copy.
+            return recorded
         listed = {file.id for file in self.files.named(work.upload) if work.upload.may_be(file)}
-        return listed | self.recorded_files(work.upload)
+        return listed | recorded
 
     def recorded_files(self, upload: Upload) -> set[str]:
         """Return the files that the ledger names, but for those that the account lists as something else."""

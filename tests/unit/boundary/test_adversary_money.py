@@ -19,13 +19,16 @@ from airflow_provider_siliconflow.api.models import Batch, RequestCounts
 from airflow_provider_siliconflow.emulator.server import Emulator
 from airflow_provider_siliconflow.jobs.downloads import LATE_FILE_PATIENCE
 from airflow_provider_siliconflow.jobs.settled import SETTLE_LIMIT
+from airflow_provider_siliconflow.jobs.states import Sending
 from tests.unit.boundary.test_jobs_dead_batches import batches, billed, written
 from tests.unit.boundary.test_submission_money import World
 from tests.unit.jobs.faulty import (
+    CONTENT,
     FakeListing,
     FaultyLedger,
     Oddities,
     batches_of,
+    make_upload_work,
     make_work,
 )
 from tests.unit.jobs.whole_job import MODELS, Job, rows
@@ -321,6 +324,28 @@ def test_a_cancelled_batch_is_not_replaced_before_its_counts_are_there(
     mocker.patch.object(world.api, "get_batch", side_effect=get_batch)
     assert world.submit(work).id == first.id
     assert world.ours(work, set()) == [first.id]
+
+
+@pytest.mark.parametrize("sent", [True, False])
+def test_a_copy_of_our_mark_and_of_our_file_is_not_adopted_by_a_ledger_that_knows_our_files(
+    tmp_path: Path, sent: bool
+) -> None:
+    """The content cannot be read, so the copy differs in nothing but what the ledger knows."""
+    world = World(tmp_path, [], Oddities(readable=False), [], 0.0)
+    work, ledger = make_upload_work(world.api), FaultyLedger(iter(()))
+    assert work.upload is not None
+    file = world.submission(ledger, "none").upload(work.upload)
+    content = CONTENT.replace(b"hi", b"ho")
+    theirs = world.service.add_file(work.upload.filename, "batch", [content])["data"]["id"]
+    copy = world.service.create_batch(work.request(theirs))["id"]
+    world.clock.sleep(5)
+    if sent:
+        ours = world.service.create_batch(work.request(file.id))["id"]
+    ledger.record(work.key, Sending(1, world.clock.time()))
+    batch = world.submit(work, ledger)
+    assert batch.id != copy
+    assert not sent or batch.id == ours
+    assert world.ours(work, {copy}) == [batch.id]
 
 
 def test_a_batch_that_is_cancelled_while_it_is_searched_for_is_not_replaced_in_the_same_try(
