@@ -243,11 +243,19 @@ class Opening:
         :raises InvalidInputError: they are. A run that was deleted and made again is no reason, if all have ended.
         """
         paid = [piece for piece in job.pieces if not isinstance(job.state(piece), Planned | Refused)]
-        if not paid or (not self._try.earlier_tries and self._may_run(job.ledger, self._try.conn_id) is None):
+        is_recorded = paid or job.ledger.damaged
+        if not is_recorded or (
+            not self._try.earlier_tries and self._may_run(job.ledger, self._try.conn_id) is None
+        ):
             return
         ids = ", ".join(job.batch_ids[:5]) or "one whose creation was not recorded"
+        what = (
+            f"{len(paid)} batches are paid for"
+            if paid
+            else "batches may be paid for, as the record of them is cut"
+        )
         raise InvalidInputError(
-            f"{name} was changed since an earlier try submitted its rows: {len(paid)} batches are paid for ({ids}"
+            f"{name} was changed since an earlier try submitted its rows: {what} ({ids}"
             f"{', ...' if len(job.batch_ids) > 5 else ''}). Nothing was sent. Restore the rows, their order and "
             "request_params and let the task retry, which takes the batches up; or submit the new rows by a manual "
             "clear, which pays for all of them; or give the new rows another output_dir.",

@@ -14,6 +14,7 @@ from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import (
     BatchFailedError,
     IncompleteResultsError,
+    InvalidInputError,
 )
 from airflow_provider_siliconflow.api.models import Batch, RequestCounts
 from airflow_provider_siliconflow.emulator.server import Emulator
@@ -301,6 +302,21 @@ def test_a_ledger_that_says_a_foreign_batch_has_ended_brings_no_foreign_rows(
         job.attempt()
     assert not any(row["error"] is None for row in written(tmp_path / "ours"))
     assert len(batches(emulator)) == 2
+
+
+def test_rows_that_were_changed_are_not_sent_beside_a_record_that_is_cut(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    job = OddJob(emulator, tmp_path, rows(3))
+    run = job.next_try()
+    run.start(lambda: job.requests, "requests", timeout=None)
+    (path,) = tmp_path.glob(".siliconflow/*/ledger.json")
+    path.write_text(path.read_text()[:20])
+    job.requests = rows(4)
+    with pytest.raises(InvalidInputError, match="the record of them is cut") as caught:
+        job.attempt()
+    assert caught.value.retryable
+    assert len(batches(emulator)) == 1
 
 
 @pytest.mark.parametrize("counts", ["null", "zeros", "few"])
