@@ -336,11 +336,7 @@ class Opening:
             stored = plans.read()
             ledger = FolderLedger(plans.path / "ledger.json", complete=False)
             if stored is None:
-                owner = ledger.owner()
-                if owner is not None and 0 <= self._try.clock.time() - owner.at < _STARTING:
-                    raise InvalidInputError(
-                        _in_use(self._try.output_dir, str(owner), "starts there"), retryable=True
-                    )
+                self._refuse_starting(ledger)
                 continue
             theirs, mine = stored.submitter, self._try.submitter
             if replace(theirs, generation=mine.generation) == mine:
@@ -362,6 +358,20 @@ class Opening:
                 raise InvalidInputError(
                     _in_use(self._try.output_dir, theirs.label, f"runs there (batch {running})")
                 )
+            elif not any(ledger.work()):
+                # Its rows are planned, and perhaps being uploaded.
+                self._refuse_starting(ledger)
+
+    def _refuse_starting(self, ledger: FolderLedger) -> None:
+        """
+        Refuse to start where another job was claimed a short while ago and has sent nothing yet.
+
+        :raises InvalidInputError: one was.
+        """
+        owner = ledger.owner()
+        # Either way: the clocks of two workers differ.
+        if owner is not None and abs(self._try.clock.time() - owner.at) < _STARTING:
+            raise InvalidInputError(_in_use(self._try.output_dir, str(owner), "starts there"), retryable=True)
 
     def _may_run(self, ledger: FolderLedger, conn_id: str) -> str | None:
         """

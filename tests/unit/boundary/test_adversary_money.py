@@ -380,3 +380,23 @@ def test_a_batch_that_is_cancelled_while_it_is_searched_for_is_not_replaced_in_t
     batch = world.submit(work, FaultyLedger(iter(())), "none")
     assert len(world.ours(work, set())) == 1
     assert batch.status == "cancelled"
+
+
+def test_a_job_that_uploads_keeps_others_from_its_folder(emulator: Emulator, tmp_path: Path) -> None:
+    """An upload may take long, and nothing that is recorded so far may run."""
+    first, second = OddJob(emulator, tmp_path, rows(4)), OddJob(emulator, tmp_path, rows(3))
+    second.run_id = "other"
+    refused: list[str] = []
+
+    def begin_second(call: str) -> None:
+        if call == "POST /files" and not refused:
+            refused.append("")
+            with pytest.raises(InvalidInputError, match="starts there") as caught:
+                second.next_try().start(lambda: second.requests, "requests", timeout=None)
+            assert caught.value.retryable
+
+    first.after = begin_second
+    assert first.attempt()["rows"]["ok"] == 4
+    assert refused
+    assert len(batches(emulator)) == 1
+    assert second.attempt()["rows"]["ok"] == 3
