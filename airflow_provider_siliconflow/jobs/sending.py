@@ -161,6 +161,8 @@ class Sender:
                 log.error("Batch %s (%s) is not replaced yet: %s", ended.batch_id, ended.status, exc)
                 self._left_alone.add(ended.batch_id)
                 continue
+            # The download took its time; a newer try may have planned the same meanwhile.
+            job.ledger.check_owner()
             rows = sum(unanswered)
             log.info(
                 "Batch %s of an earlier try is %s: %d of its %d rows have no answer and are submitted again",

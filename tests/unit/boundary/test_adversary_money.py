@@ -15,6 +15,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     BatchFailedError,
     IncompleteResultsError,
     InvalidInputError,
+    JobTakenOverError,
 )
 from airflow_provider_siliconflow.api.models import Batch, RequestCounts
 from airflow_provider_siliconflow.emulator.server import Emulator
@@ -400,3 +401,52 @@ def test_a_job_that_uploads_keeps_others_from_its_folder(emulator: Emulator, tmp
     assert refused
     assert len(batches(emulator)) == 1
     assert second.attempt()["rows"]["ok"] == 3
+
+
+@pytest.mark.emulator(speed=1.0, queue_seconds=0.0, rows_per_second=100.0)
+def test_an_older_try_plans_no_rest_over_that_of_the_newer(emulator: Emulator, tmp_path: Path) -> None:
+    """It read the results of the batch that died earlier, and they were fewer."""
+    job = OddJob(emulator, tmp_path, rows(20), max_rows_per_batch=20)
+
+    def die(call: str) -> None:
+        if call == "POST /batches":
+            emulator.service.advance(0.12)
+            emulator.service.force_status(batches(emulator)[-1]["id"], "cancelled")
+            raise KeyboardInterrupt
+
+    job.after = die
+    with pytest.raises(KeyboardInterrupt):
+        job.attempt()
+    job.after = lambda _: None
+    emulator.service.advance(300.0)
+    emulator.service.configure({"speed": 1000.0})
+    older = job.next_try()
+    newer: list[Any] = []
+    reads = 0
+
+    def is_older() -> bool:
+        return len(newer) != 1
+
+    def fewer(batch: Batch) -> Batch:
+        if not is_older() or batch.status != "cancelled":
+            return batch
+        counts = batch.request_counts
+        return changed(batch, request_counts=counts.model_copy(update={"completed": counts.completed - 3}))
+
+    def downloaded(reference: str, content: bytes) -> bytes:
+        nonlocal reads
+        if not is_older():
+            return content
+        reads += 1
+        if reads == 1 + len(LATE_FILE_PATIENCE):
+            newer.append(job.next_try())
+            newer.append(newer[0].start(lambda: job.requests, "requests", timeout=None))
+        return b"".join(content.splitlines(keepends=True)[:-3])
+
+    job.read, job.downloaded = fewer, downloaded
+    with pytest.raises(JobTakenOverError):
+        older.start(lambda: job.requests, "requests", timeout=None)
+    del newer[0]
+    run = job.process()
+    assert job.carry_out(run, run.resume(job.wait(newer[0])))["rows"]["ok"] == 20
+    assert set(billed(emulator).values()) == {1}
