@@ -28,7 +28,7 @@ from airflow_provider_siliconflow.batch_files.manifest import (
     render_summary,
 )
 from airflow_provider_siliconflow.batch_files.merge import BatchFiles, merge_batch
-from airflow_provider_siliconflow.batch_files.result_lines import read_lines
+from airflow_provider_siliconflow.batch_files.result_lines import OnUnreadable, read_lines
 from airflow_provider_siliconflow.batch_files.shards import iter_custom_ids
 from airflow_provider_siliconflow.batch_files.verdicts import read_result, read_verdict
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
@@ -267,13 +267,14 @@ def _story(batch: Batch, held: Held) -> str:
     )
 
 
-def outcomes_in(files: BatchFiles) -> dict[str, Outcome]:
+def outcomes_in(files: BatchFiles, on_unreadable: OnUnreadable | None = None) -> dict[str, Outcome]:
     """
     Return the outcomes of the rows in the files of a batch, by ``custom_id``.
 
     A row that never ran because its batch was cancelled counts as expired.
 
     :param files: the downloaded files.
+    :param on_unreadable: as for :func:`read_lines`.
     :raises IncompleteResultsError: a file cannot be read.
     """
     found: dict[str, Outcome] = {}
@@ -281,7 +282,13 @@ def outcomes_in(files: BatchFiles) -> dict[str, Outcome]:
         if path is None:
             continue
         with path.open("rb") as stream:
-            lines = read_lines(LineReader(stream), read_verdict, name=path.name, batch_id=files.batch_id)
+            lines = read_lines(
+                LineReader(stream),
+                read_verdict,
+                name=path.name,
+                batch_id=files.batch_id,
+                on_unreadable=on_unreadable,
+            )
             for *_, verdict in lines:
                 if verdict is None or found.get(verdict.custom_id) is Outcome.OK:
                     continue

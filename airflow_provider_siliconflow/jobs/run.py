@@ -167,8 +167,8 @@ class BatchRun:
         job = opened.job
         while True:
             is_full = opened.sender.submit_due()
-            if open_batches := job.open_batches:
-                return Wait(open_batches, 1 if is_full else self._min_ended(job), job.ledger.deadline)
+            if awaited := job.awaited:
+                return Wait(awaited, 1 if is_full else self._min_ended(job), job.ledger.deadline)
             self._opening.refuse_sibling()
             self._collected = opened.collector.collect()
             shards = opened.collector.next_round(self._collected)
@@ -186,7 +186,7 @@ class BatchRun:
     def _min_ended(job: OpenJob) -> int | None:
         waiting = any(map(job.is_waiting, job.current))
         # Otherwise a large job would wake its task 200 times, once for every batch.
-        return max(len(job.open_batches) // 4, 1) if waiting else None
+        return max(len(job.awaited) // 4, 1) if waiting else None
 
     # Opening ----------------------------------------------------------------------------------------------
 
