@@ -49,6 +49,9 @@ KINDS: tuple[Kind, ...] = ("output", "error")
 #: Pauses while the result files of a batch are not complete yet, in seconds; one minute in total.
 LATE_FILE_PATIENCE = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 
+#: Seconds by which the service's clock may be wrong.
+_CLOCK_ERROR = 2 * 3600.0
+
 #: Most bytes of a result file: so many per row on average, and so many in addition. An answer of 128,000 tokens has
 #: 1 MB, one with log probabilities several.
 _ROW_BYTES, _SPARE_BYTES = 4 << 20, 64 << 20
@@ -223,8 +226,8 @@ def downloaded(
             if pause is None:
                 if found is Settled.PERHAPS and age is None:
                     break
-                if (clock.time() - stated_end(batch, clock.time()) if age is None else age) >= SETTLE_LIMIT:
-                    log.warning("%s That is final, an hour after its end.", _story(batch, held))
+                if _is_final(batch, age, clock.time()):
+                    log.warning("%s That is final, more than an hour after its end.", _story(batch, held))
                     break
                 raise IncompleteResultsError(
                     f"{_story(batch, held)} The rows are paid for and kept for 30 days; a retry downloads them again "
@@ -249,6 +252,13 @@ def downloaded(
         if requests is not None and not found_files.short:
             found_files = replace(found_files, short=_answered_in(found_files, requests) < answered)
         yield batch, found_files
+
+
+def _is_final(batch: Batch, age: float | None, now: float) -> bool:
+    """Whether nothing can come any more; without an age by our own clock, the service's may be wrong by hours."""
+    if age is None:
+        return now - stated_end(batch, now) >= SETTLE_LIMIT + _CLOCK_ERROR
+    return age >= SETTLE_LIMIT
 
 
 def stated_end(batch: Batch, now: float) -> float:

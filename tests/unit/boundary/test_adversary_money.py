@@ -262,7 +262,8 @@ def test_a_cancelled_batch_of_which_nothing_is_known_yet_is_not_replaced_at_once
     with pytest.raises(BatchFailedError, match="cancelled"):
         job.attempt()
     assert len(batches(emulator)) == 1
-    job.clock.sleep(SETTLE_LIMIT)
+    # Only the service says when it ended, and its clock may be hours off.
+    job.clock.sleep(3 * SETTLE_LIMIT)
     assert job.attempt()["rows"]["ok"] == 20
     assert set(billed(emulator).values()) == {1}
 
@@ -322,9 +323,6 @@ def test_rows_that_were_changed_are_not_sent_beside_a_record_that_is_cut(
     assert len(batches(emulator)) == 1
 
 
-# The limit of an hour is counted by the wall clock, since it goes on across processes. A clock that is set forward
-# between the end of a batch and its results makes what the files hold so far final, and the other rows are paid again.
-@pytest.mark.xfail(strict=True, reason="SETTLE_LIMIT is counted by the wall clock")
 def test_a_clock_that_is_set_forward_ends_no_patience(emulator: Emulator, tmp_path: Path) -> None:
     emulator.service.configure({"settle_seconds": 86400.0, "partial_output_seconds": 600.0})
     job = OddJob(emulator, tmp_path, rows(6), max_row_attempts=2, max_rows_per_batch=6)
@@ -348,9 +346,6 @@ def test_a_clock_that_is_set_forward_ends_no_patience(emulator: Emulator, tmp_pa
     assert len(batches(emulator)) == 1
 
 
-# A download knows of a batch's end only what the service says, so by a clock that is hours slow it passes for final
-# after a minute: the manifest then counts every row as missing, and the task succeeds. A later download has the rows.
-@pytest.mark.xfail(strict=True, reason="a download has no other clock than the service's")
 def test_a_service_whose_clock_is_slow_ends_no_patience(emulator: Emulator, tmp_path: Path) -> None:
     emulator.service.configure(
         {"clock_offset_seconds": -7200.0, "late_output_seconds": 1000.0, "settle_seconds": 1000.0}
@@ -436,7 +431,7 @@ def test_a_job_that_uploads_keeps_others_from_its_folder(emulator: Emulator, tmp
     def begin_second(call: str) -> None:
         if call == "POST /files" and not refused:
             refused.append("")
-            with pytest.raises(InvalidInputError, match="starts there") as caught:
+            with pytest.raises(InvalidInputError, match="is starting there") as caught:
                 second.next_try().start(lambda: second.requests, "requests", timeout=None)
             assert caught.value.retryable
 
@@ -496,10 +491,6 @@ def test_an_older_try_plans_no_rest_over_that_of_the_newer(emulator: Emulator, t
     assert set(billed(emulator).values()) == {1}
 
 
-# A try that resumes takes the ids of its batches from the ledger, and neither ``on_kill`` nor the trigger compares them
-# with the account before it cancels them. A check costs a call for each batch within the five seconds of a kill, and
-# must not keep a batch of ours running because it cannot be read.
-@pytest.mark.xfail(strict=True, reason="ids of a ledger are not checked before a kill cancels them")
 @pytest.mark.emulator(speed=0.001)
 @pytest.mark.usefixtures("siliconflow_connection")
 def test_a_kill_cancels_no_foreign_batch_that_a_ledger_names(
