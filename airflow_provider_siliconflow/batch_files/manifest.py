@@ -148,6 +148,7 @@ def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, An
             "total": _number(tally.rows),
             "ok": tally.ok,
             "error": tally.error,
+            "invalid": tally.invalid,
             "expired": tally.expired,
             "missing": _number(tally.missing),
         },
@@ -161,6 +162,7 @@ def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, An
         "usage": _tokens(tally.usage),
         "billed_usage": _tokens(tally.billed),
         "errors": tally.most_common_errors(),
+        "invalid_reasons": dict(tally.invalid_reasons),
         "rounds": [
             {
                 "round": number,
@@ -237,6 +239,7 @@ _TABLE = (
     "rows",
     "ok",
     "error",
+    "invalid",
     "expired",
     "missing",
     "truncated",
@@ -290,7 +293,7 @@ def _table_row(name: str, figures: Mapping[str, Any]) -> list[str]:
     rows = figures["rows"]
     usage = figures["billed_usage"]
     counts = (
-        *(rows[key] for key in ("total", "ok", "error", "expired", "missing")),
+        *(rows[key] for key in ("total", "ok", "error", "invalid", "expired", "missing")),
         *(figures["truncated"], figures["empty"], usage["prompt_tokens"], usage["completion_tokens"]),
     )
     cost = figures["cost"]
