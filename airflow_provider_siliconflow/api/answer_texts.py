@@ -12,6 +12,8 @@ import re
 from typing import Any, NoReturn
 
 _THINKING, _THOUGHT = "<think>", "</think>"
+#: The end of thinking whose beginning a chat template left out. No text in JSON has a line that begins or ends so.
+_THOUGHT_ALONE = re.compile(r"^[ \t]*</think>|</think>[ \t]*$", re.MULTILINE)
 #: A line that opens or closes a code fence.
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*$", re.MULTILINE)
 _OPENING = re.compile(r"[{\[]")
@@ -49,12 +51,12 @@ def json_in(text: str) -> str | None:
 
 
 def without_thinking(text: str) -> str:
-    """Return a text without the thinking before it; chat templates may leave out the opening tag."""
-    before, mark, after = text.partition(_THOUGHT)
-    if mark and (before.lstrip().startswith(_THINKING) or _THINKING not in before):
-        return after.strip()
-    # The answer ended within the thinking.
-    return "" if not mark and text.lstrip().startswith(_THINKING) else text.strip()
+    """Return a text without the thinking before it; nothing if the text ends within the thinking."""
+    text = text.strip()
+    if text.startswith(_THINKING):
+        return text.partition(_THOUGHT)[2].strip()
+    alone = _THOUGHT_ALONE.search(text)
+    return text[alone.end() :].strip() if alone and _THINKING not in text[: alone.start()] else text
 
 
 def _is_json(text: str) -> bool:

@@ -12,7 +12,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-from airflow_provider_siliconflow.api.redaction import brief
 from airflow_provider_siliconflow.batch_files.parameters import to_json
 
 if TYPE_CHECKING:
@@ -157,6 +156,8 @@ class _SchemaType:
 
 def _said(problem: Any) -> str:
     """Say what is wrong without quoting the answer, so that equal problems read alike."""
+    from airflow_provider_siliconflow.api.redaction import brief
+
     if problem.validator == "required":
         missing = [name for name in problem.validator_value if name not in problem.instance]
         return f"{', '.join(map(repr, missing))} is required"
@@ -169,6 +170,8 @@ def _story(problems: Iterable[tuple[Iterable[Any], str]]) -> str:
 
 
 def _named(problems: Iterable[tuple[Iterable[Any], str]]) -> Iterator[str]:
+    from airflow_provider_siliconflow.api.redaction import brief
+
     for number, (place, said) in enumerate(problems):
         if number == _MOST_PROBLEMS:
             yield "..."
@@ -216,7 +219,7 @@ def answer_type(name: str, value: OutputType) -> AnswerType:
         return _SchemaType(value)
     except (jsonschema.SchemaError, RecursionError) as exc:
         said = getattr(exc, "message", "") or str(exc)
-        raise InvalidInputError(f"{name} is not a JSON schema: {brief(said, 300)}") from exc
+        raise InvalidInputError(f"{name} is not a JSON schema: {said[:300]}") from exc
 
 
 def _shown(value: Any) -> str:

@@ -211,6 +211,7 @@ class Life:
             "total": 2 * ROWS,
             "ok": 2 * ROWS,
             "error": 0,
+            "invalid": 0,
             "expired": 0,
             "missing": 0,
         }
