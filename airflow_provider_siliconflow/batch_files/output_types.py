@@ -118,7 +118,8 @@ class _SchemaType:
     def __init__(self, schema: Mapping[str, Any]) -> None:
         import jsonschema
         import msgspec
-        from referencing import Registry
+        from referencing import Registry, Resource
+        from referencing.jsonschema import DRAFT202012
 
         self.schema = dict(schema)
         self.name = _slug(str(schema.get("title") or "answer"))
@@ -127,31 +128,50 @@ class _SchemaType:
         kind = jsonschema.validators.validator_for(self.schema, jsonschema.Draft202012Validator)
         kind.check_schema(self.schema)
         # With a registry of its own, a reference leads nowhere but into the schema: nothing is fetched.
-        self._find_problems = kind(self.schema, registry=Registry()).iter_errors
+        whole = Resource.from_contents(self.schema, default_specification=DRAFT202012)
+        registry = Registry().with_resource(whole.id() or "", whole).crawl()
+        for reference in _references(self.schema):
+            registry.resolver(whole.id() or "").lookup(reference)
+        self._find_problems = kind(self.schema, registry=registry).iter_errors
         self._decode = msgspec.json.Decoder().decode
         self._refused = (msgspec.DecodeError, ValueError)
 
     def read(self, text: str) -> Any:
-        from airflow_provider_siliconflow.api.answer_texts import json_in
-
-        found = json_in(text)
-        if found is None:
-            raise UnacceptableAnswerError(NOT_JSON)
         try:
-            value = self._decode(found)
+            value = self._value(text)
             problems = list(islice(self._find_problems(value), _MOST_PROBLEMS + 1))
-        except self._refused:
-            raise UnacceptableAnswerError(NOT_JSON) from None
         except RecursionError:
             raise UnacceptableAnswerError(_TOO_DEEP) from None
         if problems:
             raise UnacceptableAnswerError(_story((each.absolute_path, _said(each)) for each in problems))
         return value
 
+    def _value(self, text: str) -> Any:
+        try:
+            return self._decode(text)
+        except self._refused:
+            pass
+        from airflow_provider_siliconflow.api.answer_texts import json_in
+
+        try:
+            return self._decode(json_in(text) or "")
+        except self._refused:
+            raise UnacceptableAnswerError(NOT_JSON) from None
+
     def values(self, parsed: Any) -> dict[str, Any]:
         if self.fields is _WITHOUT_FIELDS:
             return {self.fields[0]: parsed}
         return dict(parsed) if isinstance(parsed, dict) else {}
+
+
+def _references(schema: Any) -> Iterator[str]:
+    if isinstance(schema, Mapping):
+        if isinstance(reference := schema.get("$ref"), str):
+            yield reference
+        schema = list(schema.values())
+    if isinstance(schema, list | tuple):
+        for part in schema:
+            yield from _references(part)
 
 
 def _said(problem: Any) -> str:
@@ -214,9 +234,14 @@ def answer_type(name: str, value: OutputType) -> AnswerType:
     if not value:
         raise InvalidInputError(f"{name} is an empty schema, which every answer satisfies")
     import jsonschema
+    from referencing.exceptions import Unresolvable
 
     try:
         return _SchemaType(value)
+    except Unresolvable as exc:
+        raise InvalidInputError(
+            f"{name} has the reference {exc.ref!r}, which leads nowhere; put what it refers to into its $defs"
+        ) from exc
     except (jsonschema.SchemaError, RecursionError) as exc:
         said = getattr(exc, "message", "") or str(exc)
         raise InvalidInputError(f"{name} is not a JSON schema: {said[:300]}") from exc

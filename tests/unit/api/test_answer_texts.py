@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from airflow_provider_siliconflow.api.answer_texts import json_in, without_thinking
 
-TEXTS = st.text() | st.sampled_from(["</think>", "<think>", "a </think> b", "```", "```json", "{", "\n</think>\n"])
+TEXTS = st.text() | st.sampled_from(
+    ["</think>", "<think>", "a </think> b", "```", "```json", "{", "\n</think>\n"]
+)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
