@@ -130,6 +130,7 @@ class RunBatchOperator(SubmittingOperator):
         {"requests": read.rows, **_READERS, **_OBJECTS},
         not_both=("model", "models"),
         needs={"structured_output": "output_type"},
+        never_rendered=tuple(_OBJECTS),
     )
 
     def __init__(

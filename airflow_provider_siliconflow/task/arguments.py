@@ -8,7 +8,7 @@ parsed, all values that are known then are read; when the task starts, all value
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from airflow_provider_siliconflow.api import arguments as checks
@@ -41,6 +41,7 @@ class Arguments:
     :param one_of: names of which exactly one must be given.
     :param not_both: names of which at most one may be given.
     :param needs: names of arguments that have no meaning without another one, with that one.
+    :param never_rendered: names of arguments that are Python objects, known when the DAG is parsed.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class Arguments:
         one_of: tuple[str, ...] = (),
         not_both: tuple[str, ...] = (),
         needs: Mapping[str, str] | None = None,
+        never_rendered: Collection[str] = (),
     ) -> None:
         self._readers = dict(readers)
         self._one_of = one_of
         self._not_both = not_both or one_of
         self._needs = dict(needs or {})
+        self._never_rendered = frozenset(never_rendered)
 
     def check(self, task: object) -> None:
         """
@@ -65,6 +68,9 @@ class Arguments:
         """
         for name in self._readers:
             value = getattr(task, name)
+            if name in self._never_rendered:
+                self._read(task, name)
+                continue
             if is_templated(value):
                 continue
             try:
