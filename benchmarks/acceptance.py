@@ -74,16 +74,16 @@ def write_input(folder: Path, rows: int, chars: int) -> None:
 def review_model() -> Any:
     from typing import Literal
 
-    import pydantic
+    from pydantic import BaseModel, Field
 
-    return pydantic.create_model(
-        "Review",
-        product=(str, ...),
-        stars=(int, pydantic.Field(ge=1, le=5)),
-        mood=(Literal["good", "bad"], ...),
-        price=(float, ...),
-        summary=(str, ...),
-    )
+    class Review(BaseModel):
+        product: str
+        stars: int = Field(ge=1, le=5)
+        mood: Literal["good", "bad"]
+        price: float
+        summary: str
+
+    return Review
 
 
 def acceptance(side: str) -> Any:

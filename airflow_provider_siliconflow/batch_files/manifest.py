@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -162,7 +163,7 @@ def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, An
         "usage": _tokens(tally.usage),
         "billed_usage": _tokens(tally.billed),
         "errors": tally.most_common_errors(),
-        "invalid_reasons": dict(tally.invalid_reasons),
+        "invalid_reasons": dict(Counter(tally.invalid_reasons).most_common()),
         "rounds": [
             {
                 "round": number,

@@ -23,7 +23,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 )
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus, Outcome
 from airflow_provider_siliconflow.api.protocol import is_transient
-from airflow_provider_siliconflow.batch_files.atomic_files import temporary_folder, write_whole
+from airflow_provider_siliconflow.batch_files.atomic_files import OwnFile, temporary_folder, write_whole
 from airflow_provider_siliconflow.batch_files.manifest import (
     BatchSummary,
     ModelRun,
@@ -211,7 +211,7 @@ class Collector:
                 max_rows=job.options.max_rows,
                 max_bytes=job.options.max_bytes,
                 transform=job.options.acceptance.next_attempt(
-                    self._model_folder(model) / "errors.jsonl", job.options.max_bytes
+                    OwnFile(self._model_folder(model) / "errors.jsonl"), job.options.max_bytes
                 ),
             )
             for model, chosen in collected.retries.items()

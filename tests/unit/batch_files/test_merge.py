@@ -299,6 +299,12 @@ def judge(line: bytes, text: str | None, finish_reason: str | None) -> str | Non
     return None if text == "yes" else f"{text} is not yes"
 
 
+def test_a_reason_is_bounded_and_can_be_written(folder: Folder) -> None:
+    reason = "\ud800\0" + "x" * 10_000
+    _, results, _ = folder.merge(folder.batch([answer("a")]), judge=lambda *_: reason)
+    assert len(json.loads(results[0])["invalid"]) <= 300
+
+
 def test_an_answer_that_is_not_accepted_is_marked_and_sent_again(folder: Folder) -> None:
     odd = (
         b'{"custom_id" :"a","response":{"body":{"choices":[{"message":{"content":"\\u4e2d"}}]}},"new":1.0}\r'

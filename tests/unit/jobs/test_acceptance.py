@@ -63,7 +63,7 @@ def is_wrong(answer: dict[str, Any]) -> bool:
         Review.model_validate_json(text_of(answer))
     except ValidationError:
         return True
-    return answer["response"]["body"]["choices"][0]["finish_reason"] == "length"
+    return bool(answer["response"]["body"]["choices"][0]["finish_reason"] == "length")
 
 
 # The whole way -----------------------------------------------------------------------------------------------
@@ -225,7 +225,8 @@ def test_accept_sees_the_answer_and_says_why_not(emulator: Emulator, tmp_path: P
     def accept(result: BatchResult) -> bool | str:
         seen.append(result)
         assert isinstance(result.parsed, Review)
-        return {"q0": True, "q1": False, "q2": "too few stars"}[result.custom_id]
+        said: dict[str, bool | str] = {"q0": True, "q1": False, "q2": "too few stars"}
+        return said[result.custom_id]
 
     manifest = job(
         emulator, tmp_path, rows(3), output_type=Review, accept=accept, max_row_attempts=2

@@ -71,14 +71,14 @@ def test_the_output_of_a_task_is_no_type() -> None:
         upstream = UploadBatchFileOperator(task_id="upstream", input_path="x")
         assert isinstance(upstream.output, XComArg)
         with pytest.raises(ValueError, match="output_type must be"):
-            RunBatchOperator(task_id="t", requests="x", output_dir="x", output_type=upstream.output)  # type: ignore[arg-type]
+            RunBatchOperator(task_id="t", requests="x", output_dir="x", output_type=upstream.output)
 
 
 @pytest.mark.usefixtures("siliconflow_connection")
 def test_templates_are_read_when_the_task_starts(
     make_context: MakeContext, emulator: Emulator, tmp_path: Path
 ) -> None:
-    given = {"requests": ["Hi"], "output_dir": str(tmp_path / "out")}
+    given: dict[str, Any] = {"requests": ["Hi"], "output_dir": str(tmp_path / "out")}
     task = RunBatchOperator(task_id="t", structured_output="{{ how }}", **given)
     task.render_template_fields({"how": "prompt"})
     with pytest.raises(AirflowFailException, match="structured_output has no meaning without output_type"):
@@ -96,7 +96,7 @@ def serialized(dag: DAG) -> str:
     try:
         from airflow.serialization.serialized_objects import DagSerialization as Serialization
     except ImportError:
-        from airflow.serialization.serialized_objects import SerializedDAG as Serialization  # type: ignore[no-redef]
+        from airflow.serialization.serialized_objects import SerializedDAG as Serialization
     data = Serialization.to_dict(dag)
     Serialization.from_dict(data)
     return json.dumps(data)
