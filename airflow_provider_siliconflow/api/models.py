@@ -371,6 +371,12 @@ class BatchResult(_Model):
         return reasoning if isinstance(reasoning, str) else None
 
     @property
+    def tool_calls(self) -> list[Any]:
+        """The tools that the model calls, as the service sent them, or ``[]``."""
+        calls = self._message.get("tool_calls")
+        return calls if isinstance(calls, list) else []
+
+    @property
     def finish_reason(self) -> str | None:
         """``stop``, ``length`` (the answer was cut), ... or ``None``."""
         reason = self._choice.get("finish_reason")

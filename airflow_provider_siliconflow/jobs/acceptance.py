@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,12 @@ from airflow_provider_siliconflow.batch_files.output_types import (
 )
 from airflow_provider_siliconflow.batch_files.parameters import check_retry_parameters, to_json
 from airflow_provider_siliconflow.batch_files.result_lines import results_in
-from airflow_provider_siliconflow.batch_files.verdicts import Judge, UnjudgedError, read_result
+from airflow_provider_siliconflow.batch_files.verdicts import (
+    Judge,
+    UnjudgedError,
+    UnreadableLineError,
+    read_result,
+)
 
 if TYPE_CHECKING:
     from airflow_provider_siliconflow.batch_files.output_types import Accept, OutputType
@@ -41,6 +46,7 @@ log = logging.getLogger(__name__)
 _TRUNCATED = "the answer was cut off at max_tokens (finish reason length)"
 _EMPTY = "the answer is empty"
 _NOT_ACCEPTED = "the answer was not accepted"
+_UNREADABLE = "the result line cannot be read as a whole"
 
 #: Characters of the longest answer that the next attempt shows to the model: more would cost more than it helps.
 _LONGEST_SHOWN = 32_000
@@ -71,6 +77,7 @@ class Acceptance:
     accept: Accept | None = None
     structured_output: StructuredOutput | None = None
     retry_params: Mapping[str, Any] | None = None
+    _logged: set[tuple[str, str]] = field(default_factory=set, compare=False, repr=False)
 
     # How the service is asked -----------------------------------------------------------------------------
 
@@ -105,12 +112,14 @@ class Acceptance:
         return None if self.output_type is None and self.accept is None else self._judge
 
     def _judge(self, line: bytes, text: str | None, finish_reason: str | None) -> str | None:
-        if text is None or not text.strip():
+        is_empty = text is None or not text.strip()
+        # A call of a tool has no text, and only the author's own check can say whether it is right.
+        if is_empty and (self.output_type is not None or not _calls_tools(line)):
             return _EMPTY
         if finish_reason == "length":
             return _TRUNCATED
         parsed = None
-        if self.output_type is not None:
+        if self.output_type is not None and text is not None:
             try:
                 parsed = self.output_type.read(text)
             except UnacceptableAnswerError as exc:
@@ -121,8 +130,9 @@ class Acceptance:
         return None if self.accept is None else self._accepted(self.accept, line, parsed)
 
     def _accepted(self, accept: Accept, line: bytes, parsed: Any) -> str | None:
-        result = read_result(line)
-        assert result is not None
+        result = _result_of(line)
+        if result is None:
+            return _UNREADABLE
         try:
             said = accept(result.with_parsed(parsed))
         except Exception as exc:
@@ -135,9 +145,12 @@ class Acceptance:
             f"accept returned an instance of {type(said).__name__}; it must return True, False or the reason why not"
         )
 
-    @staticmethod
-    def _unjudged(argument: str, error: Exception) -> UnjudgedError:
-        log.debug("%s raised an error", argument, exc_info=error)
+    def _unjudged(self, argument: str, error: Exception) -> UnjudgedError:
+        kind = (argument, type(error).__name__)
+        if kind not in self._logged:
+            # It may be raised for a million rows.
+            self._logged.add(kind)
+            log.error("%s raised an error", argument, exc_info=error)
         return UnjudgedError(f"{argument} raised {type(error).__name__}: {error}")
 
     # The next attempt -------------------------------------------------------------------------------------
@@ -158,6 +171,19 @@ class Acceptance:
             None if self.output_type is None else _readable(errors),
             min(max_bytes, LONGEST_LINE),
         )
+
+
+def _calls_tools(line: bytes) -> bool:
+    result = _result_of(line) if b'"tool_calls"' in line else None
+    return result is not None and bool(result.tool_calls)
+
+
+def _result_of(line: bytes) -> BatchResult | None:
+    """Return the result in a line; ``None`` if only the parts that a verdict needs can be read."""
+    try:
+        return read_result(line)
+    except UnreadableLineError:
+        return None
 
 
 def _readable(errors: Source) -> Iterator[BatchResult]:

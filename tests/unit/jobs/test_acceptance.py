@@ -19,6 +19,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 )
 from airflow_provider_siliconflow.api.models import BatchResult
 from airflow_provider_siliconflow.emulator.server import Emulator
+from airflow_provider_siliconflow.jobs.acceptance import check_acceptance
 from airflow_provider_siliconflow.jobs.outcome import judge_run
 from airflow_provider_siliconflow.results import read_results
 from tests.conftest import MakeEmulator
@@ -253,6 +254,27 @@ def test_accept_alone_sends_rows_again_as_they_are(emulator: Emulator, tmp_path:
     for row in again:
         assert row["body"].pop("max_tokens") == 999
         assert row in first
+
+
+def test_a_call_of_a_tool_is_no_empty_answer() -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    body = {"choices": [{"message": message, "finish_reason": "tool_calls"}]}
+    line = json.dumps({"custom_id": "a", "response": {"body": body}}).encode()
+    called = check_acceptance(
+        output_type=None,
+        accept=lambda row: len(row.tool_calls) == 1,
+        structured_output=None,
+        retry_params=None,
+    )
+    typed = check_acceptance(output_type=Review, accept=None, structured_output=None, retry_params=None)
+    assert called.judge is not None
+    assert typed.judge is not None
+    assert called.judge(line, None, "tool_calls") is None
+    assert typed.judge(line, None, "tool_calls") == "the answer is empty"
+    message["tool_calls"] = []
+    line = json.dumps({"custom_id": "a", "response": {"body": body}}).encode()
+    assert called.judge(line, None, "stop") == "the answer is empty"
 
 
 def test_without_a_type_or_check_every_answer_is_ok(emulator: Emulator, tmp_path: Path) -> None:
