@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -148,6 +149,7 @@ def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, An
             "total": _number(tally.rows),
             "ok": tally.ok,
             "error": tally.error,
+            "invalid": tally.invalid,
             "expired": tally.expired,
             "missing": _number(tally.missing),
         },
@@ -161,6 +163,7 @@ def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, An
         "usage": _tokens(tally.usage),
         "billed_usage": _tokens(tally.billed),
         "errors": tally.most_common_errors(),
+        "invalid_reasons": dict(Counter(tally.invalid_reasons).most_common()),
         "rounds": [
             {
                 "round": number,
@@ -237,6 +240,7 @@ _TABLE = (
     "rows",
     "ok",
     "error",
+    "invalid",
     "expired",
     "missing",
     "truncated",
@@ -290,7 +294,7 @@ def _table_row(name: str, figures: Mapping[str, Any]) -> list[str]:
     rows = figures["rows"]
     usage = figures["billed_usage"]
     counts = (
-        *(rows[key] for key in ("total", "ok", "error", "expired", "missing")),
+        *(rows[key] for key in ("total", "ok", "error", "invalid", "expired", "missing")),
         *(figures["truncated"], figures["empty"], usage["prompt_tokens"], usage["completion_tokens"]),
     )
     cost = figures["cost"]

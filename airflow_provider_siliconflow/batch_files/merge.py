@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from sys import intern
 
@@ -24,11 +25,13 @@ from airflow_provider_siliconflow.api.models import Outcome
 from airflow_provider_siliconflow.api.redaction import brief
 from airflow_provider_siliconflow.api.sources import Source
 from airflow_provider_siliconflow.batch_files.lines import ByteWriter, LineReader
+from airflow_provider_siliconflow.batch_files.parameters import to_json
 from airflow_provider_siliconflow.batch_files.result_lines import read_lines
 from airflow_provider_siliconflow.batch_files.rules import MAX_ROWS
 from airflow_provider_siliconflow.batch_files.shards import iter_custom_ids, iter_rows
 from airflow_provider_siliconflow.batch_files.tally import MESSAGE_CHARACTERS, ModelTally, Usage
 from airflow_provider_siliconflow.batch_files.verdicts import (
+    Judge,
     Verdict,
     read_verdict,
     worth_retrying,
@@ -134,6 +137,21 @@ class SpoiltBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Unjudged:
+    """
+    Rows whose answers could not be judged.
+
+    :param custom_id: the first of them.
+    :param reason: why it could not be judged.
+    :param rows: how many there are.
+    """
+
+    custom_id: str
+    reason: str
+    rows: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class MergedShard:
     """
     The outcomes of the rows of one shard.
@@ -141,11 +159,13 @@ class MergedShard:
     :param tally: the figures.
     :param retry: a byte per row for ``select_rows``, 1 if the row is worth another attempt.
     :param spoilt: the batches that could not be read completely. Everything readable is in the results.
+    :param unjudged: the rows whose answers could not be judged. They are in the results, as invalid.
     """
 
     tally: ModelTally
     retry: bytearray
     spoilt: tuple[SpoiltBatch, ...] = ()
+    unjudged: Unjudged | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +189,16 @@ def merge_shard(
     *,
     model: str | None = None,
     strict: bool = True,
+    judge: Judge | None = None,
 ) -> MergedShard:
     """
     Judge every row of a shard and write its result line, in the order of the shard.
 
-    A result that is ok takes precedence over one that is not, then a later round over an earlier one, then within one
-    batch the first line, with the output file before the error file. The service's lines are written unchanged; a row
-    without any gets a line with the error code ``missing``. JSON that is not a result of any row counts as foreign.
+    A result that is ok takes precedence over an answer that is invalid, and that over any other; then a later round
+    over an earlier one, then within one batch the first line, with the output file before the error file. The service's
+    lines are written unchanged, but for a field ``invalid`` with the reason at the end of an answer that the judge does
+    not accept; a row without any gets a line with the error code ``missing``. JSON that is not a result of any row
+    counts as foreign.
 
     :param shard: the request file.
     :param batches: the batches that may contain its rows, earliest round first, all of one model.
@@ -185,26 +208,31 @@ def merge_shard(
     :param strict: whether a line that cannot be read is an error. Otherwise it costs one unknown row, which is missing.
         Rows of its batch without a result are then not sent again, since the line may be the paid answer to any of
         them.
+    :param judge: what answers must satisfy; an invalid one is worth another attempt.
     :raises IncompleteResultsError: the shard is damaged; or, if ``strict``, a result line is not JSON or too long.
     """
     asked = _Asked.read(shard, with_models=model is None)
     tally = ModelTally(rows=len(asked.ids))
     index = _Index(tally, asked.ids, held=_HELD_BYTES if results is not None or errors is not None else 0)
     for batch in batches:
-        index.read(batch, strict=strict)
+        index.read(batch, strict=strict, judge=judge)
     unaccounted = index.unaccounted()
     retry = bytearray(len(asked.ids))
     rounds = [batch.round for batch in batches]
+    unjudged: Unjudged | None = None
     for position, verdict in enumerate(index.verdicts):
         if verdict is None:
             _count_missing(unaccounted.get(position) or _NO_RESULT, 1, tally)
             worth_it = worth_retrying(Outcome.MISSING)
         else:
             worth_it = _count_row(verdict, model or asked.models[position], rounds[verdict.batch], tally)
+            if verdict.unjudged:
+                first = unjudged or Unjudged(verdict.custom_id, verdict.message or "", 0)
+                unjudged = replace(first, rows=first.rows + 1)
         retry[position] = worth_it and position not in unaccounted
     if results is not None or errors is not None:
         _copy(index, results, errors, unaccounted)
-    return MergedShard(tally, retry, index.spoilt())
+    return MergedShard(tally, retry, index.spoilt(), unjudged)
 
 
 def merge_batch(
@@ -274,19 +302,19 @@ class _Index:
             self._batches[-1].has_result.append(0)
         return position
 
-    def read(self, batch: BatchFiles, *, strict: bool) -> None:
+    def read(self, batch: BatchFiles, *, strict: bool, judge: Judge | None = None) -> None:
         """Read the files of the next batch."""
         read = _ReadBatch(batch, bytearray(len(self.ids)))
         self._batches.append(read)
         if batch.spoilt is not None:
             read.add_problem(batch.spoilt)
         if batch.output is not None:
-            self._read_file(batch.output, read, strict=strict)
+            self._read_file(batch.output, read, strict=strict, judge=judge)
         read.short = batch.short or (not batch.shared and sum(read.has_result) < batch.answered)
         if batch.errors is not None:
-            self._read_file(batch.errors, read, strict=strict)
+            self._read_file(batch.errors, read, strict=strict, judge=judge)
 
-    def _read_file(self, path: Path, read: _ReadBatch, *, strict: bool) -> None:
+    def _read_file(self, path: Path, read: _ReadBatch, *, strict: bool, judge: Judge | None) -> None:
         tally, verdicts, position_of, budget = self._tally, self.verdicts, self._position_of, self._budget
         ids, has_result, batch = self.ids, read.has_result, read.files
         number, file = len(self._batches) - 1, len(self.files)
@@ -295,7 +323,7 @@ class _Index:
         with path.open("rb") as stream:
             lines = read_lines(
                 LineReader(stream),
-                read_verdict,
+                read_verdict if judge is None else partial(read_verdict, judge=judge),
                 name=path.name,
                 batch_id=batch.batch_id,
                 on_unreadable=None if strict else read.add_problem,
@@ -312,7 +340,7 @@ class _Index:
                 before = verdicts[position]
                 if before is not None and before.batch == number:
                     duplicates += 1
-                    if before.outcome is Outcome.OK or verdict.outcome is not Outcome.OK:
+                    if before.rank >= verdict.rank:
                         continue
                     # It replaces a line that was already counted.
                     prompt -= before.prompt
@@ -323,7 +351,12 @@ class _Index:
                 completion += verdict.completion
                 reasoning += verdict.reasoning
                 total += verdict.total
-                if before is None or before.outcome is not Outcome.OK or verdict.outcome is Outcome.OK:
+                if before is not None and before.rank > verdict.rank:
+                    if verdict.outcome is Outcome.ERROR:
+                        # The answer is kept, but the last attempt says whether another one makes sense.
+                        before.transient &= verdict.transient
+                        before.out_of_balance |= verdict.out_of_balance
+                else:
                     # Thousands of verdicts are kept; their equal texts need no copies.
                     verdict.custom_id = ids[position]
                     verdict.batch = number
@@ -438,7 +471,11 @@ def _count_row(verdict: Verdict, model: str | None, round: int, tally: ModelTall
         if not verdict.metered:
             tally.without_usage += 1
         return False
-    if verdict.outcome is Outcome.EXPIRED:
+    if verdict.outcome is Outcome.INVALID:
+        tally.invalid += 1
+        tally.add_invalid_reason(verdict.message or "")
+        tally.without_usage += not verdict.metered
+    elif verdict.outcome is Outcome.EXPIRED:
         tally.expired += 1
     elif verdict.outcome is Outcome.MISSING:
         tally.missing += 1
@@ -477,6 +514,8 @@ def _copy(
                     raise IncompleteResultsError(
                         f"{index.files[verdict.file].name} was cut off while it was read"
                     )
+            if verdict is not None and verdict.outcome is Outcome.INVALID:
+                line = _marked(line, verdict.message or "")
             to_results.add(line)
             if verdict is None or verdict.outcome is not Outcome.OK:
                 to_errors.add(line)
@@ -510,6 +549,11 @@ class _LineBlock:
             self._stream.write(b"\n".join(self._lines))
         self._lines = []
         self._bytes = 0
+
+
+def _marked(line: bytes, reason: str) -> bytes:
+    """Return the line of an answer that is invalid, with the reason; what the service sent is not touched."""
+    return b'%b,"invalid":%b}' % (line.rstrip().removesuffix(b"}"), to_json(reason))
 
 
 def _error_line(custom_id: str, code: str, message: str) -> bytes:

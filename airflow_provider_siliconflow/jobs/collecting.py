@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,20 @@ from airflow_provider_siliconflow.api.exceptions import (
 )
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus, Outcome
 from airflow_provider_siliconflow.api.protocol import is_transient
-from airflow_provider_siliconflow.batch_files.atomic_files import temporary_folder, write_whole
+from airflow_provider_siliconflow.batch_files.atomic_files import OwnFile, temporary_folder, write_whole
 from airflow_provider_siliconflow.batch_files.manifest import (
     BatchSummary,
     ModelRun,
     build_manifest,
     results_folder,
 )
-from airflow_provider_siliconflow.batch_files.merge import BatchFiles, MergedShard, merge_shard, refused_lines
+from airflow_provider_siliconflow.batch_files.merge import (
+    BatchFiles,
+    MergedShard,
+    Unjudged,
+    merge_shard,
+    refused_lines,
+)
 from airflow_provider_siliconflow.batch_files.result_lines import OnUnreadable
 from airflow_provider_siliconflow.batch_files.shards import Shard, iter_custom_ids, select_rows
 from airflow_provider_siliconflow.batch_files.tally import ModelTally
@@ -63,12 +69,14 @@ class Collected:
     :param retries: by model, for each shard of the first round a byte per row: 1 if the row is worth another attempt.
     :param spoilt: batches that could not be read, and why.
     :param unanswered: dead batches of this try, and how many of their rows they did not answer.
+    :param unjudged: rows whose answers could not be judged; ``None`` if there are none.
     """
 
     tallies: dict[int, ModelTally] = field(default_factory=dict)
     retries: dict[int, list[bytearray]] = field(default_factory=dict)
     spoilt: dict[str, str] = field(default_factory=dict)
     unanswered: dict[str, int] = field(default_factory=dict)
+    unjudged: Unjudged | None = None
 
     @property
     def worth_another_attempt(self) -> int:
@@ -162,7 +170,7 @@ class Collector:
         self, piece: Piece, ended: Ended, files: BatchFiles, on_unreadable: OnUnreadable
     ) -> bytearray:
         outcomes = outcomes_in(files, on_unreadable)
-        answered = {Outcome.OK, Outcome.ERROR}
+        answered = {Outcome.OK, Outcome.INVALID, Outcome.ERROR}
         if ended.status == BatchStatus.FAILED and Outcome.OK not in outcomes.values():
             # Rejected as a whole: what it reports about single rows does not answer them.
             answered = set()
@@ -205,6 +213,9 @@ class Collector:
         if collected.out_of_balance:
             log.error("Rows failed because the account has no balance: no row is sent again")
             return None
+        if collected.unjudged:
+            log.error("No row is sent again in this try, since answers cannot be judged")
+            return None
         cancelled = [
             ended.batch_id
             for piece in job.current
@@ -230,6 +241,9 @@ class Collector:
                 folder / f"round-{number}" / str(model),
                 max_rows=job.options.max_rows,
                 max_bytes=job.options.max_bytes,
+                transform=job.options.acceptance.next_attempt(
+                    OwnFile(self._model_folder(model) / "errors.jsonl"), job.options.max_bytes
+                ),
             )
             for model, chosen in collected.retries.items()
             if model not in refused
@@ -278,7 +292,22 @@ class Collector:
     ) -> MergedShard:
         """Merge a shard. A line that cannot be read costs its own row, and its batch counts as spoilt."""
         name = self._job.options.replacements[piece.model]
-        merged = merge_shard(self._job.source(piece), files, results, errors, model=name, strict=False)
+        merged = merge_shard(
+            self._job.source(piece),
+            files,
+            results,
+            errors,
+            model=name,
+            strict=False,
+            judge=self._job.options.acceptance.judge,
+        )
+        if merged.unjudged is not None:
+            before = collected.unjudged
+            if before is None:
+                log.error("Row %s cannot be judged: %s", merged.unjudged.custom_id, merged.unjudged.reason)
+            collected.unjudged = replace(
+                before or merged.unjudged, rows=merged.unjudged.rows + (before.rows if before else 0)
+            )
         for spoilt in merged.spoilt:
             # An unreadable line loses nothing if every row has a result from elsewhere.
             if spoilt.rows and spoilt.batch_id is not None and spoilt.batch_id not in collected.spoilt:

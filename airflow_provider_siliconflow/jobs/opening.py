@@ -255,9 +255,9 @@ class Opening:
         )
         raise InvalidInputError(
             f"{name} was changed since an earlier try submitted its rows: {what} ({ids}"
-            f"{', ...' if len(job.batch_ids) > 5 else ''}). Nothing was sent. Restore the rows, their order and "
-            "request_params and let the task retry, which continues with these batches; or submit the new rows by a "
-            "manual clear, which pays for all of them; or give the new rows another output_dir.",
+            f"{', ...' if len(job.batch_ids) > 5 else ''}). Nothing was sent. Restore the rows, their order, "
+            "request_params and output_type, and let the task retry, which continues with these batches; or submit the "
+            "new rows by a manual clear, which pays for all of them; or give the new rows another output_dir.",
             retryable=True,
         )
 
@@ -285,7 +285,7 @@ class Opening:
             options.models,
             options.max_rows,
             options.max_bytes,
-            digest_of(options.request_params),
+            digest_of(options.body_content),
             version,
             # An earlier try may have sent batches that this folder does not know.
             complete=not self._try.earlier_tries,

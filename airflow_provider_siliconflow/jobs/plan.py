@@ -102,7 +102,7 @@ class Plan:
     :param models: models given by ``replace``, in the order of their indexes.
     :param max_rows: most rows per shard, as used for the split.
     :param max_bytes: most bytes per shard, as used for the split.
-    :param params: digest of the body parameters that were put into the rows.
+    :param params: digest of what was put into the bodies of the rows, see :attr:`RunOptions.body_content`.
     :param source: version of the input when it was read, see :func:`source_version`.
     :param complete: whether the folder knows every batch that earlier tries can have sent.
     """
@@ -165,7 +165,7 @@ class Plan:
 
         :param requests: a file (something that opens) or rows.
         """
-        same_params = self.params == digest_of(options.request_params)
+        same_params = self.params == digest_of(options.body_content)
         if same_params and self.source is not None and self.source == source_version(requests):
             return True
         options = replace(options, max_rows=self.max_rows, max_bytes=self.max_bytes)
@@ -305,8 +305,9 @@ def plan(requests: Any, folder: Any, *, name: str, options: RunOptions) -> Split
         name=name,
         max_rows=options.max_rows,
         max_bytes=options.max_bytes,
-        defaults=options.request_params,
+        defaults=options.body_defaults,
         defaults_name="request_params",
+        instruction=options.acceptance.instruction,
     )
     if split.rows_without_model and not options.models:
         raise InvalidInputError(
