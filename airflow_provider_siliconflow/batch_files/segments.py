@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from airflow_provider_siliconflow.api.bounds import MAX_COUNT
+from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 from airflow_provider_siliconflow.api.redaction import brief
 from airflow_provider_siliconflow.batch_files.atomic_files import (
     local_path,
@@ -313,20 +314,21 @@ def _opened(local: Path) -> int:
 
 def segment_paths(folder: Any) -> list[Any]:
     """
-    Return the files in a folder that are named like segments, sorted; none if there is no folder.
+    Return the files in a folder that are named like segments, sorted.
 
     :param folder: from :func:`segments_folder`.
+    :raises InvalidInputError: it is a link.
+    :raises FileNotFoundError: there is no such folder.
     """
     local = local_path(folder)
-    try:
-        if local is not None:
-            names = os.listdir(local)
-        else:
-            folder.fs.invalidate_cache(folder.path)
-            found = folder.fs.ls(folder.path, detail=False)
-            names = [str(path).rstrip("/").rpartition("/")[2] for path in found]
-    except FileNotFoundError:
-        return []
+    if local is not None:
+        if local.is_symlink():
+            raise InvalidInputError(f"{local} is a link, and is not followed")
+        names = os.listdir(local)
+    else:
+        folder.fs.invalidate_cache(folder.path)
+        found = folder.fs.ls(folder.path, detail=False)
+        names = [str(path).rstrip("/").rpartition("/")[2] for path in found]
     return [folder / name for name in sorted(names) if _NAME.fullmatch(name)]
 
 
@@ -335,6 +337,7 @@ def read_segments(folder: Any) -> tuple[list[Segment], dict[str, str]]:
     Read the footers of all segments, newest first.
 
     :param folder: from :func:`segments_folder`.
+    :raises FileNotFoundError: there is no such folder.
     :returns: the segments; and what is named like one but cannot be used, with the reason.
     """
     found = []
@@ -546,6 +549,19 @@ def _copy_range(source: Any, target: Path, begin: int, end: int) -> None:
     with target.open("wb") as stream:
         for start in range(begin, end, _COPY_BYTES):
             stream.write(source.fs.cat_file(source.path, start=start, end=min(start + _COPY_BYTES, end)))
+
+
+def remove(segment: Segment) -> bool:
+    """Remove a segment; return whether it was there. Jobs that read it go on, or send the rows themselves."""
+    local = local_path(segment.path)
+    try:
+        if local is not None:
+            local.unlink()
+        else:
+            segment.path.fs.rm_file(segment.path.path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def age(segment: Segment, now: float) -> float:

@@ -187,7 +187,11 @@ def _open_cache(cache_dir: Any) -> list[Any]:
         if local_path(folder) is None:
             raise
         raise InvalidInputError(f"cache_dir: {folder} cannot be created: {exc}. Nothing was sent") from exc
-    segments, unreadable = read_segments(folder)
+    try:
+        segments, unreadable = read_segments(folder)
+    except FileNotFoundError:
+        # A store has no empty folders.
+        return []
     for name, reason in unreadable.items():
         log.warning("The cached answers in %s are not used: %s", folder / name, reason)
     return segments

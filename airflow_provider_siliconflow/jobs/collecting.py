@@ -261,17 +261,17 @@ class Collector:
 
         :returns: a function that returns the files for a shard; to be called for each, in their order.
         """
-        waiting = [(min(piece.shard.sources, default=-1), *each) for each in enumerate(pieces)]
         sources = [frozenset(piece.shard.sources) for piece in pieces]
+        firsts = [min(each, default=-1) for each in sources]
         with contextlib.ExitStack() as stack:
             opened: dict[int, tuple[contextlib.ExitStack, list[BatchFiles]]] = {}
 
             def files_for(shard: Shard) -> list[BatchFiles]:
                 for number in [number for number in opened if max(sources[number]) < shard.index]:
                     opened.pop(number)[0].close()
-                for _, number, piece in (each for each in waiting if each[0] == shard.index):
+                for number in (number for number, first in enumerate(firsts) if first == shard.index):
                     own = stack.enter_context(contextlib.ExitStack())
-                    files = own.enter_context(self._files(piece, collected, shared=True))
+                    files = own.enter_context(self._files(pieces[number], collected, shared=True))
                     opened[number] = own, files
                 # In the order of their rounds, as the merge needs them.
                 needed = (number for number in sorted(opened) if shard.index in sources[number])
