@@ -110,7 +110,9 @@ def dict_of_answers(folder: Path, out: Path) -> dict[str, float]:
     from airflow_provider_siliconflow.jobs.options import RunOptions
     from airflow_provider_siliconflow.jobs.plan import plan
 
-    split = plan(folder / "requests.jsonl", out / "round-0", name="requests", options=RunOptions(models=(MODEL,)))
+    split = plan(
+        folder / "requests.jsonl", out / "round-0", name="requests", options=RunOptions(models=(MODEL,))
+    )
     start, cpu = time.perf_counter(), time.process_time()
     answers = {}
     with (folder / "answers.tsv").open("rb") as stream:
@@ -186,7 +188,9 @@ def main() -> None:
         folder.mkdir()
         write_input(folder, options)
         size = sum(path.stat().st_size for path in folder.rglob("*.answers")) / 1e6
-        print(f"{options.rows:,} rows, {options.answers:,} answers in {options.segments} segments, {size:,.0f} MB")
+        print(
+            f"{options.rows:,} rows, {options.answers:,} answers in {options.segments} segments, {size:,.0f} MB"
+        )
         runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
         for _ in range(options.repeat):
             for side, found in runs.items():
