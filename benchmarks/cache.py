@@ -127,14 +127,14 @@ def dict_of_answers(folder: Path, out: Path) -> dict[str, float]:
             (out / f"cached-{shard.name}").open("wb") as target,
             (out / f"missing-{shard.name}").open("wb") as missing,
         ):
-            for line in requests:
-                asked = read_request(line)
-                answer = asked and answers.get(answer_key(asked[0], MODEL))
-                if not answer:
-                    missing.write(line)
+            for request_line in requests:
+                asked = read_request(request_line)
+                cached = asked and answers.get(answer_key(asked[0], MODEL))
+                if not cached:
+                    missing.write(request_line)
                     continue
-                row = json.loads(answer)
-                row["custom_id"] = json.loads(line)["custom_id"]
+                row = json.loads(cached)
+                row["custom_id"] = json.loads(request_line)["custom_id"]
                 target.write(json.dumps(row).encode() + b"\n")
                 found += 1
     return {
