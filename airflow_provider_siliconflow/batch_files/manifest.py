@@ -162,6 +162,7 @@ def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, An
         "foreign": tally.foreign,
         "usage": _tokens(tally.usage),
         "billed_usage": _tokens(tally.billed),
+        "cached": {"rows": tally.cached, **_tokens(tally.saved)},
         "errors": tally.most_common_errors(),
         "invalid_reasons": dict(Counter(tally.invalid_reasons).most_common()),
         "rounds": [
@@ -278,6 +279,9 @@ def render_summary(manifest: Mapping[str, Any]) -> str:
             f"round {each['round']}: {each['rows']:,} rows in {each['batches']:,} batches, {each['ok']:,} ok"
             for each in rounds
         ]
+    if cached := manifest["cached"]["rows"]:
+        saved = manifest["cached"]["total_tokens"]
+        text.append(f"{cached:,} rows were answered by the cache, which saved {saved:,} tokens")
     for name, label in (
         ("model_mismatches", "answers of another model than the requested one"),
         ("duplicates", "second results of a row, left out"),

@@ -108,6 +108,7 @@ class BatchFiles:
     :param spoilt: why the files cannot be had or read at all; the same holds for the batch's rows then.
     :param requests: the request file of a ``shared`` batch, which says what the batch's rows are. Without it they may
         be any.
+    :param cached: whether these are answers of earlier jobs, which are not billed again.
     """
 
     output: Path | None
@@ -119,6 +120,7 @@ class BatchFiles:
     answered: int = 0
     spoilt: str | None = None
     requests: Source | None = None
+    cached: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +160,14 @@ class MergedShard:
 
     :param tally: the figures.
     :param retry: a byte per row for ``select_rows``, 1 if the row is worth another attempt.
+    :param fresh: a byte per row, 1 if the row is ok by an answer of this job's own, so not a cached one.
     :param spoilt: the batches that could not be read completely. Everything readable is in the results.
     :param unjudged: the rows whose answers could not be judged. They are in the results, as invalid.
     """
 
     tally: ModelTally
     retry: bytearray
+    fresh: bytearray
     spoilt: tuple[SpoiltBatch, ...] = ()
     unjudged: Unjudged | None = None
 
@@ -217,22 +221,25 @@ def merge_shard(
     for batch in batches:
         index.read(batch, strict=strict, judge=judge)
     unaccounted = index.unaccounted()
-    retry = bytearray(len(asked.ids))
-    rounds = [batch.round for batch in batches]
+    retry, fresh = bytearray(len(asked.ids)), bytearray(len(asked.ids))
+    # The answers of earlier jobs belong to no round of this one.
+    rounds = [None if batch.cached else batch.round for batch in batches]
     unjudged: Unjudged | None = None
     for position, verdict in enumerate(index.verdicts):
         if verdict is None:
             _count_missing(unaccounted.get(position) or _NO_RESULT, 1, tally)
             worth_it = worth_retrying(Outcome.MISSING)
         else:
-            worth_it = _count_row(verdict, model or asked.models[position], rounds[verdict.batch], tally)
+            number = rounds[verdict.batch]
+            worth_it = _count_row(verdict, model or asked.models[position], number, tally)
+            fresh[position] = verdict.outcome is Outcome.OK and number is not None
             if verdict.unjudged:
                 first = unjudged or Unjudged(verdict.custom_id, verdict.message or "", 0)
                 unjudged = replace(first, rows=first.rows + 1)
         retry[position] = worth_it and position not in unaccounted
     if results is not None or errors is not None:
         _copy(index, results, errors, unaccounted)
-    return MergedShard(tally, retry, index.spoilt(), unjudged)
+    return MergedShard(tally, retry, fresh, index.spoilt(), unjudged)
 
 
 def merge_batch(
@@ -368,7 +375,8 @@ class _Index:
                         verdict.line = line
                     verdicts[position] = verdict
         self._budget = budget
-        tally.billed.add(Usage(prompt, completion, reasoning, total))
+        if not batch.cached:
+            tally.billed.add(Usage(prompt, completion, reasoning, total))
         if duplicates:
             tally.duplicates += duplicates
             log.warning(
@@ -439,13 +447,13 @@ class _ReadBatch:
         return f"{self.first_problem}{more}"
 
 
-def _count_row(verdict: Verdict, model: str | None, round: int, tally: ModelTally) -> bool:
+def _count_row(verdict: Verdict, model: str | None, round: int | None, tally: ModelTally) -> bool:
     """
     Count the outcome of one row.
 
     :param verdict: the verdict on its result line.
     :param model: the requested model, if known.
-    :param round: the round of the verdict.
+    :param round: the round of the verdict; ``None`` if the answer is cached.
     :param tally: gets the figures, except ``rows`` and ``billed``.
     :return: whether the row is worth another attempt.
     """
@@ -455,7 +463,11 @@ def _count_row(verdict: Verdict, model: str | None, round: int, tally: ModelTall
         tally.mismatches += 1
     if verdict.outcome is Outcome.OK:
         tally.ok += 1
-        tally.ok_in_round[round] = tally.ok_in_round.get(round, 0) + 1
+        if round is None:
+            tally.cached += 1
+            verdict.add_usage_to(tally.saved)
+        else:
+            tally.ok_in_round[round] = tally.ok_in_round.get(round, 0) + 1
         reason = verdict.finish_reason
         if reason is not None:
             reasons = tally.finish_reasons

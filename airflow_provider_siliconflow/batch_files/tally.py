@@ -51,8 +51,10 @@ class ModelTally:
     :param duplicates: result lines that were left out because their batch already had one for the row.
     :param foreign: result lines of rows that were never sent.
     :param balance_errors: rows that failed because the account could not pay.
+    :param cached: rows that are ok by an answer of an earlier job.
     :param usage: tokens of the answers that were kept.
     :param billed: tokens of all answers of all rounds, including those that a later one replaced.
+    :param saved: tokens of the cached answers, which are not billed.
     :param messages: number of rows by error message, see :meth:`add_message`.
     :param invalid_reasons: number of invalid rows by reason, see :meth:`add_invalid_reason`.
     :param ok_in_round: number of rows by the round that answered them.
@@ -71,8 +73,10 @@ class ModelTally:
     duplicates: int = 0
     foreign: int = 0
     balance_errors: int = 0
+    cached: int = 0
     usage: Usage = field(default_factory=Usage)
     billed: Usage = field(default_factory=Usage)
+    saved: Usage = field(default_factory=Usage)
     finish_reasons: dict[str, int] = field(default_factory=dict)
     messages: dict[str, int] = field(default_factory=dict)
     invalid_reasons: dict[str, int] = field(default_factory=dict)
@@ -84,6 +88,7 @@ class ModelTally:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.usage.add(other.usage)
         self.billed.add(other.billed)
+        self.saved.add(other.saved)
         for reason, count in other.finish_reasons.items():
             self.add_finish_reason(reason, count)
         for number, count in other.ok_in_round.items():
@@ -121,5 +126,5 @@ def _count(counts: dict[str, int], text: str, count: int, characters: int, most:
 
 _COUNTS = (
     *("rows", "ok", "error", "invalid", "expired", "missing", "truncated", "empty", "without_usage"),
-    *("mismatches", "duplicates", "foreign", "balance_errors"),
+    *("mismatches", "duplicates", "foreign", "balance_errors", "cached"),
 )

@@ -23,6 +23,8 @@ from airflow_provider_siliconflow.api.exceptions import (
     SiliconFlowError,
 )
 from airflow_provider_siliconflow.batch_files.atomic_files import local_path, make_private_folder
+from airflow_provider_siliconflow.batch_files.shards import Split
+from airflow_provider_siliconflow.jobs.cache import Reuse, find_answers
 from airflow_provider_siliconflow.jobs.cancelling import cancel
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
 from airflow_provider_siliconflow.jobs.folder import read_json, remove_tree
@@ -71,6 +73,7 @@ class JobTry:
     :param owner: this try, with a fresh token; ``try_id`` and ``try_number`` identify a resumption.
     :param cancel_on_kill: whether to cancel what an earlier generation of this task left open in ``output_dir``.
     :param clock: time.
+    :param cache_dir: ``pathlib.Path`` or ``ObjectStoragePath`` of answers that jobs share; ``None`` for no cache.
     """
 
     options: RunOptions
@@ -83,6 +86,7 @@ class JobTry:
     owner: Owner
     cancel_on_kill: bool
     clock: Clock = field(default_factory=SystemClock)
+    cache_dir: Any = None
 
 
 class Opening:
@@ -271,6 +275,7 @@ class Opening:
             rows = requests()
             version = source_version(rows)
             split = plan(rows, self.plans.path / FIRST_ROUND, name=name, options=options)
+            reuse = self._reuse(split)
         except Exception:
             ledger.remove_folder()
             raise
@@ -289,6 +294,7 @@ class Opening:
             version,
             # An earlier try may have sent batches that this folder does not know.
             complete=not self._try.earlier_tries,
+            reuse=reuse,
         )
         self.plans.write(stored)
         # Two jobs that start at the same time see each other here, before anything is sent.
@@ -300,6 +306,22 @@ class Opening:
         job = self._open(stored)
         job.ledger.continue_as(self._try.owner.token)
         return job
+
+    def _reuse(self, split: Split) -> Reuse | None:
+        if self._try.cache_dir is None:
+            return None
+        options = self._try.options
+        sources = [self.plans.path / FIRST_ROUND / shard.name for shard in split.shards]
+        return find_answers(
+            self._try.cache_dir,
+            self.plans.path,
+            split,
+            sources,
+            models=options.replacements,
+            max_rows=options.max_rows,
+            max_bytes=options.max_bytes,
+            judge=self._try.options.acceptance.judge,
+        )
 
     def _warn_of_unknown_models(self) -> None:
         """Warn of models that the account does not list. The list does not say which of them the batch API takes."""

@@ -19,6 +19,7 @@ from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 from airflow_provider_siliconflow.batch_files.atomic_files import local_path, temporary_folder, write_json
 from airflow_provider_siliconflow.batch_files.prices import cost, price_of, rounded
 from airflow_provider_siliconflow.batch_files.shards import Shard, Split, split_requests
+from airflow_provider_siliconflow.jobs.cache import Reuse
 from airflow_provider_siliconflow.jobs.folder import read_json
 from airflow_provider_siliconflow.jobs.identity import Submitter
 from airflow_provider_siliconflow.jobs.options import RunOptions
@@ -105,6 +106,7 @@ class Plan:
     :param params: digest of what was put into the bodies of the rows, see :attr:`RunOptions.body_content`.
     :param source: version of the input when it was read, see :func:`source_version`.
     :param complete: whether the folder knows every batch that earlier tries can have sent.
+    :param reuse: which rows are answered by the cache and not sent; ``None`` if all are sent.
     """
 
     split: Split
@@ -118,6 +120,7 @@ class Plan:
     params: str
     source: str | None
     complete: bool
+    reuse: Reuse | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON types."""
@@ -133,6 +136,7 @@ class Plan:
             "params": self.params,
             "source": self.source,
             "complete": self.complete,
+            "reuse": self.reuse and self.reuse.to_dict(),
         }
 
     @classmethod
@@ -142,18 +146,22 @@ class Plan:
 
         :raises ValueError: it is damaged, or not written by this code.
         """
+        split = Split.from_dict(data["split"])
+        models = tuple(str(model) for model in data["models"])
+        reuse = data.get("reuse")
         return cls(
-            split=Split.from_dict(data["split"]),
+            split=split,
             completion_window=check_completion_window(data["completion_window"]),
             metadata=check_metadata(data["metadata"], identified=True),
             submitter=_checked_submitter(Submitter(**data["task"])),
             conn_id=str(data["conn_id"]),
-            models=tuple(str(model) for model in data["models"]),
+            models=models,
             max_rows=int(data["max_rows"]),
             max_bytes=int(data["max_bytes"]),
             params=str(data["params"]),
             source=None if data["source"] is None else str(data["source"]),
             complete=data["complete"] is True,
+            reuse=None if reuse is None else Reuse.from_dict(reuse, split, len(models) or 1),
         )
 
     def is_of(self, requests: Any, options: RunOptions, *, name: str) -> bool:

@@ -46,6 +46,7 @@ _OPTIONS = {
 _OBJECTS = {"output_type": read.output_type, "accept": read.accept}
 _READERS = {
     "output_dir": read.place,
+    "cache_dir": read.optional(read.place),
     "conn_id": read.text,
     "poll_interval": read.seconds,
     "timeout": read.optional(read.seconds),
@@ -104,6 +105,8 @@ class RunBatchOperator(SubmittingOperator):
     :param max_error_rate: share of rows (0 to 1) that may fail before the task fails. (templated)
     :param fail_on_partial_error: fail if any row did not succeed; ignored if ``max_error_rate`` is set.
     :param allow_all_failed: succeed even if not one row of the job succeeded.
+    :param cache_dir: path or URI of a folder of answers that jobs share. A row whose model and body were answered
+        before is not sent; the answers of this job are added. (templated)
     :param prices: CNY per million tokens by model: ``{model: {"prompt": ..., "completion": ...}}``. (templated)
     :param dry_run: check and plan without sending anything; log and return the estimated size and cost.
     :param skip_if_empty: skip the task if there are no rows; by default that is an error.
@@ -155,6 +158,7 @@ class RunBatchOperator(SubmittingOperator):
         retry_params: dict[str, Any] | str | None = None,
         fail_on_partial_error: bool = False,
         allow_all_failed: bool = False,
+        cache_dir: str | None = None,
         prices: Mapping[str, Mapping[str, float | str]] | str | None = None,
         dry_run: bool = False,
         skip_if_empty: bool = False,
@@ -194,6 +198,7 @@ class RunBatchOperator(SubmittingOperator):
         self.retry_params = retry_params
         self.fail_on_partial_error = fail_on_partial_error
         self.allow_all_failed = allow_all_failed
+        self.cache_dir = cache_dir
         self.prices = prices
         self.skip_if_empty = skip_if_empty
         # `dry_run` is a method of every operator, which Airflow 2.11 calls for `airflow tasks test --dry-run`.
@@ -315,6 +320,7 @@ class RunBatchOperator(SubmittingOperator):
 
         options = self._options(given)
         client = self.hook.get_conn()
+        cache_dir = given["cache_dir"]
         run = BatchRun(
             JobTry(
                 options=options,
@@ -326,6 +332,7 @@ class RunBatchOperator(SubmittingOperator):
                 earlier_tries=task_try.number > 1,
                 owner=task_try.new_owner(),
                 cancel_on_kill=self.cancel_on_kill,
+                cache_dir=None if cache_dir is None else open_folder("cache_dir", cache_dir),
             )
         )
         self._job = _Job(task_try, run, options, given["poll_interval"])

@@ -91,6 +91,8 @@ class Life:
         self.api = FaultyAPI(self.service, iter(script), self.clock)
         self.events = iter(events)
         self.output = folder / "output"
+        self.rows = range(ROWS)
+        self.cache_dir: Any = None
         self.begun = self.clock.time()
         self.tries = 0
 
@@ -142,6 +144,7 @@ class Life:
                 owner=replace(owner, at=self.clock.time()),
                 cancel_on_kill=True,
                 clock=self.clock,
+                cache_dir=self.cache_dir,
             )
         )
 
@@ -150,7 +153,7 @@ class Life:
         self.tries += 1
         number = self.tries
         run = self.process(number)
-        prompts = [f"Say {i}" + (" [[emulator:once=503]]" if i == 5 else "") for i in range(ROWS)]
+        prompts = [f"Say {i}" + (" [[emulator:once=503]]" if i == 5 else "") for i in self.rows]
         wait = run.start(lambda: prompts, "requests", timeout=None)
         while wait is not None:
             event = next(self.events, "none")
