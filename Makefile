@@ -69,7 +69,7 @@ mutation:
 
 bench:
 	@$(call environment,$(NEWEST),dev)
-	@for file in benchmarks/*.py; do echo "== $$file"; $(newest) "$$file" || exit 1; done
+	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(newest) "$$file" || exit 1; done
 
 clean:
 	rm -rf .test .demo .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

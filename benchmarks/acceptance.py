@@ -15,12 +15,12 @@ import argparse
 import json
 import random
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from _sides import add_options, run_in_turns
 
 SHARD_ROWS = 5000
 FILLER = "The parcel came late and the box was torn, but the lamp itself works. "
@@ -151,22 +151,11 @@ def run(side: str, folder: Path, out: Path) -> None:
     print(json.dumps(figures))
 
 
-def measure(side: str, folder: Path) -> dict[str, float]:
-    with tempfile.TemporaryDirectory(dir=folder.parent) as out:
-        command = [sys.executable, __file__, "--run", side, "--source", str(folder), "--out", out]
-        result = subprocess.run(command, check=True, capture_output=True, text=True)
-    return dict(json.loads(result.stdout))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--chars", type=int, default=200, help="characters of the longest field")
-    parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--folder", help="folder for the files (default: the temporary folder)")
-    parser.add_argument("--run", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    add_options(parser, SIDES)
     options = parser.parse_args()
     if options.run:
         run(options.run, options.source, options.out)
@@ -177,10 +166,7 @@ def main() -> None:
         write_input(folder, options.rows, options.chars)
         megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
         print(f"{options.rows:,} rows, {megabytes:,.0f} MB of shards and results")
-        runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-        for _ in range(options.repeat):
-            for side, found in runs.items():
-                found.append(measure(side, folder))
+        runs = run_in_turns(__file__, SIDES, folder, options.repeat)
     best = {side: min(found, key=lambda each: each["cpu"]) for side, found in runs.items()}
     for side, figures in best.items():
         print(

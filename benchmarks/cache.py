@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from _sides import add_options, run_in_turns
 
 SHARD_ROWS = 5000
 MODEL = "Qwen/Qwen3-8B"
@@ -159,24 +159,13 @@ def nothing(folder: Path, out: Path) -> dict[str, float]:
 SIDES = {"ours": ours, "one dict": dict_of_answers, "imports": nothing}
 
 
-def measure(side: str, folder: Path) -> dict[str, float]:
-    with tempfile.TemporaryDirectory(dir=folder.parent) as out:
-        command = [sys.executable, __file__, "--run", side, "--source", str(folder), "--out", out]
-        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return dict(json.loads(result.stdout))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--answers", type=int, default=1_000_000)
     parser.add_argument("--segments", type=int, default=20, help="how many jobs wrote the cache")
     parser.add_argument("--chars", type=int, default=300, help="characters of each prompt and each answer")
-    parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--folder", help="folder for the files (default: the temporary folder)")
-    parser.add_argument("--run", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    add_options(parser, SIDES)
     options = parser.parse_args()
     if options.run:
         figures = SIDES[options.run](options.source, options.out)
@@ -191,10 +180,7 @@ def main() -> None:
         print(
             f"{options.rows:,} rows, {options.answers:,} answers in {options.segments} segments, {size:,.0f} MB"
         )
-        runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-        for _ in range(options.repeat):
-            for side, found in runs.items():
-                found.append(measure(side, folder))
+        runs = run_in_turns(__file__, SIDES, folder, options.repeat)
     base = min(run["rss"] for run in runs["imports"])
     best = {side: min(found, key=lambda run: run["cpu"]) for side, found in runs.items()}
     for side in ("ours", "one dict"):

@@ -13,11 +13,11 @@ import argparse
 import json
 import random
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from _sides import add_options, run_in_turns
 
 SHARD_ROWS = 5000
 
@@ -117,23 +117,12 @@ def nothing(folder: Path, out: Path) -> dict[str, int]:
 SIDES = {"ours": ours, "dict of rows": stdlib, "imports": nothing}
 
 
-def measure(side: str, folder: Path) -> dict[str, float]:
-    with tempfile.TemporaryDirectory(dir=folder.parent) as out:
-        command = [sys.executable, __file__, "--run", side, "--source", str(folder), "--out", out]
-        result = subprocess.run(command, check=True, capture_output=True, text=True)
-    return dict(json.loads(result.stdout))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--chars", type=int, default=600, help="characters of each prompt and each answer")
     parser.add_argument("--language", choices=["en", "zh"], default="en")
-    parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--folder", help="folder for the files (default: the temporary folder)")
-    parser.add_argument("--run", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    add_options(parser, SIDES)
     options = parser.parse_args()
     if options.run:
         if options.run == "ours":
@@ -154,10 +143,7 @@ def main() -> None:
         write_input(folder, options.rows, options.chars, options.language)
         megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
         print(f"{options.rows:,} rows, {megabytes:,.0f} MB of shards and results, {options.language}")
-        runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-        for _ in range(options.repeat):
-            for side, found in runs.items():
-                found.append(measure(side, folder))
+        runs = run_in_turns(__file__, SIDES, folder, options.repeat)
     base = min(run["rss"] for run in runs["imports"])
     best = {}
     for side in ("ours", "dict of rows"):

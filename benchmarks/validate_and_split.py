@@ -13,11 +13,11 @@ import argparse
 import hashlib
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from _sides import add_options, run_in_turns
 
 
 def write_input(path: Path, rows: int, chars: int, language: str) -> None:
@@ -96,28 +96,17 @@ def nothing(source: Path, work_dir: Path) -> None:
 SIDES = {"ours": ours, "stdlib json": stdlib, "imports": nothing}
 
 
-def measure(side: str, source: Path) -> dict[str, float]:
-    with tempfile.TemporaryDirectory(dir=source.parent) as folder:
-        command = [sys.executable, __file__, "--run", side, "--source", str(source), "--work-dir", folder]
-        result = subprocess.run(command, check=True, capture_output=True, text=True)
-    return dict(json.loads(result.stdout))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--rows", type=int, default=300_000)
     parser.add_argument("--chars", type=int, default=900, help="characters of each prompt")
     parser.add_argument("--language", choices=["en", "zh"], default="en")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--folder", help="folder for the files (default: the temporary folder)")
-    parser.add_argument("--run", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--work-dir", type=Path, help=argparse.SUPPRESS)
+    add_options(parser, SIDES, repeat=3)
     options = parser.parse_args()
     if options.run:
-        nothing(options.source, options.work_dir)
+        nothing(options.source, options.out)
         start, cpu = time.perf_counter(), time.process_time()
-        SIDES[options.run](options.source, options.work_dir / "shards")
+        SIDES[options.run](options.source, options.out / "shards")
         figures = {
             "seconds": time.perf_counter() - start,
             "cpu": time.process_time() - cpu,
@@ -130,10 +119,7 @@ def main() -> None:
         write_input(source, options.rows, options.chars, options.language)
         megabytes = source.stat().st_size / 1e6
         print(f"{options.rows:,} rows, {megabytes:,.0f} MB, {options.language}")
-        runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-        for _ in range(options.repeat):
-            for side, found in runs.items():
-                found.append(measure(side, source))
+        runs = run_in_turns(__file__, SIDES, source, options.repeat)
     best = {side: min(found, key=lambda run: run["cpu"]) for side, found in runs.items()}
     for side in ("ours", "stdlib json"):
         run = best[side]
