@@ -17,8 +17,8 @@ _THOUGHT_ALONE = re.compile(r"^[ \t]*</think>|</think>[ \t]*$", re.MULTILINE)
 #: A line that opens or closes a code fence.
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*$", re.MULTILINE)
 _OPENING = re.compile(r"[{\[]")
-#: Places at which JSON is looked for in one text; each may cost a pass over the text.
-_MOST_STARTS = 64
+#: Places at which JSON is looked for in one text, and passes over the text that they may cost in all.
+_MOST_STARTS, _MOST_PASSES = 64, 8
 
 
 def _refuse(constant: str) -> NoReturn:
@@ -60,26 +60,32 @@ def without_thinking(text: str) -> str:
 
 
 def _is_json(text: str) -> bool:
-    return _end_of_value(text, 0) == len(text)
+    return _value_at(text, 0)[0] == len(text)
 
 
-def _end_of_value(text: str, start: int) -> int | None:
+def _value_at(text: str, start: int) -> tuple[int | None, int]:
+    """Return where the value that begins at a place ends, if there is one, and how far the text was read for it."""
     try:
         end: int = _decoder.raw_decode(text, start)[1]
+    except json.JSONDecodeError as exc:
+        return None, exc.pos
     except (ValueError, RecursionError):
-        return None
-    return end
+        return None, len(text)
+    return end, end
 
 
 def _only_value(text: str) -> str | None:
     found: dict[str, list[str]] = {"{": [], "[": []}
-    position = 0
+    position, left = 0, _MOST_PASSES * len(text)
     for _ in range(_MOST_STARTS):
         opening: Any = _OPENING.search(text, position)
         if opening is None:
             break
         start = opening.start()
-        end = _end_of_value(text, start)
+        end, reached = _value_at(text, start)
+        left -= reached - start
+        if left < 0:
+            return None
         if end is not None:
             found[text[start]].append(text[start:end])
         position = end or start + 1

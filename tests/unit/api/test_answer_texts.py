@@ -80,6 +80,12 @@ def test_a_hostile_text_costs_a_bounded_time() -> None:
     assert time.process_time() - begun < 5
 
 
+@pytest.mark.parametrize(("beginnings", "found"), [(3, '{"a": 1}'), (20, None)])
+def test_a_text_is_read_only_so_often(beginnings: int, found: str | None) -> None:
+    """Each of the beginnings is read to the end of the numbers."""
+    assert json_in("[" * beginnings + "1, " * 10_000 + '] {"a": 1}') == found
+
+
 def test_thinking_is_left_out() -> None:
     assert without_thinking("<think>a</think>\nb") == "b"
     assert without_thinking("a\n</think>\nb") == "b"
