@@ -1,16 +1,35 @@
-"""Whether every ``custom_id`` of an input is unique, in bounded memory."""
+"""The ``custom_id`` of a line; and whether all of an input are unique, in bounded memory."""
 
 from __future__ import annotations
 
-import tempfile
 from array import array
 from collections.abc import Iterable
-from typing import BinaryIO
 
+import msgspec
+
+from airflow_provider_siliconflow.batch_files.buckets import Spill
 from airflow_provider_siliconflow.batch_files.rules import Problems
 
 #: Hashes of custom ids, of 8 bytes each, that one of 256 buckets may have before all buckets are written to disk.
 _BUCKET_HASHES = 512
+
+
+class LineId(msgspec.Struct, gc=False):
+    """What is read of a line if only its row is asked for."""
+
+    custom_id: str
+
+
+_decode = msgspec.json.Decoder(LineId).decode
+
+
+def custom_id_of(line: bytes) -> str:
+    """
+    Return the ``custom_id`` of a request or result line.
+
+    :raises msgspec.DecodeError: it is not JSON, or has none.
+    """
+    return _decode(line).custom_id
 
 
 class CustomIdSet:
@@ -24,9 +43,7 @@ class CustomIdSet:
     def __init__(self) -> None:
         # In buckets, so that one set of a 256th of the hashes finds the equal ones.
         self._buckets = tuple(array("q") for _ in range(256))
-        self._spilled: BinaryIO | None = None
-        #: Where each bucket begins in the file, for each time that they were emptied into it.
-        self._begins: list[list[int]] = []
+        self._spilled = Spill()
 
     def add(self, custom_id: str) -> None:
         """Add the ``custom_id`` of one row."""
@@ -34,25 +51,12 @@ class CustomIdSet:
         bucket = self._buckets[hashed & 255]
         bucket.append(hashed)
         if len(bucket) == _BUCKET_HASHES:
-            self._spill()
-
-    def _spill(self) -> None:
-        if self._spilled is None:
-            self._spilled = tempfile.TemporaryFile(prefix="siliconflow-")  # noqa: SIM115 - lives as long as the set
-        begins = []
-        for bucket in self._buckets:
-            begins.append(self._spilled.tell())
-            self._spilled.write(bucket)
-            del bucket[:]
-        self._begins.append([*begins, self._spilled.tell()])
+            self._spilled.write(self._buckets)
 
     def _hashes(self, number: int) -> array[int]:
         """Return all hashes of one bucket."""
         found = array("q", self._buckets[number])
-        for begins in self._begins:
-            assert self._spilled is not None
-            self._spilled.seek(begins[number])
-            found.frombytes(self._spilled.read(begins[number + 1] - begins[number]))
+        found.frombytes(self._spilled.read(number))
         return found
 
     def suspects(self) -> set[int]:

@@ -152,6 +152,10 @@ class Unjudged:
     reason: str
     rows: int = 1
 
+    def after(self, earlier: Unjudged | None) -> Unjudged:
+        """Return earlier rows and these."""
+        return self if earlier is None else replace(earlier, rows=earlier.rows + self.rows)
+
 
 @dataclass(frozen=True, slots=True)
 class MergedShard:
@@ -234,8 +238,7 @@ def merge_shard(
             worth_it = _count_row(verdict, model or asked.models[position], number, tally)
             fresh[position] = verdict.outcome is Outcome.OK and number is not None
             if verdict.unjudged:
-                first = unjudged or Unjudged(verdict.custom_id, verdict.message or "", 0)
-                unjudged = replace(first, rows=first.rows + 1)
+                unjudged = Unjudged(verdict.custom_id, verdict.message or "").after(unjudged)
         retry[position] = worth_it and position not in unaccounted
     if results is not None or errors is not None:
         _copy(index, results, errors, unaccounted)

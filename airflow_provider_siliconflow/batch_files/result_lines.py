@@ -93,15 +93,18 @@ def _unreadable(problem: str, batch_id: str | None) -> IncompleteResultsError:
     return IncompleteResultsError(f"{problem}: {cause}.", batch_id=batch_id)
 
 
-def read_results(source: Source, answers: AnswerType | None = None) -> Iterator[BatchResult]:
+def read_results(
+    source: Source, answers: AnswerType | None = None, *, on_unreadable: OnUnreadable | None = None
+) -> Iterator[BatchResult]:
     """
     Read a result file (``results.jsonl``, ``errors.jsonl`` or one of the service's own) row by row.
 
     :param answers: the type as which the answers of rows that are ok are read, see :attr:`BatchResult.parsed`.
-    :raises IncompleteResultsError: a line is not JSON.
+    :param on_unreadable: as for :func:`read_lines`.
+    :raises IncompleteResultsError: a line is not JSON, and there is no ``on_unreadable``.
     """
     with source.open("rb") as stream:
-        results = _results(LineReader(stream), str(getattr(source, "name", source)), None, None)
+        results = _results(LineReader(stream), str(getattr(source, "name", source)), None, on_unreadable)
         yield from results if answers is None else (_parsed(result, answers) for result in results)
 
 

@@ -46,6 +46,7 @@ from airflow_provider_siliconflow.batch_files.atomic_files import (
     write_whole,
 )
 from airflow_provider_siliconflow.batch_files.buckets import BUCKETS, Buckets
+from airflow_provider_siliconflow.batch_files.custom_ids import custom_id_of
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +74,6 @@ _CUSTOM_ID = re.compile(rb'"custom_id"[ \t\r]*:[ \t\r]*("(?:[^"\\]|\\.)*")')
 _EMPTY = b'""'
 
 
-class _Named(msgspec.Struct, gc=False):
-    custom_id: str
-
-
-_decode_named = msgspec.json.Decoder(_Named).decode
 _NOT_JSON = (msgspec.DecodeError, ValueError, RecursionError)
 
 
@@ -101,7 +97,7 @@ def without_custom_id(line: bytes) -> tuple[bytes, int] | None:
         cut = line[:begin] + _EMPTY + line[end:]
         # An answer may contain a field of that name as well.
         with contextlib.suppress(*_NOT_JSON):
-            if _decode_named(line).custom_id and not _decode_named(cut).custom_id:
+            if custom_id_of(line) and not custom_id_of(cut):
                 return cut, begin
     return None
 

@@ -16,7 +16,7 @@ import msgspec
 from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError, InvalidInputError, NoRowsError
 from airflow_provider_siliconflow.api.sources import Source
 from airflow_provider_siliconflow.batch_files.atomic_files import create_file, make_folder, open_own, sync
-from airflow_provider_siliconflow.batch_files.custom_ids import CustomIdSet
+from airflow_provider_siliconflow.batch_files.custom_ids import CustomIdSet, LineId
 from airflow_provider_siliconflow.batch_files.lines import ByteWriter, Directory, LineReader
 from airflow_provider_siliconflow.batch_files.reader import read_rows
 from airflow_provider_siliconflow.batch_files.rules import MAX_BYTES, MAX_ROWS, Problems
@@ -223,17 +223,13 @@ def split_requests(
     )
 
 
-class _CustomIdOnly(msgspec.Struct, gc=False):
-    custom_id: str
-
-
 def iter_custom_ids(shard: Source) -> Iterator[str]:
     """
     Return the ``custom_id`` of every line of a shard, in order.
 
     :raises IncompleteResultsError: the shard is damaged.
     """
-    return (row.custom_id for row in iter_rows(shard, _CustomIdOnly))
+    return (row.custom_id for row in iter_rows(shard, LineId))
 
 
 def iter_rows(shard: Source, kind: type[T]) -> Iterator[T]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,7 +19,8 @@ from airflow_provider_siliconflow.api.models import BatchResult
 from airflow_provider_siliconflow.api.redaction import valid_text
 from airflow_provider_siliconflow.api.sources import Source
 from airflow_provider_siliconflow.batch_files.bodies import sent_again
-from airflow_provider_siliconflow.batch_files.lines import CHUNK_BYTES, LONGEST_LINE
+from airflow_provider_siliconflow.batch_files.custom_ids import custom_id_of
+from airflow_provider_siliconflow.batch_files.lines import LONGEST_LINE
 from airflow_provider_siliconflow.batch_files.output_types import (
     AnswerType,
     StructuredOutput,
@@ -30,7 +30,7 @@ from airflow_provider_siliconflow.batch_files.output_types import (
     check_structured_output,
 )
 from airflow_provider_siliconflow.batch_files.parameters import check_retry_parameters, to_json
-from airflow_provider_siliconflow.batch_files.result_lines import results_in
+from airflow_provider_siliconflow.batch_files.result_lines import read_results
 from airflow_provider_siliconflow.batch_files.verdicts import (
     Judge,
     UnjudgedError,
@@ -53,13 +53,6 @@ _LONGEST_SHOWN = 32_000
 
 _INSTRUCTION = "Answer with JSON that satisfies this JSON schema, and with nothing else:\n"
 _REPLY = "This answer cannot be used: {}.\nAnswer again, completely, with nothing but JSON that satisfies the schema."
-
-
-class _CustomId(msgspec.Struct, gc=False):
-    custom_id: str
-
-
-_decode_custom_id = msgspec.json.Decoder(_CustomId).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +161,8 @@ class Acceptance:
             return None
         return _NextAttempt(
             {key: msgspec.Raw(to_json(value)) for key, value in (self.retry_params or {}).items()},
-            None if self.output_type is None else _readable(errors),
+            # Lines that only a judge could read have nothing to show.
+            None if self.output_type is None else read_results(errors, on_unreadable=lambda problem: None),
             min(max_bytes, LONGEST_LINE),
         )
 
@@ -184,13 +178,6 @@ def _result_of(line: bytes) -> BatchResult | None:
         return read_result(line)
     except UnreadableLineError:
         return None
-
-
-def _readable(errors: Source) -> Iterator[BatchResult]:
-    """Yield the results in a file that this job wrote, but for those that only a judge could read."""
-    with errors.open("rb") as stream:
-        chunks = iter(partial(stream.read, CHUNK_BYTES), b"")
-        yield from results_in(chunks, name="errors.jsonl", on_unreadable=lambda problem: None)
 
 
 class _NextAttempt:
@@ -216,7 +203,7 @@ class _NextAttempt:
         """Return the answer of the last attempt and the reply to it; ``None`` if there is nothing to show."""
         if self._results is None:
             return None
-        custom_id = _decode_custom_id(line).custom_id
+        custom_id = custom_id_of(line)
         result = next((each for each in self._results if each.custom_id == custom_id), None)
         if result is None or not result.invalid:
             return None

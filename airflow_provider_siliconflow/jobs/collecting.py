@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -346,12 +346,9 @@ class Collector:
             judge=self._job.options.acceptance.judge,
         )
         if merged.unjudged is not None:
-            before = collected.unjudged
-            if before is None:
+            if collected.unjudged is None:
                 log.error("Row %s cannot be judged: %s", merged.unjudged.custom_id, merged.unjudged.reason)
-            collected.unjudged = replace(
-                before or merged.unjudged, rows=merged.unjudged.rows + (before.rows if before else 0)
-            )
+            collected.unjudged = merged.unjudged.after(collected.unjudged)
         for spoilt in merged.spoilt:
             # An unreadable line loses nothing if every row has a result from elsewhere.
             if spoilt.rows and spoilt.batch_id is not None and spoilt.batch_id not in collected.spoilt:

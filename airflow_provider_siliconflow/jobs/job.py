@@ -253,14 +253,19 @@ class OpenJob:
     @property
     def awaited(self) -> tuple[str, ...]:
         """Ids of those that are to be waited for: all but the ones that are left out."""
-        pieces = (piece for piece in self.current if self.left_out(piece) is None)
-        return tuple(state.batch_id for state in map(self.state, pieces) if isinstance(state, Sent))
+        return tuple(state.batch_id for state in self._awaited)
 
     @property
     def running(self) -> int:
         """Number of the batches that have not ended, but for those that are left out."""
-        states = (self.state(piece) for piece in self.current if self.left_out(piece) is None)
-        return sum(isinstance(state, Sent) and not state.terminal_since for state in states)
+        return sum(not state.terminal_since for state in self._awaited)
+
+    @property
+    def _awaited(self) -> Iterator[Sent]:
+        for piece in self.current:
+            state = self.state(piece)
+            if isinstance(state, Sent) and self.left_out(piece) is None:
+                yield state
 
     @property
     def has_paid(self) -> bool:
