@@ -12,7 +12,7 @@ from typing import Any
 
 from airflow_provider_siliconflow.api.bounds import MAX_COUNT, MAX_ID
 from airflow_provider_siliconflow.api.redaction import brief, shown_word
-from airflow_provider_siliconflow.batch_files.prices import Price, cost, price_of, rounded
+from airflow_provider_siliconflow.batch_files.prices import Price, cost, price_of, prompt_cost, rounded
 from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 
 log = logging.getLogger(__name__)
@@ -176,6 +176,7 @@ def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, An
 def _tokens(usage: Usage) -> dict[str, int]:
     return {
         "prompt_tokens": _number(usage.prompt),
+        "cached_tokens": _number(usage.cached),
         "completion_tokens": _number(usage.completion),
         "reasoning_tokens": _number(usage.reasoning),
         "total_tokens": _number(usage.total),
@@ -191,7 +192,7 @@ def _costs(billed: Usage, price: Price | None) -> tuple[Fraction, Fraction] | No
     """Return the cost of prompts and completions, unrounded. Completions include reasoning."""
     if price is None:
         return None
-    return cost(billed.prompt, price["prompt"]), cost(billed.completion, price["completion"])
+    return prompt_cost(billed.prompt, billed.cached, price), cost(billed.completion, price["completion"])
 
 
 def _cost_entry(costs: tuple[Fraction, Fraction] | None) -> dict[str, Any] | None:

@@ -291,7 +291,7 @@ class _Index:
         ids, has_result, batch = self.ids, read.has_result, read.files
         number, file = len(self._batches) - 1, len(self.files)
         self.files.append(path)
-        duplicates = prompt = completion = reasoning = total = 0
+        duplicates = prompt = completion = reasoning = total = cached = 0
         with path.open("rb") as stream:
             lines = read_lines(
                 LineReader(stream),
@@ -319,10 +319,12 @@ class _Index:
                     completion -= before.completion
                     reasoning -= before.reasoning
                     total -= before.total
+                    cached -= before.cached
                 prompt += verdict.prompt
                 completion += verdict.completion
                 reasoning += verdict.reasoning
                 total += verdict.total
+                cached += verdict.cached
                 if before is None or before.outcome is not Outcome.OK or verdict.outcome is Outcome.OK:
                     # Thousands of verdicts are kept; their equal texts need no copies.
                     verdict.custom_id = ids[position]
@@ -335,7 +337,7 @@ class _Index:
                         verdict.line = line
                     verdicts[position] = verdict
         self._budget = budget
-        tally.billed.add(Usage(prompt, completion, reasoning, total))
+        tally.billed.add(Usage(prompt, completion, reasoning, total, cached))
         if duplicates:
             tally.duplicates += duplicates
             log.warning(

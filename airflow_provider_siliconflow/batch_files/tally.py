@@ -21,12 +21,13 @@ _REASON_CHARACTERS = 64
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens, as the service counted them. ``completion`` includes ``reasoning``."""
+    """Tokens, as the service counted them. ``prompt`` includes ``cached``, ``completion`` includes ``reasoning``."""
 
     prompt: int = 0
     completion: int = 0
     reasoning: int = 0
     total: int = 0
+    cached: int = 0
 
     def add(self, other: Usage) -> None:
         """Add ``other`` to this."""
@@ -34,6 +35,7 @@ class Usage:
         self.completion += other.completion
         self.reasoning += other.reasoning
         self.total += other.total
+        self.cached += other.cached
 
 
 @dataclass(slots=True)

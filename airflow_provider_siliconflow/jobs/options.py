@@ -8,7 +8,7 @@ from typing import Any
 
 from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.batch_files.parameters import check_parameters
-from airflow_provider_siliconflow.batch_files.prices import check_prices
+from airflow_provider_siliconflow.batch_files.prices import Price, check_prices
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class RunOptions:
     max_error_rate: float | None = None
     fail_on_partial_error: bool = False
     allow_all_failed: bool = False
-    prices: Mapping[str, Mapping[str, float]] | None = None
+    prices: Mapping[str, Price] | None = None
     request_params: Mapping[str, Any] | None = None
 
     @property

@@ -90,7 +90,8 @@ class RunBatchOperator(SubmittingOperator):
     :param max_error_rate: share of rows (0 to 1) that may fail before the task fails. (templated)
     :param fail_on_partial_error: fail if any row did not succeed; ignored if ``max_error_rate`` is set.
     :param allow_all_failed: succeed even if not one row of the job succeeded.
-    :param prices: CNY per million tokens by model: ``{model: {"prompt": ..., "completion": ...}}``. (templated)
+    :param prices: CNY per million tokens by model: ``{model: {"prompt": ..., "completion": ...}}``. A model without an
+        entry gets its price from the connection's extra, or from ``[siliconflow] prices``. (templated)
     :param dry_run: check and plan without sending anything; log and return the estimated size and cost.
     :param skip_if_empty: skip the task if there are no rows; by default that is an error.
     :param deferrable: wait in the triggerer, without a worker slot. Default: ``[operators]
@@ -131,7 +132,7 @@ class RunBatchOperator(SubmittingOperator):
         max_error_rate: float | str | None = None,
         fail_on_partial_error: bool = False,
         allow_all_failed: bool = False,
-        prices: Mapping[str, Mapping[str, float | str]] | str | None = None,
+        prices: Mapping[str, Mapping[str, Any]] | str | None = None,
         dry_run: bool = False,
         skip_if_empty: bool = False,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
@@ -263,10 +264,25 @@ class RunBatchOperator(SubmittingOperator):
         from airflow_provider_siliconflow.jobs.options import check_options
 
         return check_options(
-            **{name: given[name] for name in _OPTIONS},
+            **{name: given[name] for name in _OPTIONS} | {"prices": self._all_prices(given["prices"])},
             fail_on_partial_error=self.fail_on_partial_error,
             allow_all_failed=self.allow_all_failed,
         )
+
+    def _all_prices(self, given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """Return the prices by model: of the argument, of the connection and of Airflow's configuration."""
+        from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+        from airflow_provider_siliconflow.batch_files.prices import merge_prices
+        from airflow_provider_siliconflow.task.prices import configured_prices
+
+        try:
+            return merge_prices(given, self.hook.prices)
+        except InvalidInputError as exc:
+            if not self.plans_only:
+                raise
+            # A dry run needs no connection.
+            self.log.info("Prices of the connection are not used: %s", exc)
+            return merge_prices(given, configured_prices())
 
     def _estimate(self, given: dict[str, Any]) -> dict[str, Any]:
         from airflow_provider_siliconflow.jobs.plan import estimate
