@@ -13,6 +13,11 @@ from airflow_provider_siliconflow.batch_files.rules import Problems
 _BUCKET_HASHES = 512
 
 
+def numbered_id(line: int) -> str:
+    """Return the ``custom_id`` of a row that has none, by its line."""
+    return f"row-{line:07d}"
+
+
 class CustomIdSet:
     """
     The custom ids of an input, in memory that does not grow with it.

@@ -158,6 +158,7 @@ def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, An
         "model_mismatches": tally.mismatches,
         "duplicates": tally.duplicates,
         "foreign": tally.foreign,
+        "invalid_input": tally.invalid_input,
         "usage": _tokens(tally.usage),
         "billed_usage": _tokens(tally.billed),
         "errors": tally.most_common_errors(),
@@ -279,6 +280,7 @@ def render_summary(manifest: Mapping[str, Any]) -> str:
         ("model_mismatches", "answers of another model than the requested one"),
         ("duplicates", "second results of a row, left out"),
         ("foreign", "results of rows that were never sent"),
+        ("invalid_input", "invalid rows of the input, which were not sent"),
         ("without_usage", "answers do not state their tokens, so tokens and cost are too low"),
     ):
         if manifest[name]:

@@ -23,6 +23,7 @@ from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError
 from airflow_provider_siliconflow.api.models import Outcome
 from airflow_provider_siliconflow.api.redaction import brief
 from airflow_provider_siliconflow.api.sources import Source
+from airflow_provider_siliconflow.batch_files.invalid_rows import InvalidLines
 from airflow_provider_siliconflow.batch_files.lines import ByteWriter, LineReader
 from airflow_provider_siliconflow.batch_files.result_lines import read_lines
 from airflow_provider_siliconflow.batch_files.rules import MAX_ROWS
@@ -169,6 +170,7 @@ def merge_shard(
     *,
     model: str | None = None,
     strict: bool = True,
+    invalid: InvalidLines | None = None,
 ) -> MergedShard:
     """
     Judge every row of a shard and write its result line, in the order of the shard.
@@ -185,6 +187,7 @@ def merge_shard(
     :param strict: whether a line that cannot be read is an error. Otherwise it costs one unknown row, which is missing.
         Rows of its batch without a result are then not sent again, since the line may be the paid answer to any of
         them.
+    :param invalid: the lines of the input's invalid rows, which are written between those of the rows.
     :raises IncompleteResultsError: the shard is damaged; or, if ``strict``, a result line is not JSON or too long.
     """
     asked = _Asked.read(shard, with_models=model is None)
@@ -203,7 +206,7 @@ def merge_shard(
             worth_it = _count_row(verdict, model or asked.models[position], rounds[verdict.batch], tally)
         retry[position] = worth_it and position not in unaccounted
     if results is not None or errors is not None:
-        _copy(index, results, errors, unaccounted)
+        _copy(index, results, errors, unaccounted, invalid)
     return MergedShard(tally, retry, index.spoilt())
 
 
@@ -463,12 +466,16 @@ def _copy(
     results: ByteWriter | None,
     errors: ByteWriter | None,
     unaccounted: Mapping[int, str | None],
+    invalid: InvalidLines | None = None,
 ) -> None:
     with ExitStack() as opened:
         descriptors = [opened.enter_context(path.open("rb")).fileno() for path in index.files]
         to_results = _LineBlock(results)
         to_errors = _LineBlock(errors)
         for position, verdict in enumerate(index.verdicts):
+            for line in invalid.before_next() if invalid is not None else ():
+                to_results.add(line)
+                to_errors.add(line)
             if verdict is None:
                 line = _missing_line(index.ids[position], unaccounted.get(position) or _NO_RESULT)
             elif verdict.line is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -15,10 +16,18 @@ import msgspec
 
 from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError, InvalidInputError, NoRowsError
 from airflow_provider_siliconflow.api.sources import Source
-from airflow_provider_siliconflow.batch_files.atomic_files import create_file, make_folder, open_own, sync
+from airflow_provider_siliconflow.batch_files.atomic_files import (
+    create_file,
+    make_folder,
+    open_own,
+    sync,
+    temporary_folder,
+)
 from airflow_provider_siliconflow.batch_files.custom_ids import CustomIdSet
+from airflow_provider_siliconflow.batch_files.duplicates import Duplicates
+from airflow_provider_siliconflow.batch_files.invalid_rows import ReportedProblems
 from airflow_provider_siliconflow.batch_files.lines import ByteWriter, Directory, LineReader
-from airflow_provider_siliconflow.batch_files.reader import read_rows
+from airflow_provider_siliconflow.batch_files.reader import RequestRow, read_rows
 from airflow_provider_siliconflow.batch_files.rules import MAX_BYTES, MAX_ROWS, Problems
 
 #: Bytes of lines that are collected before they are hashed and written, since every call has a fixed cost.
@@ -95,6 +104,8 @@ class Split:
     :param models: every ``body.model`` that the rows name, sorted.
     :param rows_without_model: rows that name no model.
     :param prompt_tokens: an estimate: a quarter per ASCII character of the messages, one per other character.
+    :param invalid: rows that are reported as invalid, beside ``rows``.
+    :param invalid_sha256: hex digest of the file of these rows; empty if there are none.
     """
 
     shards: tuple[Shard, ...]
@@ -103,6 +114,8 @@ class Split:
     models: tuple[str, ...]
     rows_without_model: int
     prompt_tokens: int
+    invalid: int = 0
+    invalid_sha256: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the split as JSON types."""
@@ -128,6 +141,7 @@ class Split:
             first_row += shard.rows
         sums = (first_row, sum(shard.bytes for shard in found))
         fits = 0 <= split.rows_without_model <= split.rows and 0 <= split.prompt_tokens <= split.bytes
+        fits = fits and split.invalid >= 0
         if (split.rows, split.bytes) != sums or not fits:
             raise InvalidInputError("the plan has figures that do not match those of its shards")
         return split
@@ -157,6 +171,8 @@ def split_requests(
     max_bytes: int = MAX_BYTES,
     defaults: Mapping[str, Any] | None = None,
     defaults_name: str = "defaults",
+    report_invalid: bool = False,
+    needs_model: bool = False,
 ) -> Split:
     """
     Turn rows into request lines and write them as shards, in one pass and in bounded memory.
@@ -170,50 +186,89 @@ def split_requests(
     :param max_bytes: most bytes of a shard.
     :param defaults: body parameters for rows that lack them.
     :param defaults_name: the argument with these parameters, for messages.
-    :raises InvalidRequestFileError: rows are invalid, or share a ``custom_id``.
+    :param report_invalid: whether to leave out invalid rows and write them to ``invalid.jsonl`` in ``work_dir``, see
+        :mod:`~.invalid_rows`. Memory then grows with the number of duplicate custom ids.
+    :param needs_model: whether a row without a model is invalid too, if invalid rows are reported.
+    :raises InvalidRequestFileError: rows are invalid, or share a ``custom_id``; with ``report_invalid``, all are.
     :raises InvalidInputError: there are no rows, or an argument is wrong.
     """
-    problems = Problems(name)
     custom_ids = CustomIdSet()
-    models: set[str] = set()
-    without_model = prompt_tokens = 0
-    add_id = custom_ids.add
-    with ShardWriter(work_dir, max_rows=max_rows, max_bytes=max_bytes) as writer:
-        lines: list[bytes] = []
-        size = 0
-        for row in read_rows(
-            requests, problems, defaults=defaults, defaults_name=defaults_name, max_bytes=max_bytes
-        ):
-            lines.append(row.line)
-            size += len(row.line)
-            if len(lines) == _LINES_AT_ONCE or size >= _BLOCK_BYTES:
-                writer.extend(lines)
-                lines.clear()
-                size = 0
-            add_id(row.custom_id)
-            prompt_tokens += row.prompt_tokens
-            if row.model is None:
-                without_model += 1
-            else:
-                models.add(row.model)
-        writer.extend(lines)
-    shards = writer.shards
-    if suspects := custom_ids.suspects():
-        # The shards contain every row except the refused ones, which gives the line numbers of their rows.
-        numbers = itertools.filterfalse(problems.lines.__contains__, itertools.count(1))
-        written = itertools.chain.from_iterable(iter_custom_ids(work_dir / shard.name) for shard in shards)
-        custom_ids.name_duplicates(suspects, zip(numbers, written, strict=False), problems)
-    problems.raise_if_any()
+    new_writer = partial(ShardWriter, work_dir, max_rows=max_rows, max_bytes=max_bytes)
+    read = partial(read_rows, requests, defaults=defaults, defaults_name=defaults_name, max_bytes=max_bytes)
+    if not report_invalid:
+        problems = Problems(name)
+        with new_writer() as writer:
+            figures = _write_rows(read(problems), writer, custom_ids.add)
+        shards = writer.shards
+        if suspects := custom_ids.suspects():
+            # The shards contain every row except the refused ones, which gives the line numbers of their rows.
+            numbers = itertools.filterfalse(problems.lines.__contains__, itertools.count(1))
+            written = itertools.chain.from_iterable(
+                iter_custom_ids(work_dir / shard.name) for shard in shards
+            )
+            custom_ids.name_duplicates(suspects, zip(numbers, written, strict=False), problems)
+        problems.raise_if_any()
+    else:
+        with new_writer() as writer, ReportedProblems(name, work_dir, custom_ids.add) as reported:
+            rows = read(reported)
+            rows = _rows_with_model(rows, reported) if needs_model else rows
+            figures = _write_rows(rows, writer, custom_ids.add)
+        if suspects := custom_ids.suspects():
+            with temporary_folder() as folder:
+                paths = [work_dir / shard.name for shard in writer.shards]
+                duplicates = Duplicates(paths, work_dir, reported, suspects, folder, max_bytes=max_bytes)
+                if duplicates.found:
+                    reported = ReportedProblems(name, work_dir, lambda custom_id: None)
+                    with new_writer() as writer, reported:
+                        # Written over the shards that they are read from: see there.
+                        rows = duplicates.other_rows(reported)
+                        figures = _write_rows(rows, writer, lambda custom_id: None)
+        shards = writer.shards
+        if not shards:
+            reported.fail_if_all()
+        figures = replace(figures, invalid=reported.count, invalid_sha256=reported.sha256)
     if not shards:
         raise NoRowsError(f"{name} holds no rows; nothing was uploaded")
-    return Split(
+    return replace(
+        figures,
         shards=shards,
         rows=sum(shard.rows for shard in shards),
         bytes=sum(shard.bytes for shard in shards),
-        models=tuple(sorted(models)),
-        rows_without_model=without_model,
-        prompt_tokens=prompt_tokens,
     )
+
+
+def _write_rows(rows: Iterable[RequestRow], writer: ShardWriter, add_id: Callable[[str], None]) -> Split:
+    """Write rows, and return their figures: a split without its shards."""
+    models: set[str] = set()
+    without_model = prompt_tokens = 0
+    lines: list[bytes] = []
+    size = 0
+    for row in rows:
+        lines.append(row.line)
+        size += len(row.line)
+        if len(lines) == _LINES_AT_ONCE or size >= _BLOCK_BYTES:
+            writer.extend(lines)
+            lines.clear()
+            size = 0
+        add_id(row.custom_id)
+        prompt_tokens += row.prompt_tokens
+        if row.model is None:
+            without_model += 1
+        else:
+            models.add(row.model)
+    writer.extend(lines)
+    return Split((), 0, 0, tuple(sorted(models)), without_model, prompt_tokens)
+
+
+def _rows_with_model(rows: Iterable[RequestRow], problems: ReportedProblems) -> Iterator[RequestRow]:
+    valid = 0
+    for row in rows:
+        if row.model is None:
+            # Every line before this one is valid, or was reported.
+            problems.add(valid + problems.count + 1, "the row names no model", row.custom_id)
+        else:
+            valid += 1
+            yield row
 
 
 class _CustomIdOnly(msgspec.Struct, gc=False):

@@ -51,6 +51,7 @@ class ModelTally:
     :param mismatches: answers of another model than the requested one.
     :param duplicates: result lines that were left out because their batch already had one for the row.
     :param foreign: result lines of rows that were never sent.
+    :param invalid_input: rows that are invalid and were not sent; they count as ``error`` too.
     :param balance_errors: rows that failed because the account could not pay.
     :param usage: tokens of the answers that were kept.
     :param billed: tokens of all answers of all rounds, including those that a later one replaced.
@@ -70,6 +71,7 @@ class ModelTally:
     duplicates: int = 0
     foreign: int = 0
     balance_errors: int = 0
+    invalid_input: int = 0
     usage: Usage = field(default_factory=Usage)
     billed: Usage = field(default_factory=Usage)
     finish_reasons: dict[str, int] = field(default_factory=dict)
@@ -113,5 +115,5 @@ def _count(counts: dict[str, int], text: str, count: int, characters: int, most:
 
 _COUNTS = (
     *("rows", "ok", "error", "expired", "missing", "truncated", "empty", "without_usage"),
-    *("mismatches", "duplicates", "foreign", "balance_errors"),
+    *("mismatches", "duplicates", "foreign", "balance_errors", "invalid_input"),
 )

@@ -24,6 +24,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus, Outcome
 from airflow_provider_siliconflow.api.protocol import is_transient
 from airflow_provider_siliconflow.batch_files.atomic_files import temporary_folder, write_whole
+from airflow_provider_siliconflow.batch_files.invalid_rows import InvalidLines
 from airflow_provider_siliconflow.batch_files.manifest import (
     BatchSummary,
     ModelRun,
@@ -224,11 +225,12 @@ class Collector:
             ]
             results = stack.enter_context(write_whole(folder / "results.jsonl"))
             errors = stack.enter_context(write_whole(folder / "errors.jsonl"))
+            invalid = InvalidLines(job.invalid_rows, tally, rows=job.plan.split.invalid)
             for shard in job.plan.split.shards:
                 piece = first[shard.index]
                 with self._files(piece, collected) as files:
                     shared = [each for other, each in later if shard.index in other.shard.sources]
-                    merged = self._merge_shard(piece, [*files, *shared], results, errors, collected)
+                    merged = self._merge_shard(piece, [*files, *shared], results, errors, collected, invalid)
                 if merged.tally.rows != shard.rows:
                     raise IncompleteResultsError(
                         f"{job.source(piece)} has {merged.tally.rows} rows, but {shard.rows} were planned: the file is "
@@ -237,16 +239,27 @@ class Collector:
                     )
                 tally.add(merged.tally)
                 retries.append(merged.retry)
+            for line in invalid.rest():
+                results.write(line + b"\n")
+                errors.write(line + b"\n")
             # The files get their names at the end of this block.
             job.ledger.check_owner()
         log.info("%s: %d of %d rows are ok", name or "Results", tally.ok, tally.rows)
 
     def _merge_shard(
-        self, piece: Piece, files: Sequence[BatchFiles], results: Any, errors: Any, collected: Collected
+        self,
+        piece: Piece,
+        files: Sequence[BatchFiles],
+        results: Any,
+        errors: Any,
+        collected: Collected,
+        invalid: InvalidLines,
     ) -> MergedShard:
         """Merge a shard. A line that cannot be read costs its own row, and its batch counts as spoilt."""
         name = self._job.options.replacements[piece.model]
-        merged = merge_shard(self._job.source(piece), files, results, errors, model=name, strict=False)
+        source = self._job.source(piece)
+        between = invalid if self._job.plan.split.invalid else None
+        merged = merge_shard(source, files, results, errors, model=name, strict=False, invalid=between)
         for spoilt in merged.spoilt:
             # An unreadable line loses nothing if every row has a result from elsewhere.
             if spoilt.rows and spoilt.batch_id is not None and spoilt.batch_id not in collected.spoilt:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.api.models import DEAD_STATUSES, Batch, UploadedFile
 from airflow_provider_siliconflow.batch_files.atomic_files import OwnFile
+from airflow_provider_siliconflow.batch_files.invalid_rows import INVALID_ROWS
 from airflow_provider_siliconflow.batch_files.shards import Shard
 from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, Upload, upload_name
 from airflow_provider_siliconflow.jobs.ledger import FolderLedger
@@ -141,6 +142,11 @@ class OpenJob:
     def source(self, piece: Piece) -> OwnFile:
         """Return the request file of a batch."""
         return OwnFile(self.plans.path / piece.path)
+
+    @property
+    def invalid_rows(self) -> OwnFile | None:
+        """The file of the input's invalid rows; ``None`` if none is reported."""
+        return OwnFile(self.plans.path / FIRST_ROUND / INVALID_ROWS) if self.plan.split.invalid else None
 
     def work(self, piece: Piece, send: Callable[[str], UploadedFile]) -> BatchWork:
         """

@@ -10,6 +10,9 @@ from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.batch_files.parameters import check_parameters
 from airflow_provider_siliconflow.batch_files.prices import Price, check_prices
 
+#: What an invalid row does to a job.
+ON_INVALID_ROW = ("fail", "report")
+
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
@@ -23,6 +26,7 @@ class RunOptions:
     :param max_row_attempts: how often a row is sent at most.
     :param max_error_rate: share of rows (0 to 1) that may fail; ``None`` for no limit.
     :param request_params: body parameters for rows that lack them.
+    :param reports_invalid: whether an invalid row becomes an error row; otherwise it fails the job.
     """
 
     models: tuple[str, ...] = ()
@@ -37,6 +41,7 @@ class RunOptions:
     allow_all_failed: bool = False
     prices: Mapping[str, Price] | None = None
     request_params: Mapping[str, Any] | None = None
+    reports_invalid: bool = False
 
     @property
     def replacements(self) -> tuple[str | None, ...]:
@@ -57,6 +62,7 @@ def check_options(
     max_error_rate: Any,
     prices: Any,
     request_params: Any,
+    on_invalid_row: Any = "fail",
     **rest: Any,
 ) -> RunOptions:
     """
@@ -84,5 +90,6 @@ def check_options(
         max_error_rate=max_error_rate,
         prices=prices,
         request_params=request_params,
+        reports_invalid=arguments.check_choice("on_invalid_row", on_invalid_row, ON_INVALID_ROW) == "report",
         **rest,
     )

@@ -168,14 +168,19 @@ class Plan:
         same_params = self.params == digest_of(options.request_params)
         if same_params and self.source is not None and self.source == source_version(requests):
             return True
-        options = replace(options, max_rows=self.max_rows, max_bytes=self.max_bytes)
+        # If invalid rows failed the job now, that would not make them other rows.
+        options = replace(options, max_rows=self.max_rows, max_bytes=self.max_bytes, reports_invalid=True)
         with temporary_folder() as folder:
             try:
                 split = plan(requests, folder, name=name, options=options)
             except InvalidInputError as exc:
                 log.warning("The rows can no longer be planned: %s", exc)
                 return False
-        return [shard.sha256 for shard in split.shards] == [shard.sha256 for shard in self.split.shards]
+        return _content(split) == _content(self.split)
+
+
+def _content(split: Split) -> list[str]:
+    return [*(shard.sha256 for shard in split.shards), split.invalid_sha256]
 
 
 def digest_of(params: Mapping[str, Any] | None) -> str:
@@ -307,6 +312,8 @@ def plan(requests: Any, folder: Any, *, name: str, options: RunOptions) -> Split
         max_bytes=options.max_bytes,
         defaults=options.request_params,
         defaults_name="request_params",
+        report_invalid=options.reports_invalid,
+        needs_model=not options.models,
     )
     if split.rows_without_model and not options.models:
         raise InvalidInputError(
@@ -339,6 +346,7 @@ def estimate(requests: Any, *, name: str, options: RunOptions) -> dict[str, Any]
     return {
         "dry_run": True,
         "rows": split.rows,
+        "invalid_input": split.invalid,
         "bytes": split.bytes,
         "shards": len(split.shards),
         "batches": len(split.shards) * len(models),

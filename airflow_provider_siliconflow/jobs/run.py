@@ -109,6 +109,10 @@ class BatchRun:
             len(split.shards) * len(job.models),
             split.prompt_tokens,
         )
+        if split.invalid:
+            log.warning(
+                "%d rows of %s are invalid: they are not sent, and count as errors", split.invalid, name
+            )
         job.ledger.deadline = None if timeout is None else self._try.clock.time() + timeout
         opened.sender.take_up()
         return self._advance(opened)

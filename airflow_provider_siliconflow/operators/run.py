@@ -38,6 +38,7 @@ _OPTIONS = {
     "max_in_flight": read.limit,
     "max_row_attempts": read.limit,
     "max_error_rate": read.limit,
+    "on_invalid_row": read.choice("fail", "report"),
 }
 _READERS = {
     "output_dir": read.place,
@@ -88,6 +89,8 @@ class RunBatchOperator(SubmittingOperator):
     :param max_row_attempts: how often a row is sent at most. Only rows that expired, got no result or failed for a
         transient reason (429, 5xx) are sent again, and none once the account has no balance. (templated)
     :param max_error_rate: share of rows (0 to 1) that may fail before the task fails. (templated)
+    :param on_invalid_row: what an invalid row does: ``"fail"`` fails the task before anything is sent; ``"report"``
+        makes it an error row, and the others run. (templated)
     :param fail_on_partial_error: fail if any row did not succeed; ignored if ``max_error_rate`` is set.
     :param allow_all_failed: succeed even if not one row of the job succeeded.
     :param prices: CNY per million tokens by model: ``{model: {"prompt": ..., "completion": ...}}``. A model without an
@@ -130,6 +133,7 @@ class RunBatchOperator(SubmittingOperator):
         max_in_flight: int | str | None = None,
         max_row_attempts: int | str = 1,
         max_error_rate: float | str | None = None,
+        on_invalid_row: str = "fail",
         fail_on_partial_error: bool = False,
         allow_all_failed: bool = False,
         prices: Mapping[str, Mapping[str, Any]] | str | None = None,
@@ -165,6 +169,7 @@ class RunBatchOperator(SubmittingOperator):
         self.max_in_flight = max_in_flight
         self.max_row_attempts = max_row_attempts
         self.max_error_rate = max_error_rate
+        self.on_invalid_row = on_invalid_row
         self.fail_on_partial_error = fail_on_partial_error
         self.allow_all_failed = allow_all_failed
         self.prices = prices

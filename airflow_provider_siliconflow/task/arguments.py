@@ -170,6 +170,11 @@ def models(name: str, value: Any) -> tuple[str, ...] | None:
     return checks.check_models(None, rendered_list(value)) or None
 
 
+def choice(*choices: str) -> Reader:
+    """Return a reader of one of a few words."""
+    return lambda name, value: checks.check_choice(name, value, choices)
+
+
 def identifier(name: str, value: Any) -> str:
     """Read the id of a batch or a file."""
     return checks.check_identifier(name, value)
