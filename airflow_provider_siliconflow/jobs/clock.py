@@ -36,3 +36,29 @@ class SystemClock:
     def sleep(self, seconds: float) -> None:
         """Let time pass."""
         time.sleep(seconds)
+
+
+class SteadyClock:
+    """
+    A clock whose epoch seconds pass as fast as its monotonic ones, even if the machine's clock is set meanwhile.
+
+    For one process: its start is what the machine's clock says then.
+
+    :param clock: what it reads.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._offset = clock.time() - clock.monotonic()
+
+    def time(self) -> float:
+        """Return epoch seconds."""
+        return self._offset + self._clock.monotonic()
+
+    def monotonic(self) -> float:
+        """Return seconds since an arbitrary moment."""
+        return self._clock.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+        self._clock.sleep(seconds)

@@ -32,6 +32,7 @@ from airflow_provider_siliconflow.batch_files.manifest import (
     results_folder,
 )
 from airflow_provider_siliconflow.batch_files.merge import BatchFiles, MergedShard, merge_shard, refused_lines
+from airflow_provider_siliconflow.batch_files.result_lines import OnUnreadable
 from airflow_provider_siliconflow.batch_files.shards import Shard, iter_custom_ids, select_rows
 from airflow_provider_siliconflow.batch_files.tally import ModelTally
 from airflow_provider_siliconflow.jobs.clock import Clock
@@ -41,9 +42,10 @@ from airflow_provider_siliconflow.jobs.downloads import (
     downloaded,
     outcomes_in,
 )
+from airflow_provider_siliconflow.jobs.identity import WORK_KEY
 from airflow_provider_siliconflow.jobs.job import OpenJob
 from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, Piece
-from airflow_provider_siliconflow.jobs.settled import SETTLE_LIMIT
+from airflow_provider_siliconflow.jobs.settled import SETTLE_LIMIT, SETTLE_PATIENCE
 from airflow_provider_siliconflow.jobs.states import Ended, Sent
 from airflow_provider_siliconflow.jobs.storable import storable, storable_text
 
@@ -96,6 +98,7 @@ class Collector:
         self._output_dir = output_dir
         self._clock = clock
         self._short: set[str] = set()
+        self._replacing_since = 0.0
 
     # Before the merge -------------------------------------------------------------------------------------
 
@@ -129,13 +132,37 @@ class Collector:
         """
         Return a byte per row of a dead batch: 1 if it did not answer the row.
 
+        A batch that was cancelled and shows nothing may have been stopped before any row ran, or show it late.
+
         :raises SiliconFlowError: the batch cannot be read, or is not settled.
         """
-        with self._downloaded(piece, ended.batch_id, ended_at=ended.at or None) as (_, files):
-            return self._unanswered(piece, ended, files)
+        self._replacing_since = self._replacing_since or self._clock.time()
+        unanswered = self._unanswered_so_far(piece, ended)
+        settled_at = (ended.at or self._replacing_since) + SETTLE_PATIENCE
+        left = settled_at - self._clock.time()
+        if ended.status == BatchStatus.CANCELLED and all(unanswered) and left > 0:
+            log.info(
+                "Batch %s was cancelled and shows no answer; reading it again in %.0f s", ended.batch_id, left
+            )
+            self._clock.sleep(min(left, SETTLE_PATIENCE))
+            unanswered = self._unanswered_so_far(piece, ended)
+        return unanswered
 
-    def _unanswered(self, piece: Piece, ended: Ended, files: BatchFiles) -> bytearray:
-        outcomes = outcomes_in(files)
+    def _unanswered_so_far(self, piece: Piece, ended: Ended) -> bytearray:
+        problems: list[str] = []
+        with self._downloaded(piece, ended.batch_id, ended_at=ended.at or None) as (_, files):
+            unanswered = self._unanswered(piece, ended, files, problems.append)
+        if problems and any(unanswered):
+            raise IncompleteResultsError(
+                f"{problems[0]}, and it may be the answer to a row that seems to have none.",
+                batch_id=ended.batch_id,
+            )
+        return unanswered
+
+    def _unanswered(
+        self, piece: Piece, ended: Ended, files: BatchFiles, on_unreadable: OnUnreadable
+    ) -> bytearray:
+        outcomes = outcomes_in(files, on_unreadable)
         answered = {Outcome.OK, Outcome.ERROR}
         if ended.status == BatchStatus.FAILED and Outcome.OK not in outcomes.values():
             # Rejected as a whole: what it reports about single rows does not answer them.
@@ -181,7 +208,7 @@ class Collector:
             return None
         cancelled = [
             ended.batch_id
-            for piece in job.rounds[-1]
+            for piece in job.current
             if (ended := job.dead(piece)) and ended.status == BatchStatus.CANCELLED
             # Somebody who cancels a batch does not want its rows to be sent again at once.
             if collected.unanswered.get(ended.batch_id)
@@ -190,6 +217,10 @@ class Collector:
             log.warning(
                 "No row is sent again in this try, because of batches %s", ", ".join(map(str, waits_for[:5]))
             )
+            return None
+        # The next try sends the rows of a later round that was refused as a part of that one.
+        refused = {piece.model for piece in job.current if piece.round and job.refused(piece)}
+        if not any(any(chosen) for model, chosen in collected.retries.items() if model not in refused):
             return None
         folder = job.plans.path
         sources = [folder / FIRST_ROUND / shard.name for shard in job.plan.split.shards]
@@ -202,6 +233,7 @@ class Collector:
                 max_bytes=job.options.max_bytes,
             )
             for model, chosen in collected.retries.items()
+            if model not in refused
         }
 
     def _model_folder(self, model: int) -> Any:
@@ -281,6 +313,10 @@ class Collector:
                     found.append(self._opened(stack, piece, retired, shared=shared))
             if ended is not None:
                 found.append(self._collected_files(stack, piece, ended, collected, shared=shared))
+            elif (reason := job.left_out(piece)) is not None:
+                batch_id = job.batch_id(piece) or ""
+                collected.spoilt[batch_id] = storable_text(reason, 1000)
+                found.append(self._spoilt_files(piece, batch_id, collected, shared=shared))
             elif refused is not None and piece.round == 0:
                 # In a later round the rows already have a result, which says more.
                 folder = stack.enter_context(temporary_folder())
@@ -295,7 +331,6 @@ class Collector:
     def _collected_files(
         self, stack: contextlib.ExitStack, piece: Piece, ended: Ended, collected: Collected, *, shared: bool
     ) -> BatchFiles:
-        requests = self._job.source(piece) if shared else None
         if ended.batch_id not in collected.spoilt:
             try:
                 downloading = self._downloaded(
@@ -303,18 +338,23 @@ class Collector:
                 )
                 files = stack.enter_context(downloading)[1]
                 if self._job.dead(piece):
-                    collected.unanswered[ended.batch_id] = sum(self._unanswered(piece, ended, files))
+                    # The merge says which lines cannot be read, and they cost their own rows alone.
+                    unanswered = self._unanswered(piece, ended, files, lambda _: None)
+                    collected.unanswered[ended.batch_id] = sum(unanswered)
                 return files
             except SiliconFlowError as exc:
                 self._spoil(ended.batch_id, exc, collected)
+        return self._spoilt_files(piece, ended.batch_id, collected, shared=shared)
+
+    def _spoilt_files(self, piece: Piece, batch_id: str, collected: Collected, *, shared: bool) -> BatchFiles:
         return BatchFiles(
             None,
             None,
             round=piece.round,
             shared=shared,
-            batch_id=ended.batch_id,
-            spoilt=collected.spoilt[ended.batch_id],
-            requests=requests,
+            batch_id=batch_id,
+            spoilt=collected.spoilt[batch_id],
+            requests=self._job.source(piece) if shared else None,
         )
 
     def _opened(
@@ -374,6 +414,12 @@ class Collector:
             patience=patience,
             requests=self._job.source(piece) if shared else None,
         ) as found:
+            if found[0].metadata.get(WORK_KEY, piece.work_key) != piece.work_key:
+                raise IncompleteResultsError(
+                    f"Batch {batch_id} belongs to other work, and our record is wrong to name it. Our own is on the "
+                    f"console with the metadata {WORK_KEY}={piece.work_key}.",
+                    batch_id=batch_id,
+                )
             if found[1].short:
                 self._short.add(batch_id)
             yield found

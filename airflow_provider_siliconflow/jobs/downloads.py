@@ -28,7 +28,7 @@ from airflow_provider_siliconflow.batch_files.manifest import (
     render_summary,
 )
 from airflow_provider_siliconflow.batch_files.merge import BatchFiles, merge_batch
-from airflow_provider_siliconflow.batch_files.result_lines import read_lines
+from airflow_provider_siliconflow.batch_files.result_lines import OnUnreadable, read_lines
 from airflow_provider_siliconflow.batch_files.shards import iter_custom_ids
 from airflow_provider_siliconflow.batch_files.verdicts import read_result, read_verdict
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
@@ -48,6 +48,9 @@ KINDS: tuple[Kind, ...] = ("output", "error")
 
 #: Pauses while the result files of a batch are not complete yet, in seconds; one minute in total.
 LATE_FILE_PATIENCE = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+
+#: Seconds by which the service's clock may be wrong.
+_CLOCK_ERROR = 2 * 3600.0
 
 #: Most bytes of a result file: so many per row on average, and so many in addition. An answer of 128,000 tokens has
 #: 1 MB, one with log probabilities several.
@@ -223,8 +226,8 @@ def downloaded(
             if pause is None:
                 if found is Settled.PERHAPS and age is None:
                     break
-                if (clock.time() - stated_end(batch, clock.time()) if age is None else age) >= SETTLE_LIMIT:
-                    log.warning("%s That is final, an hour after its end.", _story(batch, held))
+                if _is_final(batch, age, clock.time()):
+                    log.warning("%s That is final, more than an hour after its end.", _story(batch, held))
                     break
                 raise IncompleteResultsError(
                     f"{_story(batch, held)} The rows are paid for and kept for 30 days; a retry downloads them again "
@@ -251,6 +254,13 @@ def downloaded(
         yield batch, found_files
 
 
+def _is_final(batch: Batch, age: float | None, now: float) -> bool:
+    """Whether nothing can come any more; without an age by our own clock, the service's may be wrong by hours."""
+    if age is None:
+        return now - stated_end(batch, now) >= SETTLE_LIMIT + _CLOCK_ERROR
+    return age >= SETTLE_LIMIT
+
+
 def stated_end(batch: Batch, now: float) -> float:
     """Return the end of a batch as the service states it, in epoch seconds; minus infinity if it does not."""
     field_name = _END_FIELDS.get(BatchStatus(batch.status)) if batch.is_terminal else None
@@ -267,13 +277,14 @@ def _story(batch: Batch, held: Held) -> str:
     )
 
 
-def outcomes_in(files: BatchFiles) -> dict[str, Outcome]:
+def outcomes_in(files: BatchFiles, on_unreadable: OnUnreadable | None = None) -> dict[str, Outcome]:
     """
     Return the outcomes of the rows in the files of a batch, by ``custom_id``.
 
     A row that never ran because its batch was cancelled counts as expired.
 
     :param files: the downloaded files.
+    :param on_unreadable: as for :func:`read_lines`.
     :raises IncompleteResultsError: a file cannot be read.
     """
     found: dict[str, Outcome] = {}
@@ -281,7 +292,13 @@ def outcomes_in(files: BatchFiles) -> dict[str, Outcome]:
         if path is None:
             continue
         with path.open("rb") as stream:
-            lines = read_lines(LineReader(stream), read_verdict, name=path.name, batch_id=files.batch_id)
+            lines = read_lines(
+                LineReader(stream),
+                read_verdict,
+                name=path.name,
+                batch_id=files.batch_id,
+                on_unreadable=on_unreadable,
+            )
             for *_, verdict in lines:
                 if verdict is None or found.get(verdict.custom_id) is Outcome.OK:
                     continue

@@ -59,6 +59,7 @@ class OpenJob:
         while (shards := plans.read_round(len(self.rounds), self.models)) is not None:
             self.rounds.append(self._pieces(len(self.rounds), shards))
         self._rests: list[Rest] = []
+        self._unreadable: dict[str, str] = {}
         for rest in plans.read_rests():
             self._take_rest(rest)
 
@@ -76,9 +77,26 @@ class OpenJob:
 
     @property
     def current(self) -> list[Piece]:
-        """The batches of the last round, and those of earlier rounds that were refused then and have not ended."""
-        late = [piece for pieces in self.rounds[:-1] for piece in pieces if self.ended(piece) is None]
+        """
+        The batches of the last round, and those of earlier ones that no later round stands for.
+
+        Those had been refused, and have not ended; or they died since.
+        """
+        late = [piece for pieces in self.rounds[:-1] for piece in pieces if self._is_late(piece)]
         return [*late, *self.rounds[-1]]
+
+    def _is_late(self, piece: Piece) -> bool:
+        if self.ended(piece) is None:
+            return True
+        if self.dead(piece) is None:
+            return False
+        sources = set(piece.shard.sources or (piece.shard.index,))
+        return all(
+            sources.isdisjoint(later.shard.sources)
+            for pieces in self.rounds[piece.round + 1 :]
+            for later in pieces
+            if later.model == piece.model
+        )
 
     def _pieces(self, number: int, shards: Mapping[int, Sequence[Shard]]) -> list[Piece]:
         """Return the batches of a round shard by shard, so that the models of an upload follow each other."""
@@ -199,6 +217,14 @@ class OpenJob:
         state = self.state(piece)
         return state if isinstance(state, Refused) else None
 
+    def leave_out(self, piece: Piece, reason: str) -> None:
+        """Go on in this process without a batch that was created and cannot be read; it stays recorded."""
+        self._unreadable[piece.work_key] = reason
+
+    def left_out(self, piece: Piece) -> str | None:
+        """Return why a batch is left out."""
+        return self._unreadable.get(piece.work_key)
+
     def is_waiting(self, piece: Piece) -> bool:
         """Whether a batch must still be submitted or searched for."""
         return isinstance(self.state(piece), Planned | Sending)
@@ -219,9 +245,15 @@ class OpenJob:
         return tuple(state.batch_id for state in states if isinstance(state, Sent))
 
     @property
+    def awaited(self) -> tuple[str, ...]:
+        """Ids of those that are to be waited for: all but the ones that are left out."""
+        pieces = (piece for piece in self.current if self.left_out(piece) is None)
+        return tuple(state.batch_id for state in map(self.state, pieces) if isinstance(state, Sent))
+
+    @property
     def running(self) -> int:
-        """Number of the batches that have not ended."""
-        states = map(self.state, self.current)
+        """Number of the batches that have not ended, but for those that are left out."""
+        states = (self.state(piece) for piece in self.current if self.left_out(piece) is None)
         return sum(isinstance(state, Sent) and not state.terminal_since for state in states)
 
     @property

@@ -242,11 +242,19 @@ class Opening:
             count.
         """
         paid = [piece for piece in job.pieces if not isinstance(job.state(piece), Planned | Refused)]
-        if not paid or (not self._try.earlier_tries and self._may_run(job.ledger, self._try.conn_id) is None):
+        is_recorded = paid or job.ledger.damaged
+        if not is_recorded or (
+            not self._try.earlier_tries and self._may_run(job.ledger, self._try.conn_id) is None
+        ):
             return
         ids = ", ".join(job.batch_ids[:5]) or "one whose creation was not recorded"
+        what = (
+            f"{len(paid)} batches are paid for"
+            if paid
+            else "batches may be paid for, as the record of them is cut"
+        )
         raise InvalidInputError(
-            f"{name} was changed since an earlier try submitted its rows: {len(paid)} batches are paid for ({ids}"
+            f"{name} was changed since an earlier try submitted its rows: {what} ({ids}"
             f"{', ...' if len(job.batch_ids) > 5 else ''}). Nothing was sent. Restore the rows, their order and "
             "request_params and let the task retry, which continues with these batches; or submit the new rows by a "
             "manual clear, which pays for all of them; or give the new rows another output_dir.",
@@ -327,11 +335,7 @@ class Opening:
             stored = plans.read()
             ledger = FolderLedger(plans.path / "ledger.json", complete=False)
             if stored is None:
-                owner = ledger.owner()
-                if owner is not None and 0 <= self._try.clock.time() - owner.at < _STARTING:
-                    raise InvalidInputError(
-                        _in_use(self._try.output_dir, str(owner), "is starting there"), retryable=True
-                    )
+                self._refuse_starting(ledger)
                 continue
             theirs, mine = stored.submitter, self._try.submitter
             if replace(theirs, generation=mine.generation) == mine:
@@ -353,6 +357,22 @@ class Opening:
                 raise InvalidInputError(
                     _in_use(self._try.output_dir, theirs.label, f"is running there (batch {running})")
                 )
+            elif not any(ledger.work()):
+                # Its rows are planned, and perhaps being uploaded.
+                self._refuse_starting(ledger)
+
+    def _refuse_starting(self, ledger: FolderLedger) -> None:
+        """
+        Refuse to start where another job was claimed a short while ago and has sent nothing yet.
+
+        :raises InvalidInputError: one was.
+        """
+        owner = ledger.owner()
+        # Either way: the clocks of two workers differ.
+        if owner is not None and abs(self._try.clock.time() - owner.at) < _STARTING:
+            raise InvalidInputError(
+                _in_use(self._try.output_dir, str(owner), "is starting there"), retryable=True
+            )
 
     def _may_run(self, ledger: FolderLedger, conn_id: str) -> str | None:
         """

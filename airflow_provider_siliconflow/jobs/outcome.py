@@ -240,10 +240,10 @@ def unfinished_job(job: OpenJob, collected: Collected, output_dir: Any) -> Batch
     """
     pieces = list(job.pieces)
     story: list[str] = []
-    # The rows of a batch that failed in an earlier round went into the next one.
+    # The rows of a batch that failed in an earlier round went into the next one, but for those that came late.
     dead = [
         ended
-        for piece in job.rounds[-1]
+        for piece in job.current
         if (ended := job.dead(piece)) and collected.unanswered.get(ended.batch_id, 1)
     ]
     if dead:

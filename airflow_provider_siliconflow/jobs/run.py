@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from airflow_provider_siliconflow.api.exceptions import (
@@ -29,6 +29,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.batch_files.atomic_files import write_json
 from airflow_provider_siliconflow.batch_files.manifest import render_summary
+from airflow_provider_siliconflow.jobs.clock import SteadyClock
 from airflow_provider_siliconflow.jobs.collecting import Collected, Collector
 from airflow_provider_siliconflow.jobs.job import OpenJob
 from airflow_provider_siliconflow.jobs.opening import JobTry, Opening
@@ -70,7 +71,8 @@ class BatchRun:
     """
 
     def __init__(self, job_try: JobTry) -> None:
-        self._try = job_try
+        # A clock that is set forward must not shorten the patience with a batch that is not settled.
+        job_try = self._try = replace(job_try, clock=SteadyClock(job_try.clock))
         self._opening = Opening(job_try)
         self._opened: _Opened | None = None
         self._collected: Collected | None = None
@@ -171,8 +173,8 @@ class BatchRun:
         job = opened.job
         while True:
             is_full = opened.sender.submit_due()
-            if open_batches := job.open_batches:
-                return Wait(open_batches, 1 if is_full else self._min_ended(job), job.ledger.deadline)
+            if awaited := job.awaited:
+                return Wait(awaited, 1 if is_full else self._min_ended(job), job.ledger.deadline)
             self._opening.refuse_sibling()
             self._collected = opened.collector.collect()
             shards = opened.collector.next_round(self._collected)
@@ -190,7 +192,7 @@ class BatchRun:
     def _min_ended(job: OpenJob) -> int | None:
         waiting = any(map(job.is_waiting, job.current))
         # Otherwise a large job would wake its task 200 times, once for every batch.
-        return max(len(job.open_batches) // 4, 1) if waiting else None
+        return max(len(job.awaited) // 4, 1) if waiting else None
 
     # Opening ----------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from airflow_provider_siliconflow.jobs.account import AccountAPI, AccountBatches
 from airflow_provider_siliconflow.jobs.clock import Clock
 from airflow_provider_siliconflow.jobs.identity import SUBMIT_ANEW, WORK_KEY, BatchWork, Proof, Upload, prove
 from airflow_provider_siliconflow.jobs.ledger import Ledger
+from airflow_provider_siliconflow.jobs.settled import SETTLE_PATIENCE, SETTLE_POLL, is_settled
 from airflow_provider_siliconflow.jobs.states import Planned, Refused, files_of
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,17 @@ class AccountSearch:
                 batch.id,
             )
             return None
+        return batch
+
+    def read_to_its_counts(self, batch: Batch) -> Batch:
+        """Read a cancelled batch until its counts are settled, or have had the time: it may have answered every row."""
+        give_up_at = self._clock.monotonic() + SETTLE_PATIENCE
+        while not is_settled(batch) and self._clock.monotonic() < give_up_at:
+            log.info(
+                "The counts of batch %s, which was cancelled, do not add up yet; waiting for them", batch.id
+            )
+            self._clock.sleep(SETTLE_POLL)
+            batch = self.read(batch.id) or batch
         return batch
 
     def searches(self, work: BatchWork, listed_by: float, *, watch: bool = True) -> Iterator[Found]:
@@ -220,8 +232,12 @@ class AccountSearch:
         if work.upload is None:
             return {work.input_file_id} if work.input_file_id else set()
         self.files.read()
+        recorded = self.recorded_files(work.upload)
+        if recorded and self._ledger.complete:
+            # A file is recorded before a batch over it is asked for, so another of its name is a copy.
+            return recorded
         listed = {file.id for file in self.files.named(work.upload) if work.upload.may_be(file)}
-        return listed | self.recorded_files(work.upload)
+        return listed | recorded
 
     def recorded_files(self, upload: Upload) -> set[str]:
         """Return the files that the ledger names, without those that the account lists as something else."""

@@ -15,6 +15,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     PermissionDeniedError,
     RateLimitedError,
     SiliconFlowError,
+    SubmissionUnknownError,
 )
 from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.batch_files.shards import Shard, select_rows
@@ -58,6 +59,7 @@ class Sender:
         self._clock = clock
         self._began = began
         self._left_alone: set[str] = set()
+        self._read: set[str] = set()
         self._refusals_are_logged = False
         self._cancels_late = False
 
@@ -88,9 +90,30 @@ class Sender:
                 "Continuing with batch %s (%s) of an earlier try, at no extra cost", batch.id, batch.status
             )
             found.append(batch)
+            self._read.add(batch.id)
         job.record_ended(found, at=self._began)
         for piece in unread:
+            self._find_unread(piece)
+
+    def _find_unread(self, piece: Piece) -> None:
+        """
+        Search for a batch that was created and cannot be read; if it is not found, do without it in this try.
+
+        :raises SubmissionUnknownError: nor can any other batch of the job be read.
+        """
+        job = self._job
+        try:
             self._submit(piece)
+        except SubmissionUnknownError as exc:
+            others = (other for other in job.pieces if other.work_key != piece.work_key)
+            if not isinstance(job.state(piece), Sent) or not any(map(self._was_read, others)):
+                # The connection may lead to another account.
+                raise
+            log.error("%s Its rows are left out, and the results of the others are written.", exc)
+            job.leave_out(piece, str(exc))
+
+    def _was_read(self, piece: Piece) -> bool:
+        return self._job.batch_id(piece) in self._read or self._job.ended(piece) is not None
 
     def submit_due(self) -> bool:
         """
@@ -138,6 +161,8 @@ class Sender:
                 log.error("Batch %s (%s) is not replaced yet: %s", ended.batch_id, ended.status, exc)
                 self._left_alone.add(ended.batch_id)
                 continue
+            # The download took its time; a newer try may have planned the same meanwhile.
+            job.ledger.check_owner()
             rows = sum(unanswered)
             log.info(
                 "Batch %s of an earlier try is %s: %d of its %d rows have no answer and are submitted again",

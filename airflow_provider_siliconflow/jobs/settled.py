@@ -83,12 +83,16 @@ def judge_files(batch: Batch, held: Held, rows: int | None) -> Settled:
     counts, lines = batch.request_counts, held.output + held.errors
     promised = counts.completed + counts.failed
     lacks = held.output < counts.completed or lines < promised
-    if not lacks and is_settled(batch):
+    by_counts = not lacks and is_settled(batch)
+    # Counts of fewer rows than were sent may be those of the rows so far.
+    if by_counts and not (rows and 0 < counts.total < rows):
         return Settled.YES
     sent = rows or counts.total
     # The counts are not used here: a batch of which the service counts a row twice would never be settled.
     if sent and lines >= sent and held.count_rows() >= sent:
         return Settled.YES
+    if by_counts:
+        return Settled.PERHAPS
     if lacks or (batch.status == BatchStatus.COMPLETED and sent):
         # Every row of a completed batch has a result.
         return Settled.NO

@@ -263,6 +263,10 @@ class Submission:
                 "s; its rows may still be answered and billed. Nothing was sent. A retry continues once it has ended.",
                 retryable=True,
             )
+        # What this try sent and somebody cancelled is not replaced within it.
+        adopt_dead = adopt_dead or work.key in self._sent
+        if batch.status == BatchStatus.CANCELLED and not adopt_dead:
+            batch = self._account.read_to_its_counts(batch)
         self._record_sent(work, batch)
         if not is_replaceable(batch):
             log.info(

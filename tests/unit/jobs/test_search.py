@@ -282,8 +282,12 @@ def test_files_of_a_work_are_those_of_its_name_and_size_and_those_that_are_recor
         UploadedFile(id="renamed", filename="other.jsonl", bytes=5),
     ]
     world.ledger.uploads["upload"] = Uploaded("recorded", ("renamed", "earlier"))
+    world.ledger.complete = False
     assert world.search.our_files(upload_work()) == {"named", "unsized", "recorded", "earlier"}
     assert world.search.our_files(WORK) == {"file-1"}
+    # A file is recorded before a batch over it is sent, so a complete ledger knows of copies of its name.
+    world.ledger.complete = True
+    assert world.search.our_files(upload_work()) == {"recorded", "earlier"}
 
 
 def test_the_search_goes_back_no_further_than_the_oldest_file_of_the_work() -> None:

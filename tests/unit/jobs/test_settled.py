@@ -49,7 +49,8 @@ def test_without_its_files(found: Batch, settled: bool) -> None:
         (batch("completed", (3, 2, 1)), 1, 2, None, Settled.YES),
         # Every row that was sent is answered, whatever the counts say.
         (batch("completed", (3, 1, 0)), 2, 1, 3, Settled.YES),
-        (batch("completed", (2, 2, 0)), 2, 0, 3, Settled.YES),
+        # The counts may be those of the rows so far.
+        (batch("completed", (2, 2, 0)), 2, 0, 3, Settled.PERHAPS),
         (batch("completed", (2, 1, 0)), 1, 0, 3, Settled.NO),
         (batch("completed"), 3, 0, 3, Settled.YES),
         (batch("completed"), 2, 0, 3, Settled.NO),
