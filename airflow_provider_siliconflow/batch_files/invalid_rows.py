@@ -60,8 +60,12 @@ class ReportedProblems(Problems):
         self._on_id = on_id
         self._digest = hashlib.sha256()
         self._opened: AbstractContextManager[ByteWriter] | None = None
-        #: Rows so far.
-        self.count = 0
+        self._count = 0
+
+    @property
+    def count(self) -> int:
+        """How many rows were refused so far."""
+        return self._count
 
     @property
     def sha256(self) -> str:
@@ -75,7 +79,7 @@ class ReportedProblems(Problems):
         if not custom_id or len(custom_id) > _LONGEST_ID or not _can_be_written(custom_id):
             custom_id = numbered_id(line)
         self._on_id(custom_id)
-        self.count += 1
+        self._count += 1
         data = msgspec.json.encode(InvalidRow(line, custom_id, brief(reason, MESSAGE_CHARACTERS))) + b"\n"
         if self._opened is None:
             self._opened = create_file(self._path)

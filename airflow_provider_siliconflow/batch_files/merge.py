@@ -104,6 +104,7 @@ class BatchFiles:
     :param answered: rows that the batch counts as answered. If its output has results of fewer rows, whatever its
         number of lines, it is ``short``; not for a ``shared`` batch, of which one merge sees some rows only.
     :param spoilt: why the files cannot be had or read at all; the same holds for the batch's rows then.
+    :param unsent: why the rows were not sent; they are not sent again then.
     :param requests: the request file of a ``shared`` batch, which says what the batch's rows are. Without it they may
         be any.
     """
@@ -116,6 +117,7 @@ class BatchFiles:
     short: bool = False
     answered: int = 0
     spoilt: str | None = None
+    unsent: str | None = None
     requests: Source | None = None
 
 
@@ -366,8 +368,8 @@ class _Index:
         """
         found: dict[int, str | None] = {}
         for read in self._batches:
-            if read.problems or read.short:
-                said = _no_result(read.reason) if read.problems else None
+            if read.problems or read.short or read.files.unsent:
+                said = _no_result(read.reason) if read.problems else read.files.unsent
                 for position in self._without_result(read):
                     found[position] = found.get(position) or said
         return found

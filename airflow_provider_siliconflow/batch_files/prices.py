@@ -22,11 +22,17 @@ Price: TypeAlias = Mapping[str, Any]
 PRICE_KEYS = ("prompt", "completion")
 #: The price of prompt tokens that come from the service's cache; by default that of other prompt tokens.
 CACHED = "cached_prompt"
+#: The most tokens that the model thinks for an answer: no price, but like one a fact about the model that only its user
+#: knows. It is for ``max_cost``.
+THINKING = "thinking"
 #: The prices of a row that is asked by itself, not in a batch: a price without this key.
 LIVE = "live"
 
 #: A higher price is a mistake, and might make a cost that is too large for a number.
 _HIGHEST_PRICE = 1_000_000
+_MOST_THINKING = 10_000_000
+#: A larger sum is a mistake.
+_HIGHEST_COST = 10**12
 
 _EXAMPLE = "{'deepseek-ai/DeepSeek-V3': {'prompt': 1.0, 'completion': 4.0}}"
 
@@ -36,7 +42,7 @@ def check_prices(prices: Any, name: str = "prices") -> None:
     Check prices by model.
 
     :param prices: ``{model: {"prompt": number, "completion": number}}`` in CNY per million tokens, or ``None``. A price
-        may have ``cached_prompt``, and ``live`` with the same three keys.
+        may have ``cached_prompt``, ``thinking`` (most tokens), and ``live`` with the same three prices.
     :param name: how messages call them.
     :raises InvalidInputError: it is anything else; the message names the entry and shows what would be right.
     """
@@ -51,7 +57,7 @@ def check_prices(prices: Any, name: str = "prices") -> None:
         if not isinstance(price, Mapping):
             hint = f": prices are given by model, as in {_EXAMPLE}" if model in PRICE_KEYS else ""
             raise InvalidInputError(f"{where} {_MUST_BE}; got {price!r}{hint}")
-        _check_price(where, price, (CACHED, LIVE))
+        _check_price(where, price, (CACHED, THINKING, LIVE))
         if LIVE in price:
             live = price[LIVE]
             if not isinstance(live, Mapping):
@@ -63,7 +69,7 @@ _MUST_BE = "must be a mapping such as {'prompt': 1.0, 'completion': 4.0} in CNY 
 
 
 def _check_price(where: str, price: Mapping[Any, Any], optional: tuple[str, ...]) -> None:
-    keys = f"{' and '.join(map(repr, PRICE_KEYS))}, and may have {' and '.join(map(repr, optional))}"
+    keys = f"{' and '.join(map(repr, PRICE_KEYS))}, and may have {', '.join(map(repr, optional))}"
     known = (*PRICE_KEYS, *optional)
     unknown = [key for key in price if key not in known]
     missing = [key for key in PRICE_KEYS if key not in price]
@@ -76,6 +82,11 @@ def _check_price(where: str, price: Mapping[Any, Any], optional: tuple[str, ...]
         raise InvalidInputError(
             f"{where} lacks {missing[0]!r}; a price has {keys}, in CNY per million tokens"
         )
+    thinking = price.get(THINKING, 0)
+    if isinstance(thinking, bool) or not isinstance(thinking, int) or not 0 <= thinking <= _MOST_THINKING:
+        raise InvalidInputError(
+            f"{where}[{THINKING!r}] must be a whole number of tokens from 0 to {_MOST_THINKING}; got {thinking!r}"
+        )
     for key in (*PRICE_KEYS, CACHED):
         if key not in price:
             continue
@@ -86,6 +97,20 @@ def _check_price(where: str, price: Mapping[Any, Any], optional: tuple[str, ...]
                 f"{where}[{key!r}] must be a number from 0 to {_HIGHEST_PRICE}, in CNY per million tokens; "
                 f"got {value!r}"
             )
+
+
+def check_max_cost(value: Any) -> None:
+    """
+    Check the argument ``max_cost``.
+
+    :param value: CNY, or ``None``.
+    :raises InvalidInputError: it is not a number of 0 or more.
+    """
+    if value is None:
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not 0 <= value <= _HIGHEST_COST:
+        raise InvalidInputError(f"max_cost must be a number of 0 or more, in CNY; got {value!r}")
 
 
 def _suggestion(key: Any, missing: list[str], possible: list[str]) -> str:

@@ -46,6 +46,7 @@ from airflow_provider_siliconflow.jobs.identity import WORK_KEY
 from airflow_provider_siliconflow.jobs.job import OpenJob
 from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, Piece
 from airflow_provider_siliconflow.jobs.settled import SETTLE_LIMIT, SETTLE_PATIENCE
+from airflow_provider_siliconflow.jobs.spend import Budget
 from airflow_provider_siliconflow.jobs.states import Ended, Sent
 from airflow_provider_siliconflow.jobs.storable import storable, storable_text
 
@@ -99,6 +100,8 @@ class Collector:
         self._clock = clock
         self._short: set[str] = set()
         self._replacing_since = 0.0
+        #: Learns what batches cost, and says why some were not sent.
+        self.budget: Budget | None = None
 
     # Before the merge -------------------------------------------------------------------------------------
 
@@ -171,6 +174,15 @@ class Collector:
             outcomes.get(custom_id) not in answered for custom_id in iter_custom_ids(self._job.source(piece))
         )
 
+    def read(self, piece: Piece, ended: Ended) -> None:
+        """
+        Read what an ended batch cost, for the budget.
+
+        :raises SiliconFlowError: the batch cannot be read, or is not settled.
+        """
+        with self._downloaded(piece, ended.batch_id, ended_at=ended.at or None, patience=()):
+            pass
+
     # Collecting -------------------------------------------------------------------------------------------
 
     def collect(self) -> Collected:
@@ -222,6 +234,7 @@ class Collector:
         refused = {piece.model for piece in job.current if piece.round and job.refused(piece)}
         if not any(any(chosen) for model, chosen in collected.retries.items() if model not in refused):
             return None
+        tariff = job.options.tariff()
         folder = job.plans.path
         sources = [folder / FIRST_ROUND / shard.name for shard in job.plan.split.shards]
         return {
@@ -231,6 +244,7 @@ class Collector:
                 folder / f"round-{number}" / str(model),
                 max_rows=job.options.max_rows,
                 max_bytes=job.options.max_bytes,
+                tariff=tariff,
             )
             for model, chosen in collected.retries.items()
             if model not in refused
@@ -324,6 +338,12 @@ class Collector:
                 lines = refused_lines(job.source(piece), status=refused.status, message=refused.message)
                 _write_lines(path, lines)
                 found.append(BatchFiles(None, path, shared=shared))
+            elif self.budget is not None and job.is_waiting(piece):
+                requests = job.source(piece) if shared else None
+                unsent = self.budget.reason
+                found.append(
+                    BatchFiles(None, None, round=piece.round, shared=shared, unsent=unsent, requests=requests)
+                )
             elif refused is None:
                 raise AssertionError(f"no batch for {piece}")
             yield found
@@ -422,6 +442,8 @@ class Collector:
                 )
             if found[1].short:
                 self._short.add(batch_id)
+            if self.budget is not None:
+                self.budget.learn(piece, batch_id, found[1])
             yield found
 
     # Manifest ---------------------------------------------------------------------------------------------
@@ -446,6 +468,7 @@ class Collector:
         paths = {"output_dir": str(self._output_dir), "manifest": str(self._output_dir / "manifest.json")}
         manifest = build_manifest(runs, prices=options.prices, paths=paths)
         manifest["worth_another_attempt"] = collected.worth_another_attempt
+        manifest["budget"] = None if self.budget is None else self.budget.to_dict()
         found: dict[str, Any] = storable(manifest)
         return found
 

@@ -23,6 +23,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     SiliconFlowError,
 )
 from airflow_provider_siliconflow.batch_files.atomic_files import local_path, make_private_folder
+from airflow_provider_siliconflow.batch_files.shards import Split
 from airflow_provider_siliconflow.jobs.cancelling import cancel
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
 from airflow_provider_siliconflow.jobs.folder import read_json, remove_tree
@@ -38,6 +39,7 @@ from airflow_provider_siliconflow.jobs.plan import (
     plan,
     source_version,
 )
+from airflow_provider_siliconflow.jobs.spend import check_balance, refuse_costly
 from airflow_provider_siliconflow.jobs.states import Ended, Planned, Refused, Sending, Sent
 from airflow_provider_siliconflow.jobs.submission import Submission
 
@@ -271,6 +273,7 @@ class Opening:
             rows = requests()
             version = source_version(rows)
             split = plan(rows, self.plans.path / FIRST_ROUND, name=name, options=options)
+            self._check_spend(split)
         except Exception:
             ledger.remove_folder()
             raise
@@ -300,6 +303,22 @@ class Opening:
         job = self._open(stored)
         job.ledger.continue_as(self._try.owner.token)
         return job
+
+    def _check_spend(self, split: Split) -> None:
+        """
+        Refuse a job that ``max_cost`` or the account's balance certainly cannot pay.
+
+        :raises InvalidInputError: it is such a job.
+        """
+        options, folder = self._try.options, self.plans.path / FIRST_ROUND
+        refuse_costly(split, options, folder)
+        check_balance(
+            split,
+            options,
+            lambda: self._try.client.get_account(repeat=False).charge_balance,
+            # What earlier tries submitted may be what used the balance up, and must still be collected.
+            may_refuse=not self._try.earlier_tries,
+        )
 
     def _warn_of_unknown_models(self) -> None:
         """Warn of models that the account does not list. The list does not say which of them the batch API takes."""

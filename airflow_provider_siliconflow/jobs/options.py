@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from airflow_provider_siliconflow.api import arguments
+from airflow_provider_siliconflow.batch_files.cost_bounds import Tariff
+from airflow_provider_siliconflow.batch_files.decimals import exact
 from airflow_provider_siliconflow.batch_files.parameters import check_parameters
-from airflow_provider_siliconflow.batch_files.prices import Price, check_prices
+from airflow_provider_siliconflow.batch_files.prices import Price, check_max_cost, check_prices
 
 #: What an invalid row does to a job.
 ON_INVALID_ROW = ("fail", "report")
@@ -26,6 +29,7 @@ class RunOptions:
     :param max_row_attempts: how often a row is sent at most.
     :param max_error_rate: share of rows (0 to 1) that may fail; ``None`` for no limit.
     :param request_params: body parameters for rows that lack them.
+    :param max_cost: the most that the job may cost, in CNY; ``None`` for no limit.
     :param reports_invalid: whether an invalid row becomes an error row; otherwise it fails the job.
     """
 
@@ -42,11 +46,20 @@ class RunOptions:
     prices: Mapping[str, Price] | None = None
     request_params: Mapping[str, Any] | None = None
     reports_invalid: bool = False
+    max_cost: Fraction | None = None
 
     @property
     def replacements(self) -> tuple[str | None, ...]:
         """The models to run over; ``None`` stands for the models that the rows name."""
         return self.models or (None,)
+
+    def tariff(self) -> Tariff | None:
+        """
+        Return what limits the cost of batches; ``None`` without ``max_cost``.
+
+        :raises InvalidInputError: a model has no price.
+        """
+        return None if self.max_cost is None else Tariff(self.models, self.prices, self.max_cost)
 
 
 def check_options(
@@ -63,6 +76,7 @@ def check_options(
     prices: Any,
     request_params: Any,
     on_invalid_row: Any = "fail",
+    max_cost: Any = None,
     **rest: Any,
 ) -> RunOptions:
     """
@@ -79,7 +93,8 @@ def check_options(
     )
     check_parameters("request_params", request_params)
     check_prices(prices)
-    return RunOptions(
+    check_max_cost(max_cost)
+    options = RunOptions(
         models=arguments.check_models(model, models),
         completion_window=arguments.check_completion_window(completion_window),
         metadata=arguments.check_metadata(metadata, identified=True),
@@ -91,5 +106,8 @@ def check_options(
         prices=prices,
         request_params=request_params,
         reports_invalid=arguments.check_choice("on_invalid_row", on_invalid_row, ON_INVALID_ROW) == "report",
+        max_cost=None if max_cost is None else exact(max_cost),
         **rest,
     )
+    options.tariff()
+    return options

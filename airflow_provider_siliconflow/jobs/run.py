@@ -35,6 +35,7 @@ from airflow_provider_siliconflow.jobs.job import OpenJob
 from airflow_provider_siliconflow.jobs.opening import JobTry, Opening
 from airflow_provider_siliconflow.jobs.outcome import unfinished_job
 from airflow_provider_siliconflow.jobs.sending import Sender
+from airflow_provider_siliconflow.jobs.spend import Budget
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +206,10 @@ class BatchRun:
 
     def _take(self, job: OpenJob, *, began: float) -> _Opened:
         collector = Collector(job, self._try.client, self._try.output_dir, clock=self._try.clock)
-        sender = Sender(job, self._try.client, collector, clock=self._try.clock, began=began)
+        tariff, clock = job.options.tariff(), self._try.clock
+        if tariff is not None:
+            collector.budget = Budget(job, tariff, collector.read, clock=clock)
+        sender = Sender(job, self._try.client, collector, clock=clock, began=began, budget=collector.budget)
         self._opened = _Opened(job, sender, collector)
         if self._stopped:
             sender.stop(cancels=self._cancels)

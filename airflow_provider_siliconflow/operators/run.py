@@ -33,6 +33,7 @@ _OPTIONS = {
     "completion_window": read.window,
     "metadata": read.optional(read.metadata),
     "prices": read.optional(read.prices),
+    "max_cost": read.optional(read.max_cost),
     "max_rows_per_batch": read.limit,
     "max_bytes_per_batch": read.limit,
     "max_in_flight": read.limit,
@@ -95,6 +96,8 @@ class RunBatchOperator(SubmittingOperator):
     :param allow_all_failed: succeed even if not one row of the job succeeded.
     :param prices: CNY per million tokens by model: ``{model: {"prompt": ..., "completion": ...}}``. A model without an
         entry gets its price from the connection's extra, or from ``[siliconflow] prices``. (templated)
+    :param max_cost: the most that the job may cost, in CNY; nothing is sent that could go over it. Every model needs a
+        price, and every row ``max_tokens`` and a limit on its thinking. (templated)
     :param dry_run: check and plan without sending anything; log and return the estimated size and cost.
     :param skip_if_empty: skip the task if there are no rows; by default that is an error.
     :param deferrable: wait in the triggerer, without a worker slot. Default: ``[operators]
@@ -137,6 +140,7 @@ class RunBatchOperator(SubmittingOperator):
         fail_on_partial_error: bool = False,
         allow_all_failed: bool = False,
         prices: Mapping[str, Mapping[str, Any]] | str | None = None,
+        max_cost: float | str | None = None,
         dry_run: bool = False,
         skip_if_empty: bool = False,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
@@ -173,6 +177,7 @@ class RunBatchOperator(SubmittingOperator):
         self.fail_on_partial_error = fail_on_partial_error
         self.allow_all_failed = allow_all_failed
         self.prices = prices
+        self.max_cost = max_cost
         self.skip_if_empty = skip_if_empty
         # `dry_run` is a method of every operator, which Airflow 2.11 calls for `airflow tasks test --dry-run`.
         self.plans_only = dry_run

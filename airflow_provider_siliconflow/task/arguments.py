@@ -14,7 +14,7 @@ from typing import Any
 from airflow_provider_siliconflow.api import arguments as checks
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 from airflow_provider_siliconflow.batch_files.parameters import check_parameters
-from airflow_provider_siliconflow.batch_files.prices import check_prices
+from airflow_provider_siliconflow.batch_files.prices import check_max_cost, check_prices
 from airflow_provider_siliconflow.task.templating import (
     is_templated,
     is_templated_inside,
@@ -149,6 +149,13 @@ def prices(name: str, value: Any) -> Any:
     """Read prices by model."""
     found = rendered_mapping(value)
     check_prices(found)
+    return found
+
+
+def max_cost(name: str, value: Any) -> Any:
+    """Read a sum in CNY: a number, or the text of a number."""
+    found = rendered_number(value)
+    check_max_cost(found)
     return found
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,12 @@ class Life:
     :param config: of the service.
     """
 
+    #: Options of the job that differ, and its rows.
+    changes: Mapping[str, Any] = {}
+    requests: Sequence[Any] = tuple(
+        f"Say {i}" + (" [[emulator:once=503]]" if i == 5 else "") for i in range(ROWS)
+    )
+
     def __init__(self, folder: Any, script: list[str], events: list[str] = [], **config: Any) -> None:  # noqa: B006
         self.clock = FakeClock()
         self.service = make_service(folder / "service", self.clock, **config)
@@ -93,17 +99,20 @@ class Life:
         return BatchRun(
             JobTry(
                 options=check_options(
-                    model=None,
-                    models=MODELS,
-                    completion_window="24h",
-                    metadata=None,
-                    max_rows_per_batch=4,
-                    max_bytes_per_batch=10**6,
-                    max_in_flight=3,
-                    max_row_attempts=2,
-                    max_error_rate=None,
-                    prices=None,
-                    request_params=None,
+                    **{
+                        "model": None,
+                        "models": MODELS,
+                        "completion_window": "24h",
+                        "metadata": None,
+                        "max_rows_per_batch": 4,
+                        "max_bytes_per_batch": 10**6,
+                        "max_in_flight": 3,
+                        "max_row_attempts": 2,
+                        "max_error_rate": None,
+                        "prices": None,
+                        "request_params": None,
+                        **self.changes,
+                    }
                 ),
                 submitter=submitter,
                 client=self.api,  # type: ignore[arg-type]
@@ -122,8 +131,7 @@ class Life:
         self.tries += 1
         number = self.tries
         run = self.process(number)
-        prompts = [f"Say {i}" + (" [[emulator:once=503]]" if i == 5 else "") for i in range(ROWS)]
-        wait = run.start(lambda: prompts, "requests", timeout=None)
+        wait = run.start(lambda: self.requests, "requests", timeout=None)
         while wait is not None:
             event = next(self.events, "none")
             if event == "second try":
