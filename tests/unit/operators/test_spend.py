@@ -89,3 +89,37 @@ def test_a_dry_run_takes_prices_of_the_configuration_and_needs_no_connection(
     monkeypatch.setenv("AIRFLOW__SILICONFLOW__PRICES", json.dumps(PRICES))
     found = run(make_context, tmp_path, requests=["a" * 40], model=V3, dry_run=True, conn_id="gone")
     assert found["models"][0]["prompt_cost"] == 1e-05
+
+
+@pytest.mark.emulator(speed=2000.0, prices=PRICES)
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_a_job_of_the_operator_stays_within_max_cost(
+    make_context: MakeContext, emulator: Emulator, tmp_path: Path
+) -> None:
+    manifest = run(
+        make_context,
+        tmp_path,
+        requests=[f"Say {n}" for n in range(9)],
+        model=V3,
+        prices={V3: {**PRICES[V3], "thinking": 0}},
+        request_params={"max_tokens": 50},
+        max_cost="0.003",
+    )
+    assert (manifest["rows"]["ok"], manifest["budget"]["max_cost"]) == (9, 0.003)
+    assert manifest["budget"]["spent"] == pytest.approx(float(emulator.bill.total), abs=1e-6)
+    with pytest.raises(AirflowFailException, match="max_cost is 0 CNY, but the prompts of 1 rows"):
+        run(
+            make_context,
+            tmp_path / "none",
+            requests=["x" * 100],
+            model=V3,
+            prices=PRICES,
+            request_params={"max_tokens": 5, "enable_thinking": False},
+            max_cost=0,
+        )
+
+
+@pytest.mark.parametrize("max_cost", [-1, "free", True, float("nan"), float("inf")])
+def test_a_max_cost_that_is_no_sum_fails_when_the_dag_is_parsed(max_cost: Any) -> None:
+    with pytest.raises(ValueError, match="max_cost must be a number of 0 or more, in CNY"):
+        RunBatchOperator(task_id="t", output_dir="x", requests=["a"], max_cost=max_cost)
