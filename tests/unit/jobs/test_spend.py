@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -19,10 +20,9 @@ from airflow_provider_siliconflow.api.exceptions import (
     InvalidRequestFileError,
     SiliconFlowError,
 )
-from airflow_provider_siliconflow.batch_files.cost_bounds import TokenBound, bound_row
+from airflow_provider_siliconflow.batch_files.cost_bounds import Tariff, bound_row
 from airflow_provider_siliconflow.batch_files.merge import BatchFiles
 from airflow_provider_siliconflow.emulator.server import Emulator
-from airflow_provider_siliconflow.jobs.options import check_options
 from airflow_provider_siliconflow.jobs.outcome import judge_run
 from tests.unit.jobs.faulty import FAULTS, Crash
 from tests.unit.jobs.test_whole_life import EVENTS, SECONDS, Life, quickly
@@ -45,6 +45,21 @@ def rows(count: int, **body: Any) -> list[Any]:
 
 def job(emulator: Emulator, folder: Path, requests: Any, **changes: Any) -> Job:
     return Job(emulator, folder, requests, **{"models": [V3, QWEN], "prices": PRICES, **changes})
+
+
+def least(
+    requests: list[Any], models: tuple[str, ...] = (V3, QWEN), prices: dict[str, Any] = PRICES
+) -> float:
+    """Return what the rows of a job can cost at most, in CNY."""
+    tariff = Tariff(models, prices, Fraction(1))
+    total = Fraction()
+    for row in requests:
+        body = {name: value for name, value in row.items() if name != "custom_id"}
+        line = json.dumps({"custom_id": "a", "body": body}, ensure_ascii=False, separators=(",", ":"))
+        own, bound = bound_row(line.encode())
+        for model in models or (None,):
+            total += tariff.cost({own: bound}, model)
+    return float(total)
 
 
 # The property ---------------------------------------------------------------------------------------------------
@@ -85,7 +100,7 @@ def requests(draw: st.DrawFn) -> list[Any]:
                 {"role": "user", "content": draw(st.sampled_from(["Say", "今天天气"])) * length + mark}
             ],
             "max_tokens": draw(st.integers(1, 300)),
-            "model": draw(st.sampled_from([V3, R1, QWEN])),
+            "model": draw(st.sampled_from([V3, V3, QWEN, QWEN, R1])),
             **draw(thinking),
         }
         for n, (length, mark) in enumerate(
@@ -94,7 +109,7 @@ def requests(draw: st.DrawFn) -> list[Any]:
     ]
 
 
-@settings(quickly, max_examples=60, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(quickly, max_examples=150, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     script=st.lists(st.sampled_from(("none", *FAULTS)), max_size=30),
     events=st.lists(st.sampled_from(EVENTS), max_size=8),
@@ -121,14 +136,15 @@ def requests(draw: st.DrawFn) -> list[Any]:
     ),
     options=st.fixed_dictionaries(
         {
-            "max_cost": st.integers(0, 60_000).map(lambda n: n / 1_000_000) | st.integers(0, 5),
-            "models": st.sampled_from([None, [V3, R1], [QWEN]]),
+            "models": st.sampled_from([None, [V3], [V3, R1], [QWEN, V3]]),
             "max_row_attempts": st.integers(1, 3),
             "max_rows_per_batch": st.integers(1, 5),
             "max_in_flight": st.sampled_from([None, 2]),
         }
     ),
+    share=st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]),
     stated=st.sampled_from([{}, {"thinking": 900}]),
+    costs_its_bound=st.booleans(),
     retry_delay=st.sampled_from([0.0, 300.0]),
 )
 def test_the_bill_never_exceeds_max_cost(
@@ -139,16 +155,26 @@ def test_the_bill_never_exceeds_max_cost(
     given_rows: list[Any],
     of_prices: dict[str, Any],
     options: dict[str, Any],
+    share: float,
     stated: dict[str, int],
+    costs_its_bound: bool,
     retry_delay: float,
 ) -> None:
+    if costs_its_bound:
+        # Prompts are free, and every answer is cut, so that whatever is sent too much is on the bill.
+        of_prices = {
+            model: {"prompt": 0, "completion": price["completion"]} for model, price in of_prices.items()
+        }
+        answer = {"max_tokens": 4, "enable_thinking": False, "n": 1, "thinking_budget": None}
+        given_rows = [{**row, **answer, "model": V3} for row in given_rows]
+        options = {**options, "models": options["models"] and [V3, QWEN]}
     folder = tmp_path_factory.mktemp("life")
     life = Life(folder, script, events, rows_per_second=0.1, prices=of_prices, **service)
     life.requests = given_rows
-    life.changes = {
-        **options,
-        "prices": {model: price | stated for model, price in of_prices.items()},
-    }
+    given_prices = {model: price | stated for model, price in of_prices.items()}
+    most = share * least(given_rows, tuple(options["models"] or ()), given_prices)
+    max_cost = math.ceil(most * 1_000_000) / 1_000_000
+    life.changes = {**options, "max_cost": max_cost, "prices": given_prices}
     manifest = None
     # Whether the job comes to an end is the question of another test.
     for _ in range(15):
@@ -161,7 +187,7 @@ def test_the_bill_never_exceeds_max_cost(
             life.clock.sleep(retry_delay)
     life.clock.sleep(1e7)
     bill = life.service.bill().total
-    assert bill <= Decimal(str(options["max_cost"]))
+    assert bill <= Decimal(str(max_cost))
     if manifest is None:
         event("nothing sent" if not bill else "no end")
         return
@@ -185,34 +211,6 @@ by_hand = pytest.mark.emulator(
         for model, price in PRICES.items()
     },
 )
-
-
-def least(requests: list[Any], **changes: Any) -> float:
-    """Return what the rows of a job can cost at most."""
-    tariff = check_options(
-        **{
-            "model": None,
-            "models": [V3, QWEN],
-            "completion_window": "24h",
-            "metadata": None,
-            "max_rows_per_batch": 5000,
-            "max_bytes_per_batch": 10**9,
-            "max_in_flight": None,
-            "max_row_attempts": 1,
-            "max_error_rate": None,
-            "prices": PRICES,
-            "request_params": None,
-            "max_cost": 1,
-            **changes,
-        }
-    ).tariff()
-    assert tariff is not None
-    bounds: dict[str, TokenBound] = {"": TokenBound()}
-    for row in requests:
-        body = {name: value for name, value in row.items() if name != "custom_id"}
-        line = json.dumps({"custom_id": "a", "body": body}, separators=(",", ":")).encode()
-        bounds[""].add(bound_row(line)[1])
-    return float(sum(tariff.cost(bounds, model) for model in tariff.models))
 
 
 @by_hand
