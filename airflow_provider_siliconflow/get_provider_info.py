@@ -76,6 +76,16 @@ def get_provider_info() -> dict[str, Any]:
                         "example": "production",
                         "default": None,
                     },
+                    "prices": {
+                        "description": (
+                            "Prices in CNY per million tokens by model, as JSON. They are used where neither the "
+                            "operator's argument prices nor the connection's extra has a price for the model."
+                        ),
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": '{"deepseek-ai/DeepSeek-V3": {"prompt": 1, "completion": 4}}',
+                        "default": None,
+                    },
                 },
             }
         },

@@ -201,6 +201,17 @@ def check_limits(**limits: Any) -> None:
             raise InvalidInputError(f"{name} must be a whole number above 0{limit}; got {value!r}")
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """
+    Return a value that must be one of a few.
+
+    :raises InvalidInputError: it is none of them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise InvalidInputError(f"{name} must be {' or '.join(map(repr, choices))}; got {value!r}")
+    return value
+
+
 def check_seconds(name: str, value: Any) -> None:
     """
     Check a time.

@@ -153,9 +153,9 @@ class SiliconFlowClient:
         """Return the account's batch input files."""
         return self.call(protocol.list_files()).items
 
-    def get_account(self) -> Account:
-        """Read the account: name, status, balances. Costs nothing."""
-        return self.call(protocol.get_account())
+    def get_account(self, *, repeat: bool = True) -> Account:
+        """Read the account: name, status, balances. Costs nothing. ``repeat=False`` asks once."""
+        return self.call(protocol.get_account(), repeat=repeat)
 
     def list_models(self, *, repeat: bool = True) -> list[str]:
         """Return ids of chat models. Costs nothing. ``repeat=False`` asks once."""

@@ -32,6 +32,11 @@ def custom_id_of(line: bytes) -> str:
     return _decode(line).custom_id
 
 
+def numbered_id(line: int) -> str:
+    """Return the ``custom_id`` of a row that has none, by its line."""
+    return f"row-{line:07d}"
+
+
 class CustomIdSet:
     """
     The custom ids of an input, in memory that does not grow with it.

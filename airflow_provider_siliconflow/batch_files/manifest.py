@@ -13,7 +13,7 @@ from typing import Any
 
 from airflow_provider_siliconflow.api.bounds import MAX_COUNT, MAX_ID
 from airflow_provider_siliconflow.api.redaction import brief, shown_word
-from airflow_provider_siliconflow.batch_files.prices import Price, cost, price_of, rounded
+from airflow_provider_siliconflow.batch_files.prices import Price, cost, price_of, prompt_cost, rounded
 from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 
 log = logging.getLogger(__name__)
@@ -160,6 +160,7 @@ def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, An
         "model_mismatches": tally.mismatches,
         "duplicates": tally.duplicates,
         "foreign": tally.foreign,
+        "invalid_input": tally.invalid_input,
         "usage": _tokens(tally.usage),
         "billed_usage": _tokens(tally.billed),
         "cached": {"rows": tally.cached, **_tokens(tally.saved)},
@@ -180,6 +181,7 @@ def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, An
 def _tokens(usage: Usage) -> dict[str, int]:
     return {
         "prompt_tokens": _number(usage.prompt),
+        "cached_tokens": _number(usage.cached),
         "completion_tokens": _number(usage.completion),
         "reasoning_tokens": _number(usage.reasoning),
         "total_tokens": _number(usage.total),
@@ -195,7 +197,7 @@ def _costs(billed: Usage, price: Price | None) -> tuple[Fraction, Fraction] | No
     """Return the cost of prompts and completions, unrounded. Completions include reasoning."""
     if price is None:
         return None
-    return cost(billed.prompt, price["prompt"]), cost(billed.completion, price["completion"])
+    return prompt_cost(billed.prompt, billed.cached, price), cost(billed.completion, price["completion"])
 
 
 def _cost_entry(costs: tuple[Fraction, Fraction] | None) -> dict[str, Any] | None:
@@ -286,6 +288,7 @@ def render_summary(manifest: Mapping[str, Any]) -> str:
         ("model_mismatches", "answers of another model than the requested one"),
         ("duplicates", "second results of a row, left out"),
         ("foreign", "results of rows that were never sent"),
+        ("invalid_input", "invalid rows of the input, which were not sent"),
         ("without_usage", "answers do not state their tokens, so tokens and cost are too low"),
     ):
         if manifest[name]:

@@ -24,6 +24,7 @@ from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError
 from airflow_provider_siliconflow.api.models import Outcome
 from airflow_provider_siliconflow.api.redaction import brief
 from airflow_provider_siliconflow.api.sources import Source
+from airflow_provider_siliconflow.batch_files.invalid_rows import InvalidLines
 from airflow_provider_siliconflow.batch_files.lines import ByteWriter, LineReader
 from airflow_provider_siliconflow.batch_files.parameters import to_json
 from airflow_provider_siliconflow.batch_files.result_lines import read_lines
@@ -106,6 +107,7 @@ class BatchFiles:
     :param answered: rows that the batch counts as answered. If its output has results of fewer rows, whatever its
         number of lines, it is ``short``; not for a ``shared`` batch, of which one merge sees some rows only.
     :param spoilt: why the files cannot be had or read at all; the same holds for the batch's rows then.
+    :param unsent: why the rows were not sent; they are not sent again then.
     :param requests: the request file of a ``shared`` batch, which says what the batch's rows are. Without it they may
         be any.
     :param cached: whether these are answers of earlier jobs, which are not billed again.
@@ -119,6 +121,7 @@ class BatchFiles:
     short: bool = False
     answered: int = 0
     spoilt: str | None = None
+    unsent: str | None = None
     requests: Source | None = None
     cached: bool = False
 
@@ -198,6 +201,7 @@ def merge_shard(
     model: str | None = None,
     strict: bool = True,
     judge: Judge | None = None,
+    invalid_rows: InvalidLines | None = None,
 ) -> MergedShard:
     """
     Judge every row of a shard and write its result line, in the order of the shard.
@@ -217,6 +221,7 @@ def merge_shard(
         Rows of its batch without a result are then not sent again, since the line may be the paid answer to any of
         them.
     :param judge: what answers must satisfy; an invalid one is worth another attempt.
+    :param invalid_rows: the lines of the input's invalid rows, which are written between those of the rows.
     :raises IncompleteResultsError: the shard is damaged; or, if ``strict``, a result line is not JSON or too long.
     """
     asked = _Asked.read(shard, with_models=model is None)
@@ -241,7 +246,7 @@ def merge_shard(
                 unjudged = Unjudged(verdict.custom_id, verdict.message or "").after(unjudged)
         retry[position] = worth_it and position not in unaccounted
     if results is not None or errors is not None:
-        _copy(index, results, errors, unaccounted)
+        _copy(index, results, errors, unaccounted, invalid_rows)
     return MergedShard(tally, retry, fresh, index.spoilt(), unjudged)
 
 
@@ -329,7 +334,7 @@ class _Index:
         ids, has_result, batch = self.ids, read.has_result, read.files
         number, file = len(self._batches) - 1, len(self.files)
         self.files.append(path)
-        duplicates = prompt = completion = reasoning = total = 0
+        duplicates = prompt = completion = reasoning = total = cached = 0
         with path.open("rb") as stream:
             lines = read_lines(
                 LineReader(stream),
@@ -357,10 +362,12 @@ class _Index:
                     completion -= before.completion
                     reasoning -= before.reasoning
                     total -= before.total
+                    cached -= before.cached
                 prompt += verdict.prompt
                 completion += verdict.completion
                 reasoning += verdict.reasoning
                 total += verdict.total
+                cached += verdict.cached
                 if before is not None and before.rank > verdict.rank:
                     if verdict.outcome is Outcome.ERROR:
                         # The answer is kept, but the last attempt says whether another one makes sense.
@@ -379,7 +386,7 @@ class _Index:
                     verdicts[position] = verdict
         self._budget = budget
         if not batch.cached:
-            tally.billed.add(Usage(prompt, completion, reasoning, total))
+            tally.billed.add(Usage(prompt, completion, reasoning, total, cached))
         if duplicates:
             tally.duplicates += duplicates
             log.warning(
@@ -405,8 +412,8 @@ class _Index:
         """
         found: dict[int, str | None] = {}
         for read in self._batches:
-            if read.problems or read.short:
-                said = _no_result(read.reason) if read.problems else None
+            if read.problems or read.short or read.files.unsent:
+                said = _no_result(read.reason) if read.problems else read.files.unsent
                 for position in self._without_result(read):
                     found[position] = found.get(position) or said
         return found
@@ -513,12 +520,16 @@ def _copy(
     results: ByteWriter | None,
     errors: ByteWriter | None,
     unaccounted: Mapping[int, str | None],
+    invalid: InvalidLines | None = None,
 ) -> None:
     with ExitStack() as opened:
         descriptors = [opened.enter_context(path.open("rb")).fileno() for path in index.files]
         to_results = _LineBlock(results)
         to_errors = _LineBlock(errors)
         for position, verdict in enumerate(index.verdicts):
+            for line in invalid.before_next() if invalid is not None else ():
+                to_results.add(line)
+                to_errors.add(line)
             if verdict is None:
                 line = _missing_line(index.ids[position], unaccounted.get(position) or _NO_RESULT)
             elif verdict.line is not None:

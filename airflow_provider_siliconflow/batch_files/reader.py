@@ -15,13 +15,12 @@ from msgspec import UNSET
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError, LineProblem
 from airflow_provider_siliconflow.api.sources import ByteReader, Source
 from airflow_provider_siliconflow.batch_files.bodies import with_instruction
-from airflow_provider_siliconflow.batch_files.custom_ids import CustomIdSet
+from airflow_provider_siliconflow.batch_files.custom_ids import CustomIdSet, numbered_id
 from airflow_provider_siliconflow.batch_files.lines import LONGEST_LINE, LineReader
 from airflow_provider_siliconflow.batch_files.parameters import check_parameters, to_json
 from airflow_provider_siliconflow.batch_files.rules import (
     CLOSING_BRACE,
     MAX_BYTES,
-    MAX_PROBLEMS,
     MAX_ROWS,
     REFUSED,
     Problems,
@@ -219,9 +218,11 @@ def _request_rows(
 ) -> Iterator[RequestRow]:
     decode = decode_row
     as_it_is = not complete.changes_all
-    blank: list[int] = []
+    # Blank lines at the end are no rows, so a blank line is a problem only once another line follows.
+    blank = 0
     for number, given in enumerate(lines, 1):
         if not isinstance(given, bytes):
+            blank = _refuse_blank(number, blank, problems)
             if given is None:
                 problems.add(number, "the line is too long for a request; is this a JSONL file?")
             else:
@@ -249,11 +250,9 @@ def _request_rows(
         # A file's byte order mark and line ends are no fault here: the lines are written anew anyway.
         line = (given.removeprefix(codecs.BOM_UTF8) if number == 1 else given).strip(b" \t\r")
         if not line:
-            if len(blank) < MAX_PROBLEMS:
-                blank.append(number)
+            blank += 1
             continue
-        while blank:
-            problems.add(blank.pop(0), "the line is blank; remove it")
+        blank = _refuse_blank(number, blank, problems)
         try:
             request = complete(number, line)
         except REFUSED:
@@ -269,6 +268,13 @@ def _request_rows(
             )
         else:
             yield request
+
+
+def _refuse_blank(number: int, blank: int, problems: Problems) -> int:
+    """Refuse the blank lines before a line; return how many blank lines are open then: none."""
+    for earlier in range(number - blank, number):
+        problems.add(earlier, "the line is blank; remove it")
+    return 0
 
 
 class _Completer:
@@ -300,7 +306,7 @@ class _Completer:
         is_short = body is UNSET or row.method is UNSET or row.url is UNSET
         if custom_id is UNSET or is_short or self.changes_all:
             if custom_id is UNSET:
-                custom_id = f"row-{number:07d}"
+                custom_id = numbered_id(number)
             line, defaulted = self._rebuild(line, custom_id)
             if "model" in defaulted:
                 model = self._default_model

@@ -91,6 +91,11 @@ class Problems:
         self._kinds: set[str] = set()
 
     @property
+    def count(self) -> int:
+        """How many lines were refused so far."""
+        return len(self._found)
+
+    @property
     def lines(self) -> frozenset[int]:
         """Numbers of the refused lines."""
         return frozenset(problem.line for problem in self._found)

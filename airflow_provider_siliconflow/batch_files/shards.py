@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -15,10 +16,19 @@ import msgspec
 
 from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError, InvalidInputError, NoRowsError
 from airflow_provider_siliconflow.api.sources import Source
-from airflow_provider_siliconflow.batch_files.atomic_files import create_file, make_folder, open_own, sync
+from airflow_provider_siliconflow.batch_files.atomic_files import (
+    create_file,
+    make_folder,
+    open_own,
+    sync,
+    temporary_folder,
+)
+from airflow_provider_siliconflow.batch_files.cost_bounds import Tariff, UnboundedRowError
 from airflow_provider_siliconflow.batch_files.custom_ids import CustomIdSet, LineId
+from airflow_provider_siliconflow.batch_files.duplicates import Duplicates
+from airflow_provider_siliconflow.batch_files.invalid_rows import ReportedProblems
 from airflow_provider_siliconflow.batch_files.lines import ByteWriter, Directory, LineReader
-from airflow_provider_siliconflow.batch_files.reader import read_rows
+from airflow_provider_siliconflow.batch_files.reader import RequestRow, read_rows
 from airflow_provider_siliconflow.batch_files.rules import MAX_BYTES, MAX_ROWS, Problems
 
 #: Bytes of lines that are collected before they are hashed and written, since every call has a fixed cost.
@@ -95,6 +105,8 @@ class Split:
     :param models: every ``body.model`` that the rows name, sorted.
     :param rows_without_model: rows that name no model.
     :param prompt_tokens: an estimate: a quarter per ASCII character of the messages, one per other character.
+    :param invalid: rows that are reported as invalid, beside ``rows``.
+    :param invalid_sha256: hex digest of the file of these rows; empty if there are none.
     """
 
     shards: tuple[Shard, ...]
@@ -103,6 +115,8 @@ class Split:
     models: tuple[str, ...]
     rows_without_model: int
     prompt_tokens: int
+    invalid: int = 0
+    invalid_sha256: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the split as JSON types."""
@@ -128,6 +142,7 @@ class Split:
             first_row += shard.rows
         sums = (first_row, sum(shard.bytes for shard in found))
         fits = 0 <= split.rows_without_model <= split.rows and 0 <= split.prompt_tokens <= split.bytes
+        fits = fits and split.invalid >= 0
         if (split.rows, split.bytes) != sums or not fits:
             raise InvalidInputError("the plan has figures that do not match those of its shards")
         return split
@@ -158,6 +173,10 @@ def split_requests(
     defaults: Mapping[str, Any] | None = None,
     defaults_name: str = "defaults",
     instruction: str | None = None,
+    report_invalid: bool = False,
+    needs_model: bool = False,
+    tariff: Tariff | None = None,
+    rows_per_shard: Sequence[int] = (),
 ) -> Split:
     """
     Turn rows into request lines and write them as shards, in one pass and in bounded memory.
@@ -172,55 +191,150 @@ def split_requests(
     :param defaults: body parameters for rows that lack them.
     :param defaults_name: the argument with these parameters, for messages.
     :param instruction: text for the model that is added to the messages of every row.
-    :raises InvalidRequestFileError: rows are invalid, or share a ``custom_id``.
+    :param report_invalid: whether to leave out invalid rows and write them to ``invalid.jsonl`` in ``work_dir``, see
+        :mod:`~.invalid_rows`. Memory then grows with the number of duplicate custom ids.
+    :param needs_model: whether a row without a model is invalid too, if invalid rows are reported.
+    :param tariff: limits what the rows of a shard can cost; a row without such a limit is an error in any case.
+    :param rows_per_shard: rows of the first shards, to split as before; the limits hold for the others.
+    :raises InvalidRequestFileError: rows are invalid, or share a ``custom_id``; with ``report_invalid``, all are. Or a
+        row can cost any sum.
     :raises InvalidInputError: there are no rows, or an argument is wrong.
     """
-    problems = Problems(name)
     custom_ids = CustomIdSet()
-    models: set[str] = set()
-    without_model = prompt_tokens = 0
-    add_id = custom_ids.add
-    with ShardWriter(work_dir, max_rows=max_rows, max_bytes=max_bytes) as writer:
-        lines: list[bytes] = []
-        size = 0
-        for row in read_rows(
-            requests,
-            problems,
-            defaults=defaults,
-            defaults_name=defaults_name,
-            instruction=instruction,
-            max_bytes=max_bytes,
-        ):
-            lines.append(row.line)
-            size += len(row.line)
-            if len(lines) == _LINES_AT_ONCE or size >= _BLOCK_BYTES:
-                writer.extend(lines)
-                lines.clear()
-                size = 0
-            add_id(row.custom_id)
-            prompt_tokens += row.prompt_tokens
-            if row.model is None:
-                without_model += 1
-            else:
-                models.add(row.model)
-        writer.extend(lines)
-    shards = writer.shards
-    if suspects := custom_ids.suspects():
-        # The shards contain every row except the refused ones, which gives the line numbers of their rows.
-        numbers = itertools.filterfalse(problems.lines.__contains__, itertools.count(1))
-        written = itertools.chain.from_iterable(iter_custom_ids(work_dir / shard.name) for shard in shards)
-        custom_ids.name_duplicates(suspects, zip(numbers, written, strict=False), problems)
-    problems.raise_if_any()
+    new_writer = partial(
+        ShardWriter,
+        work_dir,
+        max_rows=max_rows,
+        max_bytes=max_bytes,
+        tariff=tariff,
+        rows_per_shard=rows_per_shard,
+    )
+    unbounded = Problems(name)
+    read = partial(
+        read_rows,
+        requests,
+        defaults=defaults,
+        defaults_name=defaults_name,
+        instruction=instruction,
+        max_bytes=max_bytes,
+    )
+    if not report_invalid:
+        problems = Problems(name)
+        with new_writer() as writer:
+            rows = _bounded_rows(read(problems), tariff, writer, problems, unbounded)
+            figures = _write_rows(rows, writer, custom_ids.add)
+        shards = writer.shards
+        if suspects := custom_ids.suspects():
+            # The shards contain every row except the refused ones, which gives the line numbers of their rows.
+            numbers = itertools.filterfalse(problems.lines.__contains__, itertools.count(1))
+            written = itertools.chain.from_iterable(
+                iter_custom_ids(work_dir / shard.name) for shard in shards
+            )
+            custom_ids.name_duplicates(suspects, zip(numbers, written, strict=False), problems)
+        problems.raise_if_any()
+    else:
+        with new_writer() as writer, ReportedProblems(name, work_dir, custom_ids.add) as reported:
+            rows = read(reported)
+            rows = _rows_with_model(rows, reported) if needs_model else rows
+            rows = _bounded_rows(rows, tariff, writer, reported, unbounded)
+            figures = _write_rows(rows, writer, custom_ids.add)
+        unbounded.raise_if_any()
+        if suspects := custom_ids.suspects():
+            with temporary_folder() as folder:
+                paths = [work_dir / shard.name for shard in writer.shards]
+                duplicates = Duplicates(paths, work_dir, reported, suspects, folder, max_bytes=max_bytes)
+                if duplicates.found:
+                    reported = ReportedProblems(name, work_dir, lambda custom_id: None)
+                    weighs = writer.weighs
+                    with new_writer() as writer, reported:
+                        if not weighs:
+                            writer.stop_weighing()
+                        # Written over the shards that they are read from: see there.
+                        rows = duplicates.other_rows(reported)
+                        figures = _write_rows(rows, writer, lambda custom_id: None)
+        shards = writer.shards
+        if not shards:
+            reported.fail_if_all()
+        figures = replace(figures, invalid=reported.count, invalid_sha256=reported.sha256)
+    unbounded.raise_if_any()
     if not shards:
         raise NoRowsError(f"{name} holds no rows; nothing was uploaded")
-    return Split(
+    return replace(
+        figures,
         shards=shards,
         rows=sum(shard.rows for shard in shards),
         bytes=sum(shard.bytes for shard in shards),
-        models=tuple(sorted(models)),
-        rows_without_model=without_model,
-        prompt_tokens=prompt_tokens,
     )
+
+
+def _write_rows(rows: Iterable[RequestRow], writer: ShardWriter, add_id: Callable[[str], None]) -> Split:
+    """Write rows, and return their figures: a split without its shards."""
+    models: set[str] = set()
+    without_model = prompt_tokens = 0
+    lines: list[bytes] = []
+    size = 0
+    for row in rows:
+        lines.append(row.line)
+        size += len(row.line)
+        if len(lines) == _LINES_AT_ONCE or size >= _BLOCK_BYTES:
+            writer.extend(lines)
+            lines.clear()
+            size = 0
+        add_id(row.custom_id)
+        prompt_tokens += row.prompt_tokens
+        if row.model is None:
+            without_model += 1
+        else:
+            models.add(row.model)
+    writer.extend(lines)
+    return Split((), 0, 0, tuple(sorted(models)), without_model, prompt_tokens)
+
+
+def _bounded_rows(
+    rows: Iterator[RequestRow],
+    tariff: Tariff | None,
+    writer: ShardWriter,
+    problems: Problems,
+    unbounded: Problems,
+) -> Iterator[RequestRow]:
+    """
+    Return the rows; those that can cost any sum are problems.
+
+    :param writer: weighs no more rows once the prompts alone cost too much: the job is refused then, and shards of one
+        row each would only take time.
+    :param problems: the invalid rows so far, which the line numbers depend on.
+    :param unbounded: gets the problems.
+    """
+    if tariff is None:
+        return rows
+
+    def check(tariff: Tariff) -> Iterator[RequestRow]:
+        for position, row in enumerate(rows):
+            number = position + problems.count + 1
+            try:
+                # A row without any model fails the job later, with a message of its own.
+                has_model = tariff.models or row.model
+                if not has_model or not tariff.allows_prompt(row.model, row.prompt_tokens):
+                    writer.stop_weighing()
+                if has_model:
+                    tariff.check(row.line)
+            except UnboundedRowError as exc:
+                writer.stop_weighing()
+                unbounded.add(number, f"{exc}. max_cost needs it", row.custom_id)
+            yield row
+
+    return check(tariff)
+
+
+def _rows_with_model(rows: Iterable[RequestRow], problems: ReportedProblems) -> Iterator[RequestRow]:
+    valid = 0
+    for row in rows:
+        if row.model is None:
+            # Every line before this one is valid, or was reported.
+            problems.add(valid + problems.count + 1, "the row names no model", row.custom_id)
+        else:
+            valid += 1
+            yield row
 
 
 def iter_custom_ids(shard: Source) -> Iterator[str]:
@@ -260,6 +374,7 @@ def select_rows(
     max_rows: int = MAX_ROWS,
     max_bytes: int = MAX_BYTES,
     transform: Callable[[bytes], bytes] | None = None,
+    tariff: Tariff | None = None,
 ) -> tuple[Shard, ...]:
     """
     Write new shards of selected rows, with their lines byte for byte.
@@ -269,9 +384,10 @@ def select_rows(
         of selected positions.
     :param work_dir: folder for the new shards; created if necessary.
     :param transform: changes each line; it is called with the selected lines in their order.
+    :param tariff: limits what the rows of a shard can cost.
     :return: the new shards; the ``sources`` of each are the shards that its rows come from.
     """
-    with ShardWriter(work_dir, max_rows=max_rows, max_bytes=max_bytes) as writer:
+    with ShardWriter(work_dir, max_rows=max_rows, max_bytes=max_bytes, tariff=tariff) as writer:
         for index, (shard, wanted) in enumerate(zip(shards, chosen, strict=True)):
             positions = (
                 {position for position, byte in enumerate(wanted) if byte}
@@ -294,16 +410,28 @@ class ShardWriter:
     :param work_dir: folder for the files; created if need be.
     :param max_rows: lines of the longest file.
     :param max_bytes: bytes of the largest file.
+    :param tariff: limits what the rows of a file can cost.
+    :param rows_per_shard: lines of the first files.
     """
 
-    def __init__(self, work_dir: Directory, *, max_rows: int, max_bytes: int) -> None:
+    def __init__(
+        self,
+        work_dir: Directory,
+        *,
+        max_rows: int,
+        max_bytes: int,
+        tariff: Tariff | None = None,
+        rows_per_shard: Sequence[int] = (),
+    ) -> None:
         if max_rows < 1 or max_bytes < 1:
             raise InvalidInputError(
                 f"a batch needs room for at least one row: max_rows is {max_rows}, max_bytes {max_bytes}"
             )
         self._work_dir = work_dir
-        self._max_rows = max_rows
+        self._most_rows = max_rows
+        self._rows_per_shard = iter(rows_per_shard)
         self._max_bytes = max_bytes
+        self._tariff = tariff
         self._shards: list[Shard] = []
         self._first_row = 0
         self._opened: AbstractContextManager[ByteWriter] | None = None
@@ -322,8 +450,12 @@ class ShardWriter:
         :param source: index of the shard the line comes from.
         """
         size = len(line) + 1
-        if self._rows == self._max_rows or (self._rows and self._bytes + size > self._max_bytes):
+        tariff = self._tariff
+        weight = 0 if tariff is None else tariff.weigh(line)
+        is_full = self._rows == self._max_rows or (self._rows and self._bytes + size > self._max_bytes)
+        if is_full or (tariff and self._rows and self._weight + weight > tariff.most_per_batch):
             self._finish()
+        self._weight += weight
         self._block.append(line)
         self._rows += 1
         self._bytes += size
@@ -336,7 +468,11 @@ class ShardWriter:
     def extend(self, lines: Sequence[bytes]) -> None:
         """Write lines, as :meth:`add` does one by one."""
         size = sum(map(len, lines)) + len(lines)
-        if self._rows + len(lines) <= self._max_rows and self._bytes + size <= self._max_bytes:
+        if (
+            self._tariff is None
+            and self._rows + len(lines) <= self._max_rows
+            and self._bytes + size <= self._max_bytes
+        ):
             self._block += lines
             self._rows += len(lines)
             self._bytes += size
@@ -346,6 +482,15 @@ class ShardWriter:
         else:
             for line in lines:
                 self.add(line)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the cost of the rows is limited."""
+        return self._tariff is not None
+
+    def stop_weighing(self) -> None:
+        """Write shards as large as they may be, whatever they cost."""
+        self._tariff = None
 
     def __enter__(self) -> ShardWriter:
         make_folder(self._work_dir)
@@ -363,7 +508,8 @@ class ShardWriter:
     def _start(self) -> None:
         self._name = shard_name(len(self._shards))
         self._digest = hashlib.sha256()
-        self._rows = self._bytes = self._block_bytes = 0
+        self._rows = self._bytes = self._block_bytes = self._weight = 0
+        self._max_rows = next(self._rows_per_shard, self._most_rows)
         self._block: list[bytes] = []
         self._sources: list[int] = []
 

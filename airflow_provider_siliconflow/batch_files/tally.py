@@ -21,12 +21,13 @@ _REASON_CHARACTERS = 64
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens, as the service counted them. ``completion`` includes ``reasoning``."""
+    """Tokens, as the service counted them. ``prompt`` includes ``cached``, ``completion`` includes ``reasoning``."""
 
     prompt: int = 0
     completion: int = 0
     reasoning: int = 0
     total: int = 0
+    cached: int = 0
 
     def add(self, other: Usage) -> None:
         """Add ``other`` to this."""
@@ -34,6 +35,7 @@ class Usage:
         self.completion += other.completion
         self.reasoning += other.reasoning
         self.total += other.total
+        self.cached += other.cached
 
 
 @dataclass(slots=True)
@@ -50,6 +52,7 @@ class ModelTally:
     :param mismatches: answers of another model than the requested one.
     :param duplicates: result lines that were left out because their batch already had one for the row.
     :param foreign: result lines of rows that were never sent.
+    :param invalid_input: rows that are invalid and were not sent; they count as ``error`` too.
     :param balance_errors: rows that failed because the account could not pay.
     :param cached: rows that are ok by an answer of an earlier job.
     :param usage: tokens of the answers that were kept.
@@ -74,6 +77,7 @@ class ModelTally:
     foreign: int = 0
     balance_errors: int = 0
     cached: int = 0
+    invalid_input: int = 0
     usage: Usage = field(default_factory=Usage)
     billed: Usage = field(default_factory=Usage)
     saved: Usage = field(default_factory=Usage)
@@ -126,5 +130,5 @@ def _count(counts: dict[str, int], text: str, count: int, characters: int, most:
 
 _COUNTS = (
     *("rows", "ok", "error", "invalid", "expired", "missing", "truncated", "empty", "without_usage"),
-    *("mismatches", "duplicates", "foreign", "balance_errors", "cached"),
+    *("mismatches", "duplicates", "foreign", "balance_errors", "cached", "invalid_input"),
 )

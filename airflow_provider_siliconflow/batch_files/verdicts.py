@@ -94,11 +94,16 @@ class _Details(msgspec.Struct, gc=False):
     reasoning_tokens: _Count | None = None
 
 
+class _PromptDetails(msgspec.Struct, gc=False):
+    cached_tokens: _Count | None = None
+
+
 class _UsageFields(msgspec.Struct, gc=False):
     prompt_tokens: _Count | None = None
     completion_tokens: _Count | None = None
     total_tokens: _Count | None = None
     completion_tokens_details: _Details | None = None
+    prompt_tokens_details: _PromptDetails | None = None
 
 
 class _Message(msgspec.Struct, gc=False):
@@ -213,6 +218,7 @@ class Verdict(msgspec.Struct, gc=False):
     completion: int = 0
     reasoning: int = 0
     total: int = 0
+    cached: int = 0
     code: str | None = None
     message: str | None = None
     transient: bool = False
@@ -239,6 +245,7 @@ class Verdict(msgspec.Struct, gc=False):
         usage.completion += self.completion
         usage.reasoning += self.reasoning
         usage.total += self.total
+        usage.cached += self.cached
 
 
 def read_verdict(line: bytes, judge: Judge | None = None) -> Verdict | None:
@@ -264,7 +271,7 @@ def read_verdict(line: bytes, judge: Judge | None = None) -> Verdict | None:
         return _read_unusual(line, judge)
     choice = body.choices[0]
     reason, model = choice.finish_reason, body.model
-    metered, prompt, completion, reasoning, total = False, 0, 0, 0, 0
+    metered, prompt, completion, reasoning, total, cached = False, 0, 0, 0, 0, 0
     usage = body.usage
     if usage is not None:
         of_prompt, of_completion = usage.prompt_tokens, usage.completion_tokens
@@ -274,6 +281,9 @@ def read_verdict(line: bytes, judge: Judge | None = None) -> Verdict | None:
         details = usage.completion_tokens_details
         if details is not None:
             reasoning = details.reasoning_tokens or 0
+        of_cache = usage.prompt_tokens_details
+        if of_cache is not None:
+            cached = min(of_cache.cached_tokens or 0, prompt)
     # Positional arguments are faster, and this runs for every row.
     verdict = Verdict(
         answered.custom_id,
@@ -286,6 +296,7 @@ def read_verdict(line: bytes, judge: Judge | None = None) -> Verdict | None:
         completion,
         reasoning,
         total,
+        cached,
     )
     if judge is not None:
         _apply(judge, verdict, line, text)
@@ -452,6 +463,9 @@ def _verdict_of(result: BatchResult) -> Verdict:
         (whole_number(details.get("reasoning_tokens")) or 0) if isinstance(details, dict) else 0,
     )
     verdict.total = whole_number(usage.get("total_tokens")) or verdict.prompt + verdict.completion
+    of_cache = usage.get("prompt_tokens_details")
+    if isinstance(of_cache, dict):
+        verdict.cached = min(whole_number(of_cache.get("cached_tokens")) or 0, verdict.prompt)
     if outcome is not Outcome.OK:
         code, message = _reason(result)
         status = (result.response or {}).get("status_code")

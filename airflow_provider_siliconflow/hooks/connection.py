@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlsplit
 
 from airflow_provider_siliconflow.hooks.connection_form import CONN_FIELDS, CONN_TYPE
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Connection
 
     from airflow_provider_siliconflow.api.settings import ClientSettings
+    from airflow_provider_siliconflow.batch_files.prices import Price
 
 #: Fields of a connection's extra: those of the form, and ``headers``, which Airflow does not mask in its UI.
 EXTRA_FIELDS = (*CONN_FIELDS, "headers")
@@ -31,7 +32,17 @@ def read_connection(conn_id: str) -> ClientSettings:
     :param conn_id: the connection.
     :raises InvalidInputError: it is not defined, is of another type, or has a field that is missing or wrong.
     """
-    from airflow.providers.common.compat.sdk import AirflowNotFoundException, BaseHook, mask_secret
+    from airflow.providers.common.compat.sdk import mask_secret
+
+    connection = _get_connection(conn_id)
+    fields = _fields(connection, connection.extra_dejson)
+    for secret in _secrets(connection, fields):
+        mask_secret(secret)
+    return _settings(connection, fields)
+
+
+def _get_connection(conn_id: str) -> Connection:
+    from airflow.providers.common.compat.sdk import AirflowNotFoundException, BaseHook
 
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 
@@ -40,10 +51,26 @@ def read_connection(conn_id: str) -> ClientSettings:
     except AirflowNotFoundException as exc:
         raise InvalidInputError(f"connection {conn_id!r} is not defined: {exc}") from exc
     _refuse_other_type(connection)
-    fields = _fields(connection, connection.extra_dejson)
-    for secret in _secrets(connection, fields):
-        mask_secret(secret)
-    return _settings(connection, fields)
+    return connection
+
+
+def read_prices(conn_id: str) -> Mapping[str, Price] | None:
+    """
+    Return the prices in the extra of a connection, on a worker; ``None`` if it has none.
+
+    :param conn_id: the connection.
+    :raises InvalidInputError: it is not defined or of another type, or its prices are wrong.
+    """
+    from airflow_provider_siliconflow.batch_files.prices import check_prices
+
+    connection = _get_connection(conn_id)
+    prices = _fields(connection, connection.extra_dejson).get("prices")
+    if prices in (None, ""):
+        return None
+    where = f"connection {connection.conn_id!r}, extra: prices"
+    prices = _json_if_text(prices, where)
+    check_prices(prices, where)
+    return cast("Mapping[str, Price]", prices)
 
 
 async def aread_connection(conn_id: str) -> ClientSettings:
@@ -166,7 +193,10 @@ def _settings(connection: Connection, fields: Mapping[str, Any]) -> ClientSettin
     from airflow_provider_siliconflow.api.settings import DEFAULT_BASE_URL, ClientSettings
 
     values: dict[str, Any] = {
-        name: fields[name] for name in EXTRA_FIELDS if fields.get(name) not in (None, "")
+        name: fields[name]
+        for name in EXTRA_FIELDS
+        # What the client does not need is checked by those who read it.
+        if name != "prices" and fields.get(name) not in (None, "")
     }
     where = f"connection {connection.conn_id!r}, extra"
     for name, convert in (("timeout", float), ("connect_timeout", float), ("max_retries", int)):

@@ -39,6 +39,11 @@ CONN_FIELDS: dict[str, dict[str, Any]] = {
         "description": 'JSON object of headers for calls of the API: {"X-Team": "nlp"}.',
         "schema": {"type": ["string", "null"], "format": "password"},
     },
+    "prices": {
+        "label": "Prices (CNY per million tokens)",
+        "description": 'JSON object by model: {"deepseek-ai/DeepSeek-V3": {"prompt": 1, "completion": 4}}.',
+        "schema": {"type": ["string", "null"]},
+    },
 }
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.api.client import SiliconFlowClient
     from airflow_provider_siliconflow.api.models import Batch, BatchResult, UploadedFile
     from airflow_provider_siliconflow.api.settings import ClientSettings
+    from airflow_provider_siliconflow.batch_files.prices import Price
     from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class SiliconFlowHook(BaseHook):
     The connection's password is the API key and its host the base URL (default
     ``https://api.siliconflow.cn/v1``). Its extra may contain ``timeout`` and ``connect_timeout`` (seconds),
     ``max_retries``, ``proxies`` (a URL, or an object of URLs by scheme), ``verify`` (true, false or the path of
-    a CA bundle) and ``headers`` and ``secret_headers`` (objects; Airflow hides the second in its UI).
+    a CA bundle), ``headers`` and ``secret_headers`` (objects; Airflow hides the second in its UI) and ``prices``.
 
     .. seealso:: `The API <https://docs.siliconflow.cn/cn/api-reference/batch/create-batch>`__
 
@@ -72,6 +73,19 @@ class SiliconFlowHook(BaseHook):
         from airflow_provider_siliconflow.hooks.connection import read_connection
 
         return read_connection(self.conn_id)
+
+    @cached_property
+    def prices(self) -> dict[str, Price] | None:
+        """
+        The prices by model, in CNY per million tokens: of the connection's extra, then of ``[siliconflow] prices``.
+
+        :raises InvalidInputError: the connection is not defined or of another type, or prices are wrong.
+        """
+        from airflow_provider_siliconflow.batch_files.prices import merge_prices
+        from airflow_provider_siliconflow.hooks.connection import read_prices
+        from airflow_provider_siliconflow.task.prices import configured_prices
+
+        return merge_prices(read_prices(self.conn_id), configured_prices())
 
     @cached_property
     def _client(self) -> SiliconFlowClient:

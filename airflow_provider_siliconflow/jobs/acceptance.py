@@ -148,6 +148,18 @@ class Acceptance:
 
     # The next attempt -------------------------------------------------------------------------------------
 
+    @property
+    def with_retry_params(self) -> Callable[[bytes], bytes] | None:
+        """What gives a request line the ``retry_params``; ``None`` if there are none."""
+        if not self.retry_params:
+            return None
+        params = self._raw_params
+        return lambda line: sent_again(line, params, None) or line
+
+    @property
+    def _raw_params(self) -> dict[str, msgspec.Raw]:
+        return {key: msgspec.Raw(to_json(value)) for key, value in (self.retry_params or {}).items()}
+
     def next_attempt(self, errors: Source, max_bytes: int) -> Callable[[bytes], bytes] | None:
         """
         Return what turns the request line of a row into that of its next attempt; ``None`` if it stays as it is.
@@ -160,7 +172,7 @@ class Acceptance:
         if self.output_type is None and not self.retry_params:
             return None
         return _NextAttempt(
-            {key: msgspec.Raw(to_json(value)) for key, value in (self.retry_params or {}).items()},
+            self._raw_params,
             # Lines that only a judge could read have nothing to show.
             None if self.output_type is None else read_results(errors, on_unreadable=lambda problem: None),
             min(max_bytes, LONGEST_LINE),

@@ -31,6 +31,7 @@ from airflow_provider_siliconflow.batch_files.atomic_files import (
     write_whole,
 )
 from airflow_provider_siliconflow.batch_files.buckets import BUCKETS, Buckets
+from airflow_provider_siliconflow.batch_files.cost_bounds import Tariff
 from airflow_provider_siliconflow.batch_files.lines import LineReader
 from airflow_provider_siliconflow.batch_files.merge import BatchFiles
 from airflow_provider_siliconflow.batch_files.segments import (
@@ -140,6 +141,7 @@ def find_answers(
     max_rows: int,
     max_bytes: int,
     judge: Judge | None = None,
+    tariff: Tariff | None = None,
 ) -> Reuse | None:
     """
     Decide which rows of a job need not be sent, and write their answers into the job's folder.
@@ -152,6 +154,7 @@ def find_answers(
     :param max_rows: most rows of a shard.
     :param max_bytes: most bytes of a shard.
     :param judge: what answers must satisfy; a row whose cached answer does not is sent.
+    :param tariff: limits what the rows of a shard can cost.
     :returns: ``None`` if nothing is cached.
     :raises InvalidInputError: the cache is not ours alone, or cannot be created.
     """
@@ -179,7 +182,7 @@ def find_answers(
             else:
                 target = first_round / _folder(number)
                 known[pattern] = to_send[number] = select_rows(
-                    sources, missing, target, max_rows=max_rows, max_bytes=max_bytes
+                    sources, missing, target, max_rows=max_rows, max_bytes=max_bytes, tariff=tariff
                 )
     return Reuse(to_send, cached) if any(map(any, cached.values())) else None
 

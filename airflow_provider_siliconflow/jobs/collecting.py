@@ -17,6 +17,7 @@ from typing import Any
 from airflow_provider_siliconflow.api.exceptions import (
     AuthenticationError,
     IncompleteResultsError,
+    InvalidInputError,
     JobTakenOverError,
     PermissionDeniedError,
     SiliconFlowError,
@@ -24,6 +25,8 @@ from airflow_provider_siliconflow.api.exceptions import (
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus, Outcome
 from airflow_provider_siliconflow.api.protocol import is_transient
 from airflow_provider_siliconflow.batch_files.atomic_files import OwnFile, temporary_folder, write_whole
+from airflow_provider_siliconflow.batch_files.cost_bounds import UnboundedRowError
+from airflow_provider_siliconflow.batch_files.invalid_rows import InvalidLines
 from airflow_provider_siliconflow.batch_files.manifest import (
     BatchSummary,
     ModelRun,
@@ -52,6 +55,7 @@ from airflow_provider_siliconflow.jobs.identity import WORK_KEY
 from airflow_provider_siliconflow.jobs.job import OpenJob
 from airflow_provider_siliconflow.jobs.plan import Piece
 from airflow_provider_siliconflow.jobs.settled import SETTLE_LIMIT, SETTLE_PATIENCE
+from airflow_provider_siliconflow.jobs.spend import Budget
 from airflow_provider_siliconflow.jobs.states import Ended, Sent
 from airflow_provider_siliconflow.jobs.storable import storable, storable_text
 
@@ -109,6 +113,8 @@ class Collector:
         self._clock = clock
         self._short: set[str] = set()
         self._replacing_since = 0.0
+        #: Learns what batches cost, and says why some were not sent.
+        self.budget: Budget | None = None
 
     # Before the merge -------------------------------------------------------------------------------------
 
@@ -181,6 +187,15 @@ class Collector:
             outcomes.get(custom_id) not in answered for custom_id in iter_custom_ids(self._job.source(piece))
         )
 
+    def read(self, piece: Piece, ended: Ended) -> None:
+        """
+        Read what an ended batch cost, for the budget.
+
+        :raises SiliconFlowError: the batch cannot be read, or is not settled.
+        """
+        with self._downloaded(piece, ended.batch_id, ended_at=ended.at or None, patience=()):
+            pass
+
     # Collecting -------------------------------------------------------------------------------------------
 
     def collect(self) -> Collected:
@@ -235,21 +250,31 @@ class Collector:
         refused = {piece.model for piece in job.current if piece.round and job.refused(piece)}
         if not any(any(chosen) for model, chosen in collected.retries.items() if model not in refused):
             return None
+        tariff = job.options.tariff()
         sources = [job.planned(shard) for shard in job.plan.split.shards]
-        return {
-            model: select_rows(
-                sources,
-                chosen,
-                job.plans.path / f"round-{number}" / str(model),
-                max_rows=job.options.max_rows,
-                max_bytes=job.options.max_bytes,
-                transform=job.options.acceptance.next_attempt(
-                    OwnFile(self._model_folder(model) / "errors.jsonl"), job.options.max_bytes
-                ),
-            )
-            for model, chosen in collected.retries.items()
-            if model not in refused
-        }
+        try:
+            return {
+                model: select_rows(
+                    sources,
+                    chosen,
+                    job.plans.path / f"round-{number}" / str(model),
+                    max_rows=job.options.max_rows,
+                    max_bytes=job.options.max_bytes,
+                    transform=job.options.acceptance.next_attempt(
+                        OwnFile(self._model_folder(model) / "errors.jsonl"), job.options.max_bytes
+                    ),
+                    tariff=tariff,
+                )
+                for model, chosen in collected.retries.items()
+                if model not in refused
+            }
+        except UnboundedRowError as exc:
+            # They were checked when the job started, so they are others now.
+            raise InvalidInputError(
+                f"retry_params: {exc}. max_cost needs it. No row was sent again; correct retry_params and let the "
+                "task retry, which continues the job",
+                retryable=True,
+            ) from None
 
     def _model_folder(self, model: int) -> Any:
         names = self._job.options.replacements
@@ -270,6 +295,7 @@ class Collector:
             shared = stack.enter_context(self._shared_files(others, collected))
             results = stack.enter_context(write_whole(folder / "results.jsonl"))
             errors = stack.enter_context(write_whole(folder / "errors.jsonl"))
+            invalid_rows = InvalidLines(job.invalid_rows, tally, rows=job.plan.split.invalid)
             for shard in job.plan.split.shards:
                 with contextlib.ExitStack() as of_shard:
                     cached = cached_files(job.plan.reuse, job.plans.path, model, shard)
@@ -277,7 +303,7 @@ class Collector:
                     if (piece := whole.get(shard.index)) is not None:
                         files += of_shard.enter_context(self._files(piece, collected))
                     files += shared(shard)
-                    merged = self._merge_shard(model, shard, files, results, errors, collected)
+                    merged = self._merge_shard(model, shard, files, results, errors, collected, invalid_rows)
                 if merged.tally.rows != shard.rows:
                     raise IncompleteResultsError(
                         f"{job.planned(shard)} has {merged.tally.rows} rows, but {shard.rows} were planned: the file "
@@ -287,6 +313,9 @@ class Collector:
                 tally.add(merged.tally)
                 retries.append(merged.retry)
                 fresh.append(merged.fresh)
+            for line in invalid_rows.rest():
+                results.write(line + b"\n")
+                errors.write(line + b"\n")
             # The files get their names at the end of this block.
             job.ledger.check_owner()
         log.info("%s: %d of %d rows are ok", name or "Results", tally.ok, tally.rows)
@@ -333,6 +362,7 @@ class Collector:
         results: Any,
         errors: Any,
         collected: Collected,
+        invalid_rows: InvalidLines,
     ) -> MergedShard:
         """Merge a shard. A line that cannot be read costs its own row, and its batch counts as spoilt."""
         name = self._job.options.replacements[model]
@@ -344,6 +374,7 @@ class Collector:
             model=name,
             strict=False,
             judge=self._job.options.acceptance.judge,
+            invalid_rows=invalid_rows if self._job.plan.split.invalid else None,
         )
         if merged.unjudged is not None:
             if collected.unjudged is None:
@@ -381,6 +412,12 @@ class Collector:
                 lines = refused_lines(job.source(piece), status=refused.status, message=refused.message)
                 _write_lines(path, lines)
                 found.append(BatchFiles(None, path, shared=shared))
+            elif self.budget is not None and job.is_waiting(piece):
+                requests = job.source(piece) if shared else None
+                unsent = self.budget.reason
+                found.append(
+                    BatchFiles(None, None, round=piece.round, shared=shared, unsent=unsent, requests=requests)
+                )
             elif refused is None:
                 raise AssertionError(f"no batch for {piece}")
             yield found
@@ -479,6 +516,8 @@ class Collector:
                 )
             if found[1].short:
                 self._short.add(batch_id)
+            if self.budget is not None:
+                self.budget.learn(piece, batch_id, found[1])
             yield found
 
     # Cache ------------------------------------------------------------------------------------------------
@@ -538,6 +577,7 @@ class Collector:
         paths = {"output_dir": str(self._output_dir), "manifest": str(self._output_dir / "manifest.json")}
         manifest = build_manifest(runs, prices=options.prices, paths=paths)
         manifest["worth_another_attempt"] = collected.worth_another_attempt
+        manifest["budget"] = None if self.budget is None else self.budget.to_dict()
         found: dict[str, Any] = storable(manifest)
         return found
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.api.models import DEAD_STATUSES, Batch, UploadedFile
 from airflow_provider_siliconflow.batch_files.atomic_files import OwnFile
+from airflow_provider_siliconflow.batch_files.invalid_rows import INVALID_ROWS
 from airflow_provider_siliconflow.batch_files.shards import Shard
 from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, Upload, upload_name
 from airflow_provider_siliconflow.jobs.ledger import FolderLedger
@@ -171,6 +172,11 @@ class OpenJob:
     def planned(self, shard: Shard) -> OwnFile:
         """Return a shard of the plan: rows in their order, whether or not they are sent."""
         return OwnFile(self.plans.path / FIRST_ROUND / shard.name)
+
+    @property
+    def invalid_rows(self) -> OwnFile | None:
+        """The file of the input's invalid rows; ``None`` if none is reported."""
+        return OwnFile(self.plans.path / FIRST_ROUND / INVALID_ROWS) if self.plan.split.invalid else None
 
     def work(self, piece: Piece, send: Callable[[str], UploadedFile]) -> BatchWork:
         """

@@ -40,6 +40,7 @@ from airflow_provider_siliconflow.jobs.plan import (
     plan,
     source_version,
 )
+from airflow_provider_siliconflow.jobs.spend import check_balance, refuse_costly
 from airflow_provider_siliconflow.jobs.states import Ended, Planned, Refused, Sending, Sent
 from airflow_provider_siliconflow.jobs.submission import Submission
 
@@ -276,6 +277,7 @@ class Opening:
             version = source_version(rows)
             split = plan(rows, self.plans.path / FIRST_ROUND, name=name, options=options)
             reuse = self._reuse(split)
+            self._check_spend(split, reuse)
         except Exception:
             ledger.remove_folder()
             raise
@@ -320,7 +322,25 @@ class Opening:
             models=options.replacements,
             max_rows=options.max_rows,
             max_bytes=options.max_bytes,
-            judge=self._try.options.acceptance.judge,
+            judge=options.acceptance.judge,
+            tariff=options.tariff(),
+        )
+
+    def _check_spend(self, split: Split, reuse: Reuse | None) -> None:
+        """
+        Refuse a job that ``max_cost`` or the account's balance certainly cannot pay.
+
+        :raises InvalidInputError: it is such a job.
+        """
+        options, folder = self._try.options, self.plans.path / FIRST_ROUND
+        refuse_costly(split, options, folder, reuse)
+        check_balance(
+            split,
+            options,
+            lambda: self._try.client.get_account(repeat=False).charge_balance,
+            reuse=reuse,
+            # What earlier tries submitted may be what used the balance up, and must still be collected.
+            may_refuse=not self._try.earlier_tries,
         )
 
     def _warn_of_unknown_models(self) -> None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from airflow_provider_siliconflow.api import arguments
+from airflow_provider_siliconflow.batch_files.cost_bounds import Tariff
+from airflow_provider_siliconflow.batch_files.decimals import exact
 from airflow_provider_siliconflow.batch_files.parameters import check_parameters
-from airflow_provider_siliconflow.batch_files.prices import check_prices
+from airflow_provider_siliconflow.batch_files.prices import Price, check_max_cost, check_prices
 from airflow_provider_siliconflow.jobs.acceptance import Acceptance, check_acceptance
+
+#: What an invalid row does to a job.
+ON_INVALID_ROW = ("fail", "report")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +31,8 @@ class RunOptions:
     :param max_error_rate: share of rows (0 to 1) that may fail; ``None`` for no limit.
     :param request_params: body parameters for rows that lack them.
     :param acceptance: which answers are accepted, and what a row gets that is sent again.
+    :param max_cost: the most that the job may cost, in CNY; ``None`` for no limit.
+    :param reports_invalid: whether an invalid row becomes an error row; otherwise it fails the job.
     """
 
     models: tuple[str, ...] = ()
@@ -37,8 +45,10 @@ class RunOptions:
     max_error_rate: float | None = None
     fail_on_partial_error: bool = False
     allow_all_failed: bool = False
-    prices: Mapping[str, Mapping[str, float]] | None = None
+    prices: Mapping[str, Price] | None = None
     request_params: Mapping[str, Any] | None = None
+    reports_invalid: bool = False
+    max_cost: Fraction | None = None
     acceptance: Acceptance = field(default_factory=Acceptance)
 
     @property
@@ -55,6 +65,16 @@ class RunOptions:
     def replacements(self) -> tuple[str | None, ...]:
         """The models to run over; ``None`` stands for the models that the rows name."""
         return self.models or (None,)
+
+    def tariff(self) -> Tariff | None:
+        """
+        Return what limits the cost of batches; ``None`` without ``max_cost``.
+
+        :raises InvalidInputError: a model has no price.
+        """
+        if self.max_cost is None:
+            return None
+        return Tariff(self.models, self.prices, self.max_cost, self.acceptance.with_retry_params)
 
 
 def check_options(
@@ -74,6 +94,8 @@ def check_options(
     accept: Any = None,
     structured_output: Any = None,
     retry_params: Any = None,
+    on_invalid_row: Any = "fail",
+    max_cost: Any = None,
     **rest: Any,
 ) -> RunOptions:
     """
@@ -90,7 +112,8 @@ def check_options(
     )
     check_parameters("request_params", request_params)
     check_prices(prices)
-    return RunOptions(
+    check_max_cost(max_cost)
+    options = RunOptions(
         models=arguments.check_models(model, models),
         completion_window=arguments.check_completion_window(completion_window),
         metadata=arguments.check_metadata(metadata, identified=True),
@@ -107,5 +130,9 @@ def check_options(
             structured_output=structured_output,
             retry_params=retry_params,
         ),
+        reports_invalid=arguments.check_choice("on_invalid_row", on_invalid_row, ON_INVALID_ROW) == "report",
+        max_cost=None if max_cost is None else exact(max_cost),
         **rest,
     )
+    options.tariff()
+    return options

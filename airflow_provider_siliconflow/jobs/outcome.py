@@ -192,6 +192,11 @@ def judge_run(manifest: Mapping[str, Any], options: RunOptions) -> str | None:
             f". {worth} of them failed for a transient reason{' or are invalid' if rows['invalid'] else ''}; with "
             f"max_row_attempts above {options.max_row_attempts} the task would have sent them again"
         )
+    if (budget := manifest.get("budget")) and budget["rows_not_sent"]:
+        story += (
+            f". {budget['rows_not_sent']} rows, which could cost up to {budget['cost_not_sent']:g} CNY, were not sent: "
+            f"of max_cost ({budget['max_cost']:g} CNY) {budget['spent']:g} are spent and up to {budget['held']:g} held"
+        )
     story += f". The results are in {manifest['paths']['output_dir']}"
     rate = options.max_error_rate
     if rate is not None and exceeds(lost, rows["total"], rate):

@@ -176,14 +176,23 @@ class Plan:
         same_params = self.params == digest_of(options.body_content)
         if same_params and self.source is not None and self.source == source_version(requests):
             return True
-        options = replace(options, max_rows=self.max_rows, max_bytes=self.max_bytes)
+        # If invalid rows failed the job now, that would not make them other rows.
+        # Nor would other prices, by which the shards may have been cut.
+        options = replace(
+            options, max_rows=self.max_rows, max_bytes=self.max_bytes, reports_invalid=True, max_cost=None
+        )
+        rows = [shard.rows for shard in self.split.shards]
         with temporary_folder() as folder:
             try:
-                split = plan(requests, folder, name=name, options=options)
+                split = plan(requests, folder, name=name, options=options, rows_per_shard=rows)
             except InvalidInputError as exc:
                 log.warning("The rows can no longer be planned: %s", exc)
                 return False
-        return [shard.sha256 for shard in split.shards] == [shard.sha256 for shard in self.split.shards]
+        return _content(split) == _content(self.split)
+
+
+def _content(split: Split) -> list[str]:
+    return [*(shard.sha256 for shard in split.shards), split.invalid_sha256]
 
 
 def digest_of(params: Mapping[str, Any] | None) -> str:
@@ -298,13 +307,16 @@ def _shards_by_model(stored: dict[str, Any], models: range) -> dict[int, tuple[S
     return by_model
 
 
-def plan(requests: Any, folder: Any, *, name: str, options: RunOptions) -> Split:
+def plan(
+    requests: Any, folder: Any, *, name: str, options: RunOptions, rows_per_shard: Sequence[int] = ()
+) -> Split:
     """
     Split rows into shards.
 
     :param requests: a file (something that opens) or rows.
     :param folder: folder for the shards.
     :param name: how messages call the rows.
+    :param rows_per_shard: rows of the shards, to split as before.
     :raises InvalidInputError: rows are wrong, or some name no model and none is given.
     """
     split = split_requests(
@@ -316,6 +328,10 @@ def plan(requests: Any, folder: Any, *, name: str, options: RunOptions) -> Split
         defaults=options.body_defaults,
         defaults_name="request_params",
         instruction=options.acceptance.instruction,
+        report_invalid=options.reports_invalid,
+        needs_model=not options.models,
+        tariff=options.tariff(),
+        rows_per_shard=rows_per_shard,
     )
     if split.rows_without_model and not options.models:
         raise InvalidInputError(
@@ -348,6 +364,7 @@ def estimate(requests: Any, *, name: str, options: RunOptions) -> dict[str, Any]
     return {
         "dry_run": True,
         "rows": split.rows,
+        "invalid_input": split.invalid,
         "bytes": split.bytes,
         "shards": len(split.shards),
         "batches": len(split.shards) * len(models),

@@ -35,6 +35,7 @@ from airflow_provider_siliconflow.jobs.job import OpenJob
 from airflow_provider_siliconflow.jobs.opening import JobTry, Opening
 from airflow_provider_siliconflow.jobs.outcome import unfinished_job
 from airflow_provider_siliconflow.jobs.sending import Sender
+from airflow_provider_siliconflow.jobs.spend import Budget
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,10 @@ class BatchRun:
             len(job.rounds[0]),
             split.prompt_tokens,
         )
+        if split.invalid:
+            log.warning(
+                "%d rows of %s are invalid: they are not sent, and count as errors", split.invalid, name
+            )
         job.ledger.deadline = None if timeout is None else self._try.clock.time() + timeout
         opened.sender.take_up()
         return self._advance(opened)
@@ -205,7 +210,10 @@ class BatchRun:
 
     def _take(self, job: OpenJob, *, began: float) -> _Opened:
         collector = Collector(job, self._try.client, self._try.output_dir, clock=self._try.clock)
-        sender = Sender(job, self._try.client, collector, clock=self._try.clock, began=began)
+        tariff, clock = job.options.tariff(), self._try.clock
+        if tariff is not None:
+            collector.budget = Budget(job, tariff, collector.read, clock=clock)
+        sender = Sender(job, self._try.client, collector, clock=clock, began=began, budget=collector.budget)
         self._opened = _Opened(job, sender, collector)
         if self._stopped:
             sender.stop(cancels=self._cancels)

@@ -25,6 +25,7 @@ from airflow_provider_siliconflow.jobs.identity import BatchWork
 from airflow_provider_siliconflow.jobs.job import OpenJob
 from airflow_provider_siliconflow.jobs.plan import Piece, Rest
 from airflow_provider_siliconflow.jobs.posting import REFUSAL_PATIENCE
+from airflow_provider_siliconflow.jobs.spend import Budget
 from airflow_provider_siliconflow.jobs.states import Planned, Refused, Sending, Sent
 
 log = logging.getLogger(__name__)
@@ -48,16 +49,26 @@ class Sender:
     :param collector: reads which rows a dead batch answered.
     :param clock: time.
     :param began: when this try began, in epoch seconds: it may replace batches that died before.
+    :param budget: decides which batches ``max_cost`` allows; ``None`` for all.
     """
 
     def __init__(
-        self, job: OpenJob, client: SiliconFlowClient, collector: Collector, *, clock: Clock, began: float
+        self,
+        job: OpenJob,
+        client: SiliconFlowClient,
+        collector: Collector,
+        *,
+        clock: Clock,
+        began: float,
+        budget: Budget | None = None,
     ) -> None:
         self._job = job
         self._client = client
         self._collector = collector
         self._clock = clock
         self._began = began
+        self._budget = budget
+        self._looked_up: set[str] = set()
         self._left_alone: set[str] = set()
         self._read: set[str] = set()
         self._refusals_are_logged = False
@@ -103,7 +114,11 @@ class Sender:
         """
         job = self._job
         try:
-            self._submit(piece)
+            if self._budget is None:
+                self._submit(piece)
+            else:
+                # If the record is wrong, whether the batch is sent is decided like that of any other.
+                self._look_up(piece)
         except SubmissionUnknownError as exc:
             others = (other for other in job.pieces if other.work_key != piece.work_key)
             if not isinstance(job.state(piece), Sent) or not any(map(self._was_read, others)):
@@ -189,7 +204,7 @@ class Sender:
         job = self._job
         current = job.current
         limit = job.options.max_in_flight or len(current)
-        waiting = [piece for piece in current if job.is_waiting(piece)]
+        waiting = self._affordable([piece for piece in current if job.is_waiting(piece)])
         now = waiting[: max(limit - job.running, 0)]
         for piece in now:
             try:
@@ -214,6 +229,25 @@ class Sender:
                 self._client.cancel_batch(batch.id)
             log.info("Batch %s: %s", batch.id, job.name(piece))
         return bool(now)
+
+    def _affordable(self, waiting: list[Piece]) -> list[Piece]:
+        """Return those of the batches to be submitted that ``max_cost`` allows."""
+        if self._budget is None:
+            return waiting
+        job = self._job
+        for piece in waiting:
+            # Whatever an earlier try left costs money, so it must be known before anything is sent beside it.
+            is_open = isinstance(job.state(piece), Sending) or not job.ledger.complete
+            if is_open and piece.work_key not in self._looked_up:
+                self._looked_up.add(piece.work_key)
+                self._look_up(piece)
+        return self._budget.affordable([piece for piece in waiting if job.is_waiting(piece)])
+
+    def _look_up(self, piece: Piece) -> None:
+        """Adopt what an earlier try left of a batch, and send nothing."""
+        batch = self._job.submission.find_earlier(self._work(piece))
+        if batch is not None:
+            self._job.record_ended([batch], at=self._clock.time())
 
     def _submit(self, piece: Piece) -> Batch:
         # If this job's own batches fill the account, waiting here does not make room.

@@ -131,6 +131,17 @@ class Submission:
         self._refuse_changed_input(work)
         return self._create(work, rate_limit_patience, adopt_dead)
 
+    def find_earlier(self, work: BatchWork) -> Batch | None:
+        """
+        Return the batch that an earlier try left, dead or alive, recorded; ``None`` if there certainly is none.
+
+        :raises SubmissionUnknownError: it is unknown whether a batch exists; a retry searches again.
+        """
+        batch = self._take_up(work, adopt_dead=True)
+        if batch is None and isinstance(self._ledger.state(work.key), Sending):
+            self._ledger.record(work.key, Planned())
+        return batch
+
     def upload(self, upload: Upload) -> UploadedFile:
         """
         Return the uploaded file: the one an earlier try left, or a new one.

@@ -34,11 +34,13 @@ _OPTIONS = {
     "completion_window": read.window,
     "metadata": read.optional(read.metadata),
     "prices": read.optional(read.prices),
+    "max_cost": read.optional(read.max_cost),
     "max_rows_per_batch": read.limit,
     "max_bytes_per_batch": read.limit,
     "max_in_flight": read.limit,
     "max_row_attempts": read.limit,
     "max_error_rate": read.limit,
+    "on_invalid_row": read.choice("fail", "report"),
     "structured_output": read.optional(read.structured_output),
     "retry_params": read.optional(read.retry_parameters),
 }
@@ -103,11 +105,16 @@ class RunBatchOperator(SubmittingOperator):
     :param retry_params: body parameters of rows that are sent again, such as ``{"max_tokens": 8192}``; they replace
         those of the row. (templated)
     :param max_error_rate: share of rows (0 to 1) that may fail before the task fails. (templated)
+    :param on_invalid_row: what an invalid row does: ``"fail"`` fails the task before anything is sent; ``"report"``
+        makes it an error row, and the others run. (templated)
     :param fail_on_partial_error: fail if any row did not succeed; ignored if ``max_error_rate`` is set.
     :param allow_all_failed: succeed even if not one row of the job succeeded.
     :param cache_dir: path or URI of a folder of answers that jobs share. A row whose model and body were answered
         before is not sent; the answers of this job are added. (templated)
-    :param prices: CNY per million tokens by model: ``{model: {"prompt": ..., "completion": ...}}``. (templated)
+    :param prices: CNY per million tokens by model: ``{model: {"prompt": ..., "completion": ...}}``. A model without an
+        entry gets its price from the connection's extra, or from ``[siliconflow] prices``. (templated)
+    :param max_cost: the most that the job may cost, in CNY; nothing is sent that could go over it. Every model needs a
+        price, and every row ``max_tokens`` and a limit on its thinking. (templated)
     :param dry_run: check and plan without sending anything; log and return the estimated size and cost.
     :param skip_if_empty: skip the task if there are no rows; by default that is an error.
     :param deferrable: wait in the triggerer, without a worker slot. Default: ``[operators]
@@ -152,6 +159,7 @@ class RunBatchOperator(SubmittingOperator):
         max_in_flight: int | str | None = None,
         max_row_attempts: int | str = 1,
         max_error_rate: float | str | None = None,
+        on_invalid_row: str = "fail",
         output_type: OutputType | None = None,
         structured_output: str | None = None,
         accept: Accept | None = None,
@@ -159,7 +167,8 @@ class RunBatchOperator(SubmittingOperator):
         fail_on_partial_error: bool = False,
         allow_all_failed: bool = False,
         cache_dir: str | None = None,
-        prices: Mapping[str, Mapping[str, float | str]] | str | None = None,
+        prices: Mapping[str, Mapping[str, Any]] | str | None = None,
+        max_cost: float | str | None = None,
         dry_run: bool = False,
         skip_if_empty: bool = False,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
@@ -192,6 +201,7 @@ class RunBatchOperator(SubmittingOperator):
         self.max_in_flight = max_in_flight
         self.max_row_attempts = max_row_attempts
         self.max_error_rate = max_error_rate
+        self.on_invalid_row = on_invalid_row
         self.output_type = output_type
         self.structured_output = structured_output
         self.accept = accept
@@ -200,6 +210,7 @@ class RunBatchOperator(SubmittingOperator):
         self.allow_all_failed = allow_all_failed
         self.cache_dir = cache_dir
         self.prices = prices
+        self.max_cost = max_cost
         self.skip_if_empty = skip_if_empty
         # `dry_run` is a method of every operator, which Airflow 2.11 calls for `airflow tasks test --dry-run`.
         self.plans_only = dry_run
@@ -296,10 +307,26 @@ class RunBatchOperator(SubmittingOperator):
         from airflow_provider_siliconflow.jobs.options import check_options
 
         return check_options(
-            **{name: given[name] for name in (*_OPTIONS, *_OBJECTS)},
+            **{name: given[name] for name in (*_OPTIONS, *_OBJECTS)}
+            | {"prices": self._all_prices(given["prices"])},
             fail_on_partial_error=self.fail_on_partial_error,
             allow_all_failed=self.allow_all_failed,
         )
+
+    def _all_prices(self, given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """Return the prices by model: of the argument, of the connection and of Airflow's configuration."""
+        from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+        from airflow_provider_siliconflow.batch_files.prices import merge_prices
+        from airflow_provider_siliconflow.task.prices import configured_prices
+
+        try:
+            return merge_prices(given, self.hook.prices)
+        except InvalidInputError as exc:
+            if not self.plans_only:
+                raise
+            # A dry run needs no connection.
+            self.log.info("Prices of the connection are not used: %s", exc)
+            return merge_prices(given, configured_prices())
 
     def _estimate(self, given: dict[str, Any]) -> dict[str, Any]:
         from airflow_provider_siliconflow.jobs.plan import estimate

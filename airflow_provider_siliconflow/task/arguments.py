@@ -19,7 +19,7 @@ from airflow_provider_siliconflow.batch_files.output_types import (
     check_structured_output,
 )
 from airflow_provider_siliconflow.batch_files.parameters import check_parameters, check_retry_parameters
-from airflow_provider_siliconflow.batch_files.prices import check_prices
+from airflow_provider_siliconflow.batch_files.prices import check_max_cost, check_prices
 from airflow_provider_siliconflow.task.templating import (
     is_templated,
     is_templated_inside,
@@ -176,6 +176,13 @@ def prices(name: str, value: Any) -> Any:
     return found
 
 
+def max_cost(name: str, value: Any) -> Any:
+    """Read a sum in CNY: a number, or the text of a number."""
+    found = rendered_number(value)
+    check_max_cost(found)
+    return found
+
+
 def parameters(name: str, value: Any) -> Any:
     """Read body parameters for rows that lack them."""
     found = rendered_mapping(value)
@@ -217,6 +224,11 @@ def model(name: str, value: Any) -> str | None:
 def models(name: str, value: Any) -> tuple[str, ...] | None:
     """Read several models."""
     return checks.check_models(None, rendered_list(value)) or None
+
+
+def choice(*choices: str) -> Reader:
+    """Return a reader of one of a few words."""
+    return lambda name, value: checks.check_choice(name, value, choices)
 
 
 def identifier(name: str, value: Any) -> str:

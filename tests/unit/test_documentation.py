@@ -113,7 +113,7 @@ def test_the_manifest_in_the_reference_has_the_keys_of_a_real_one(
         real = hook.download_results(batch.id, tmp_path)
     text = section("The manifest")
     shown = json.loads(CODE.findall(text)[0][1])
-    assert set(real) == set(shown) - {"worth_another_attempt", "task", "run"}
+    assert set(real) == set(shown) - {"worth_another_attempt", "budget", "task", "run"}
     assert set(real["models"][0]) == set(shown["models"][0])
     assert set(real["models"][0]["batches"][0]) == set(shown["models"][0]["batches"][0])
     assert all(f"`{key}`" in text for key in shown)

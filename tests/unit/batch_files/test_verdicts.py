@@ -140,6 +140,8 @@ odd_lines = st.fixed_dictionaries(
                             optional={
                                 "prompt_tokens": loose,
                                 "completion_tokens_details": loose | st.just({"reasoning_tokens": 1}),
+                                "prompt_tokens_details": loose
+                                | st.fixed_dictionaries({"cached_tokens": loose}),
                             },
                         ),
                     },

@@ -21,7 +21,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     ServiceUnavailableError,
     UnexpectedAnswerError,
 )
-from airflow_provider_siliconflow.api.models import Batch, UploadedFile
+from airflow_provider_siliconflow.api.models import Account, Batch, UploadedFile
 from airflow_provider_siliconflow.api.settings import ClientSettings
 from airflow_provider_siliconflow.emulator.config import EmulatorConfig
 from airflow_provider_siliconflow.emulator.service import EmulatedService, ServiceError
@@ -205,6 +205,9 @@ class FaultyAPI:
     def list_batches(self) -> FakeListing:
         page = self._run("list", lambda: self.service.list_batches(limit=100))
         return FakeListing(Batch.model_validate(item) for item in self.oddities.of_list(page["data"]))
+
+    def get_account(self, *, repeat: bool = True) -> Account:
+        return Account.model_validate(self.service.user_info()["data"])
 
     def list_models(self, *, repeat: bool = True) -> list[str]:
         return [item["id"] for item in self.service.models("chat")["data"]]

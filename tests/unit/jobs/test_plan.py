@@ -188,6 +188,7 @@ def test_a_dry_run_says_what_a_job_would_take(tmp_path: Path) -> None:
     assert found == {
         "dry_run": True,
         "rows": 5,
+        "invalid_input": 0,
         "bytes": sum((tmp_path / "round-0" / shard.name).stat().st_size for shard in shards),
         "shards": 3,
         "batches": 6,

@@ -6,7 +6,7 @@ import contextlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -77,6 +77,10 @@ class Life:
     :param config: of the service.
     """
 
+    #: The rows of the job, if they are not numbers; and which these are.
+    requests: Sequence[Any] = ()
+    rows: Sequence[int] = range(ROWS)
+
     def __init__(
         self,
         folder: Any,
@@ -91,7 +95,6 @@ class Life:
         self.api = FaultyAPI(self.service, iter(script), self.clock)
         self.events = iter(events)
         self.output = folder / "output"
-        self.rows = range(ROWS)
         self.cache_dir: Any = None
         self.begun = self.clock.time()
         self.tries = 0
@@ -122,18 +125,20 @@ class Life:
         return BatchRun(
             JobTry(
                 options=check_options(
-                    model=None,
-                    models=MODELS,
-                    completion_window="24h",
-                    metadata=None,
-                    max_rows_per_batch=4,
-                    max_bytes_per_batch=10**6,
-                    max_in_flight=3,
-                    max_row_attempts=4 if self.arguments else 2,
-                    max_error_rate=None,
-                    prices=None,
-                    request_params=None,
-                    **self.arguments,
+                    **{
+                        "model": None,
+                        "models": MODELS,
+                        "completion_window": "24h",
+                        "metadata": None,
+                        "max_rows_per_batch": 4,
+                        "max_bytes_per_batch": 10**6,
+                        "max_in_flight": 3,
+                        "max_row_attempts": 2,
+                        "max_error_rate": None,
+                        "prices": None,
+                        "request_params": None,
+                        **self.arguments,
+                    }
                 ),
                 submitter=submitter,
                 client=self.api,  # type: ignore[arg-type]
@@ -153,8 +158,10 @@ class Life:
         self.tries += 1
         number = self.tries
         run = self.process(number)
-        prompts = [f"Say {i}" + (" [[emulator:once=503]]" if i == 5 else "") for i in self.rows]
-        wait = run.start(lambda: prompts, "requests", timeout=None)
+        requests = self.requests or [
+            f"Say {i}" + (" [[emulator:once=503]]" if i == 5 else "") for i in self.rows
+        ]
+        wait = run.start(lambda: requests, "requests", timeout=None)
         while wait is not None:
             event = next(self.events, "none")
             if event == "second try":
