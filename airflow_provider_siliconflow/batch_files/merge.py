@@ -105,6 +105,7 @@ class BatchFiles:
     :param spoilt: why the files cannot be had or read at all; the same holds for the batch's rows then.
     :param requests: the request file of a ``shared`` batch, which says what the batch's rows are. Without it they may
         be any.
+    :param billed: whether its tokens count as billed; not if they are counted elsewhere.
     """
 
     output: Path | None
@@ -116,6 +117,7 @@ class BatchFiles:
     answered: int = 0
     spoilt: str | None = None
     requests: Source | None = None
+    billed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +337,8 @@ class _Index:
                         verdict.line = line
                     verdicts[position] = verdict
         self._budget = budget
-        tally.billed.add(Usage(prompt, completion, reasoning, total))
+        if batch.billed:
+            tally.billed.add(Usage(prompt, completion, reasoning, total))
         if duplicates:
             tally.duplicates += duplicates
             log.warning(

@@ -41,6 +41,7 @@ from airflow_provider_siliconflow.jobs.downloads import (
     downloaded,
     outcomes_in,
 )
+from airflow_provider_siliconflow.jobs.finished import KeptAnswers
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY
 from airflow_provider_siliconflow.jobs.job import OpenJob
 from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, Piece
@@ -96,6 +97,7 @@ class Collector:
         self._client = client
         self._output_dir = output_dir
         self._clock = clock
+        self._kept = KeptAnswers(job.plans) if job.plan.kept_rounds else None
         self._short: set[str] = set()
         self._replacing_since = 0.0
 
@@ -200,7 +202,7 @@ class Collector:
         """
         job = self._job
         number = len(job.rounds)
-        if number >= job.options.max_row_attempts or not collected.worth_another_attempt:
+        if job.attempts >= job.options.max_row_attempts or not collected.worth_another_attempt:
             return None
         if collected.out_of_balance:
             log.error("Rows failed because the account has no balance: no row is sent again")
@@ -246,7 +248,8 @@ class Collector:
         tally = collected.tallies[model] = ModelTally()
         retries: list[bytearray] = collected.retries.setdefault(model, [])
         pieces = [piece for piece in job.pieces if piece.model == model]
-        first = {piece.shard.index: piece for piece in pieces if piece.round == 0 and piece.rest_of is None}
+        first = job.first_round(model)
+        kept = self._kept
         with contextlib.ExitStack() as stack:
             later = [
                 (piece, files)
@@ -258,7 +261,7 @@ class Collector:
             errors = stack.enter_context(write_whole(folder / "errors.jsonl"))
             for shard in job.plan.split.shards:
                 piece = first[shard.index]
-                with self._files(piece, collected) as files:
+                with self._first_files(piece, collected) as files:
                     shared = [each for other, each in later if shard.index in other.shard.sources]
                     merged = self._merge_shard(piece, [*files, *shared], results, errors, collected)
                 if merged.tally.rows != shard.rows:
@@ -269,6 +272,8 @@ class Collector:
                     )
                 tally.add(merged.tally)
                 retries.append(merged.retry)
+            if kept is not None:
+                kept.add_figures(model, tally)
             # The files get their names at the end of this block.
             job.ledger.check_owner()
         log.info("%s: %d of %d rows are ok", name or "Results", tally.ok, tally.rows)
@@ -285,6 +290,16 @@ class Collector:
                 log.error("Batch %s cannot be read completely: %s", spoilt.batch_id, spoilt.reason)
                 collected.spoilt[spoilt.batch_id] = spoilt.reason
         return merged
+
+    @contextlib.contextmanager
+    def _first_files(self, piece: Piece, collected: Collected) -> Iterator[list[BatchFiles]]:
+        """Return the results of the first attempt of rows: those of their batch, or what is kept of a finished job."""
+        if self._kept is None:
+            with self._files(piece, collected) as files:
+                yield files
+        else:
+            with self._kept.files(piece.model, piece.shard) as lines:
+                yield [lines]
 
     @contextlib.contextmanager
     def _files(
@@ -421,10 +436,13 @@ class Collector:
                 options.replacements[model],
                 collected.tallies[model],
                 [
-                    summary
-                    for piece in self._job.pieces
-                    if piece.model == model
-                    for summary in self._summaries(piece, collected)
+                    *(self._kept.batches(model) if self._kept is not None else ()),
+                    *(
+                        summary
+                        for piece in self._job.pieces
+                        if piece.model == model
+                        for summary in self._summaries(piece, collected)
+                    ),
                 ],
                 {name: str(self._model_folder(model) / f"{name}.jsonl") for name in ("results", "errors")},
             )

@@ -54,7 +54,9 @@ class OpenJob:
         self.submitter: Submitter = plan.submitter
         # Without the host: the same service under another name is the same work, and must not be paid for again.
         self._where = {"conn_id": plan.conn_id}
-        self.rounds = [self._pieces(0, dict.fromkeys(self.models, plan.split.shards))]
+        self.rounds: list[list[Piece]] = [[] for _ in range(plan.kept_rounds)] or [
+            self._pieces(0, dict.fromkeys(self.models, plan.split.shards))
+        ]
         while (shards := plans.read_round(len(self.rounds), self.models)) is not None:
             self.rounds.append(self._pieces(len(self.rounds), shards))
         self._rests: list[Rest] = []
@@ -124,6 +126,19 @@ class OpenJob:
                 **self._where,
             ),
         )
+
+    def first_round(self, model: int) -> dict[int, Piece]:
+        """Return the pieces of all rows of a model, by shard; nothing was sent of them if answers are kept."""
+        if self.plan.kept_rounds:
+            pieces = self._pieces(0, {model: self.plan.split.shards})
+        else:
+            pieces = [piece for piece in self.rounds[0] if piece.model == model and piece.rest_of is None]
+        return {piece.shard.index: piece for piece in pieces}
+
+    @property
+    def attempts(self) -> int:
+        """How often this job has sent rows, without what it kept of a finished one."""
+        return len(self.rounds) - self.plan.kept_rounds
 
     def add_round(self, shards: Mapping[int, Sequence[Shard]]) -> None:
         """Plan another round with these shards, by model."""

@@ -1,0 +1,246 @@
+"""
+A finished job whose task is cleared by hand: its answers are kept, and only its other rows are sent again.
+
+The service keeps result files for 30 days, and a finished job has removed its folder. So what counts is what the job
+wrote: the manifest says which rows it was about, and ``results.jsonl`` has a line for each of them. The lines are
+copied into the new job's folder, shard by shard, since the files of the output folder are replaced when the new job
+ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from airflow_provider_siliconflow.api.bounds import MAX_COUNT
+from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError, InvalidInputError
+from airflow_provider_siliconflow.api.models import Outcome
+from airflow_provider_siliconflow.batch_files.atomic_files import (
+    OwnFile,
+    create_file,
+    local_path,
+    make_folder,
+    open_own,
+    temporary_folder,
+    write_json,
+)
+from airflow_provider_siliconflow.batch_files.lines import LineReader
+from airflow_provider_siliconflow.batch_files.manifest import BatchSummary, results_folder
+from airflow_provider_siliconflow.batch_files.merge import BatchFiles
+from airflow_provider_siliconflow.batch_files.result_lines import read_lines
+from airflow_provider_siliconflow.batch_files.shards import Shard, iter_custom_ids, select_rows
+from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
+from airflow_provider_siliconflow.batch_files.verdicts import read_verdict
+from airflow_provider_siliconflow.jobs.folder import read_json
+from airflow_provider_siliconflow.jobs.options import RunOptions
+from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, InputMark, Plan, PlanFolder
+
+log = logging.getLogger(__name__)
+
+#: The figures of the finished job, and the folder of its result lines, in the folder of the new one.
+_FIGURES, _LINES = "kept.json", "kept"
+#: The round of the kept lines while they are merged; their real rounds are among the kept figures.
+_KEPT_ROUND = -1
+
+
+class _UnusableResultsError(Exception):
+    """The result files are not those of the finished job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """
+    A job that wrote its manifest as its last step.
+
+    :param manifest: as it was read. The folder may be writable by others, so only its figures are used, never its
+        paths.
+    """
+
+    manifest: Mapping[str, Any]
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the try that finished it."""
+        return _count(_mapping(self.manifest.get("task")).get("epoch"))
+
+    @property
+    def try_number(self) -> int:
+        """The number of that try."""
+        return _count(_mapping(self.manifest.get("input")).get("try_number"))
+
+    @property
+    def run_start(self) -> str:
+        """The start of the run, as that try saw it."""
+        return str(_mapping(self.manifest.get("task")).get("run_start") or "")
+
+    @property
+    def rounds(self) -> int:
+        """The number of the next round."""
+        numbers = [_count(each.get("round")) for each in _mappings(self.manifest.get("rounds"))]
+        return max(numbers, default=0) + 1
+
+    @property
+    def all_ok(self) -> bool:
+        """Whether every row has an answer."""
+        rows = _mapping(self.manifest.get("rows"))
+        return 0 < _count(rows.get("total")) == _count(rows.get("ok"))
+
+    @property
+    def input(self) -> InputMark | None:
+        """What identifies its rows; ``None`` if the manifest does not say."""
+        return InputMark.read(_mapping(self.manifest.get("input")))
+
+    def has_results(self, output_dir: Any, options: RunOptions) -> bool:
+        """Whether the result file of every model is there."""
+        try:
+            for path in _result_paths(output_dir, options):
+                with open_own(path):
+                    pass
+        # Stores raise errors of their own.
+        except Exception as exc:  # noqa: BLE001
+            log.warning("The results of the finished job are gone, so its batches are searched for: %s", exc)
+            return False
+        return True
+
+
+def input_entry(plan: Plan, *, try_number: int) -> dict[str, Any]:
+    """Return what a manifest says about the rows of its job and the try that finished it."""
+    return {**plan.input.to_dict(), "try_number": try_number}
+
+
+def keep_answers(
+    finished: Finished, plans: PlanFolder, plan: Plan, output_dir: Any, options: RunOptions
+) -> bool:
+    """
+    Copy the result lines of a finished job into the folder of a new one, and plan a round of the rows that are not ok.
+
+    :param plans: the new job's folder, with the shards of the first round.
+    :param plan: the new job's plan over the same rows.
+    :returns: whether the results were usable; otherwise nothing is kept.
+    """
+    sources = [OwnFile(plans.path / FIRST_ROUND / shard.name) for shard in plan.split.shards]
+    rounds: dict[int, tuple[Shard, ...]] = {}
+    try:
+        for model, path in enumerate(_result_paths(output_dir, options)):
+            chosen = [bytearray(shard.rows) for shard in plan.split.shards]
+            _copy_lines(path, plan, plans.path / _LINES / str(model), sources, chosen)
+            folder = plans.path / f"round-{plan.kept_rounds}" / str(model)
+            selected = select_rows(
+                sources, chosen, folder, max_rows=options.max_rows, max_bytes=options.max_bytes
+            )
+            if selected:
+                rounds[model] = selected
+    except (_UnusableResultsError, IncompleteResultsError, InvalidInputError, OSError) as exc:
+        log.warning(
+            "The results in %s are not those that the finished job wrote (%s), so its batches are searched for",
+            output_dir,
+            exc,
+        )
+        return False
+    write_json(plans.path / _FIGURES, {"models": _mappings(finished.manifest.get("models"))})
+    plans.write_round(plan.kept_rounds, rounds)
+    sent = sum(shard.rows for shards in rounds.values() for shard in shards)
+    log.info(
+        "The task was cleared: %d answers are kept, and %d rows without one are sent again",
+        plan.split.rows * len(options.replacements) - sent,
+        sent,
+    )
+    return True
+
+
+def _result_paths(output_dir: Any, options: RunOptions) -> Iterator[Any]:
+    names = options.replacements
+    for name in names:
+        yield results_folder(output_dir, name, several=len(names) > 1) / "results.jsonl"
+
+
+def _copy_lines(path: Any, plan: Plan, folder: Any, sources: list[OwnFile], chosen: list[bytearray]) -> None:
+    """
+    Copy the lines of a result file, one file for each shard.
+
+    :param chosen: for each shard, gets 1 for each row that is not ok.
+    """
+    make_folder(folder)
+    with open_own(path) as stream:
+        lines = read_lines(LineReader(stream), read_verdict, name=str(path))
+        for shard, source, wanted in zip(plan.split.shards, sources, chosen, strict=True):
+            with create_file(folder / shard.name) as target:
+                for position, custom_id in enumerate(iter_custom_ids(source)):
+                    number, _, line, verdict = next(lines, (0, 0, b"", None))
+                    if verdict is None or verdict.custom_id != custom_id:
+                        raise _UnusableResultsError(f"{path} has no result of {custom_id!r} at line {number}")
+                    wanted[position] = verdict.outcome is not Outcome.OK
+                    target.write(line + b"\n")
+        if next(lines, None) is not None:
+            raise _UnusableResultsError(f"{path} has more lines than rows were sent")
+
+
+class KeptAnswers:
+    """
+    The answers that a job took over from a finished one.
+
+    :param plans: the job's folder.
+    """
+
+    def __init__(self, plans: PlanFolder) -> None:
+        self._path = plans.path
+        stored = read_json(plans.path / _FIGURES, otherwise="the manifest lacks the earlier batches") or {}
+        self._models = _mappings(stored.get("models"))
+
+    @contextlib.contextmanager
+    def files(self, model: int, shard: Shard) -> Iterator[BatchFiles]:
+        """Return the kept result lines of a shard."""
+        path = self._path / _LINES / str(model) / shard.name
+        with contextlib.ExitStack() as stack:
+            local = local_path(path)
+            if local is None:
+                local = stack.enter_context(temporary_folder()) / shard.name
+                with open_own(path) as source, create_file(local) as target:
+                    shutil.copyfileobj(source, target)
+            yield BatchFiles(local, None, round=_KEPT_ROUND, shared=True, billed=False)
+
+    def add_figures(self, model: int, tally: ModelTally) -> None:
+        """Add what the manifest of the finished job says about a model: its bill and its rounds."""
+        tally.ok_in_round.pop(_KEPT_ROUND, None)
+        figures = self._figures(model)
+        billed = _mapping(figures.get("billed_usage"))
+        names = ("prompt_tokens", "completion_tokens", "reasoning_tokens", "total_tokens")
+        tally.billed.add(Usage(*(_count(billed.get(name)) for name in names)))
+        for each in _mappings(figures.get("rounds")):
+            number = _count(each.get("round"))
+            tally.ok_in_round[number] = tally.ok_in_round.get(number, 0) + _count(each.get("ok"))
+
+    def batches(self, model: int) -> Iterator[BatchSummary]:
+        """Yield the batches of the finished job."""
+        for each in _mappings(self._figures(model).get("batches")):
+            counts = _mapping(each.get("counts"))
+            yield BatchSummary(
+                id=str(each.get("id")),
+                status=str(each.get("status")),
+                rows=_count(each.get("rows")),
+                shard=_count(each.get("shard")),
+                round=_count(each.get("round")),
+                counts={
+                    name: _count(counts[name]) for name in ("total", "completed", "failed") if name in counts
+                },
+            )
+
+    def _figures(self, model: int) -> Mapping[str, Any]:
+        return self._models[model] if model < len(self._models) else {}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    return [each for each in value if isinstance(each, Mapping)] if isinstance(value, list) else []
+
+
+def _count(value: Any) -> int:
+    usable = isinstance(value, int) and not isinstance(value, bool)
+    return min(max(value, 0), MAX_COUNT) if usable else 0
