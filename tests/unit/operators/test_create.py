@@ -175,24 +175,28 @@ def test_a_kill_cancels_unless_the_author_says_otherwise(
     assert emulator.request_counts.get("POST /batches/*/cancel", 0) == int(cancel)
 
 
+@pytest.mark.parametrize("on_clear", ["reuse", "resubmit"])
 @pytest.mark.usefixtures("siliconflow_connection", "no_pauses")
-def test_a_retry_adopts_what_the_first_try_made_and_a_clear_does_not(
-    make_context: MakeContext, make_input: MakeInput, emulator: Emulator
+def test_a_retry_adopts_what_the_first_try_made_and_a_clear_does_if_it_reuses(
+    make_context: MakeContext, make_input: MakeInput, emulator: Emulator, on_clear: Any
 ) -> None:
     path = make_input("Hi")
 
     def run(**ti: Any) -> str:
-        create = CreateBatchOperator(task_id="t", input_path=path, retries=2)
+        create = CreateBatchOperator(task_id="t", input_path=path, retries=2, on_clear=on_clear)
         made: str = create.execute(make_context(create, **ti))
         return made
 
     first = run(try_number=1, max_tries=2)
     assert run(try_number=2, max_tries=2) == first
     assert run(try_number=1, max_tries=2, map_index=1) != first
-    assert run(try_number=3, max_tries=4) != first
-    assert len(batches(emulator)) == 3
+    cleared = run(try_number=3, max_tries=4)
+    assert (cleared == first) == (on_clear == "reuse")
+    assert run(try_number=4, max_tries=5) == cleared or on_clear == "resubmit"
+    assert len(batches(emulator)) == (2 if on_clear == "reuse" else 4)
 
 
+@pytest.mark.parametrize("on_clear", ["reuse", "resubmit"])
 @pytest.mark.parametrize("there_from_the_start", [True, False])
 @pytest.mark.usefixtures("siliconflow_connection", "no_pauses")
 def test_a_store_that_came_between_two_tries_pays_nothing_again(
@@ -201,11 +205,12 @@ def test_a_store_that_came_between_two_tries_pays_nothing_again(
     store: Any,
     emulator: Emulator,
     there_from_the_start: bool,
+    on_clear: Any,
 ) -> None:
     path = make_input("Hi")
 
     def run(stored: bool, **ti: Any) -> str:
-        create = CreateBatchOperator(task_id="t", input_path=path, retries=2)
+        create = CreateBatchOperator(task_id="t", input_path=path, retries=2, on_clear=on_clear)
         context = make_context(create, **ti) | ({"task_state_store": store} if stored else {})
         made: str = create.execute(context)
         return made
@@ -213,9 +218,11 @@ def test_a_store_that_came_between_two_tries_pays_nothing_again(
     first = run(there_from_the_start, try_number=1, max_tries=2)
     assert run(True, try_number=2, max_tries=2) == first
     assert run(True, try_number=3, max_tries=2) == first
-    # A person's clear: on 3.3.2 what the store holds outlives it.
-    assert run(True, try_number=4, max_tries=5) != first
-    assert len(batches(emulator)) == 2
+    # A manual clear: on 3.3.2 what the store holds outlives it, later versions discard it.
+    assert (run(True, try_number=4, max_tries=5) == first) == (on_clear == "reuse")
+    store.entries.clear()
+    assert (run(True, try_number=5, max_tries=6) == first) == (on_clear == "reuse")
+    assert len(batches(emulator)) == (1 if on_clear == "reuse" else 3)
     (kept,) = store.retentions
     assert kept > timedelta(days=30), "an entry outlives the longest batch"
 
@@ -244,6 +251,7 @@ def test_a_retry_that_cannot_reach_its_paid_batch_leaves_another_retry(
     ["running", "up_for_retry", "queued", "deferred", "failed", "success", "skipped", "restarting", None],
 )
 @pytest.mark.parametrize("durable", [True, False])
+@pytest.mark.parametrize("on_clear", ["reuse", "resubmit"])
 @pytest.mark.usefixtures("siliconflow_connection")
 def test_the_end_of_a_worker_cancels_nothing_that_a_retry_takes_up(
     make_context: MakeContext,
@@ -252,13 +260,16 @@ def test_the_end_of_a_worker_cancels_nothing_that_a_retry_takes_up(
     set_state: Callable[[str | None], Any],
     state: str | None,
     durable: bool,
+    on_clear: Any,
 ) -> None:
     set_state(state)
-    create = CreateBatchOperator(task_id="t", input_path=make_input("Hi"), durable=durable)
+    create = CreateBatchOperator(task_id="t", input_path=make_input("Hi"), durable=durable, on_clear=on_clear)
     create.execute(make_context(create))
     create.on_kill()
     assert emulator.request_counts.get("POST /batches/*/cancel", 0) == int(
-        state in ("failed", "success", "skipped", "restarting") or not durable
+        state in ("failed", "success", "skipped")
+        or (state == "restarting" and on_clear == "resubmit")
+        or not durable
     )
 
 
