@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 #: The prompts of the first rows, by task. A row fails once, or at every attempt.
 FIRST_ROWS = {
     "job-partial": ("Say it [[emulator:once=400]]", "Say it [[emulator:error=400]]"),
-    "create-nothing": ("[[emulator:once=400]]",) * ROWS,
+    "create-nothing": tuple(f"Say {number} [[emulator:once=400]]" for number in range(ROWS)),
 }
 FINISHED = (
     *("job-success", "job-partial", "job-changed", "job-resubmit", "job-twice"),
@@ -64,7 +65,9 @@ def finished(
     folder = tmp_path_factory.mktemp("clears")
     account = open_account("clears")
     for task_id in FINISHED:
-        write_rows(folder / f"{task_id}.jsonl", *FIRST_ROWS.get(task_id, ()))
+        path = write_rows(folder / f"{task_id}.jsonl", *FIRST_ROWS.get(task_id, ()))
+        # A row that fails once does so once in an account.
+        path.write_text(path.read_text().replace('"row-', f'"{task_id}-'))
     clears = Clears(live_airflow, account, "clears", folder)
     assert live_airflow.wait_for_run("clears", clears.run_id, timeout=PATIENCE) == "success"
     return clears
@@ -144,7 +147,7 @@ def under_way(
     for task_id in ("job-deferred", "create-deferred"):
         live_airflow.wait_for_task(clears.dag_id, clears.run_id, task_id, "deferred", timeout=120)
     for task_id in ("job-running", "create-running"):
-        eventually(lambda task_id=task_id: clears.batches(task_id), 60)
+        eventually(partial(clears.batches, task_id), 60)
     return clears
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -377,3 +377,112 @@ def test_an_input_that_changed_between_two_tries_pays_for_nothing_but_with_durab
         assert len(batches(emulator)) == 1
     else:
         assert run("Ho", try_number=2) != paid
+
+
+# Clears -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.usefixtures("siliconflow_connection", "no_pauses")
+def test_a_batch_without_a_single_answer_is_replaced_by_a_clear_and_by_no_retry(
+    make_context: MakeContext, make_input: MakeInput, store: Any, emulator: Emulator, stored: bool
+) -> None:
+    path = make_input("a [[emulator:once=400]]", "b [[emulator:once=400]]")
+
+    def run(**ti: Any) -> str:
+        create = CreateBatchOperator(
+            task_id="t", input_path=path, wait_for_completion=True, poll_interval=0.05, allow_all_failed=True
+        )
+        made: str = create.execute(
+            make_context(create, **ti) | ({"task_state_store": store} if stored else {})
+        )
+        return made
+
+    first = run(try_number=1, max_tries=2)
+    assert run(try_number=2, max_tries=2) == first
+    second = run(try_number=3, max_tries=4)
+    assert second != first
+    # It has answers, and is kept; also by a retry that finds both in the account.
+    assert run(try_number=4, max_tries=4) == second
+    assert run(try_number=5, max_tries=6) == second
+    assert len(batches(emulator)) == 2
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.usefixtures("siliconflow_connection", "no_pauses")
+def test_an_input_that_was_changed_before_a_clear_is_new_work_and_between_retries_an_error(
+    make_context: MakeContext, make_input: MakeInput, store: Any, emulator: Emulator, stored: bool
+) -> None:
+    def run(text: str, **ti: Any) -> str:
+        create = CreateBatchOperator(task_id="t", input_path=make_input(text), retries=2)
+        made: str = create.execute(
+            make_context(create, **ti) | ({"task_state_store": store} if stored else {})
+        )
+        return made
+
+    first = run("a", try_number=1, max_tries=2)
+    with pytest.raises(InvalidInputError, match="was changed between two tries"):
+        run("b", try_number=2, max_tries=2)
+    second = run("b", try_number=3, max_tries=4)
+    assert second != first
+    with pytest.raises(InvalidInputError, match="was changed between two tries"):
+        run("c", try_number=4, max_tries=4)
+    assert run("a", try_number=5, max_tries=6) == first, "what was paid for before is still there"
+    assert len(batches(emulator)) == 2
+
+
+@pytest.mark.parametrize("cancels", [True, False])
+@pytest.mark.parametrize("changed", [True, False])
+@pytest.mark.emulator(speed=0.001)
+@pytest.mark.usefixtures("siliconflow_connection", "no_pauses")
+def test_a_clear_while_deferred_cancels_only_what_is_not_wanted_any_more(
+    make_context: MakeContext,
+    make_input: MakeInput,
+    store: Any,
+    emulator: Emulator,
+    changed: bool,
+    cancels: bool,
+) -> None:
+    def run(text: str, **ti: Any) -> None:
+        create = CreateBatchOperator(
+            task_id="t",
+            input_path=make_input(text),
+            wait_for_completion=True,
+            deferrable=True,
+            cancel_on_kill=cancels,
+        )
+        with pytest.raises(TaskDeferred):
+            create.execute(make_context(create, **ti) | {"task_state_store": store})
+
+    run("a", try_number=1, max_tries=2)
+    run("b" if changed else "a", try_number=2, max_tries=3)
+    statuses = [batch["status"] for batch in batches(emulator)]
+    assert statuses == [
+        "cancelling" if changed and cancels else "in_queue",
+        *(["in_queue"] if changed else []),
+    ]
+
+
+@pytest.mark.usefixtures("siliconflow_connection", "no_pauses")
+def test_a_run_that_was_deleted_and_made_again_is_new_work(
+    make_context: MakeContext, make_input: MakeInput, emulator: Emulator
+) -> None:
+    """Without a task state store; Airflow deletes that of a run with the run."""
+    path = make_input("Hi")
+    began = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def run(start: datetime, *, cleared: int = 0, **ti: Any) -> str:
+        create = CreateBatchOperator(task_id="t", input_path=path, retries=2)
+        context = make_context(create, **{"max_tries": 2, **ti})
+        context["dag_run"].start_date, context["dag_run"].clear_number = start, cleared
+        made: str = create.execute(context)
+        return made
+
+    first = run(began)
+    assert run(began) == first, "`airflow tasks test` has the same run"
+    again = run(began + timedelta(days=1))
+    assert again != first
+    assert run(began + timedelta(days=1), try_number=2) == again
+    # A clear moves the start of the run, and the batch of the later run is the one.
+    assert run(began + timedelta(days=2), cleared=1, try_number=3, max_tries=5) == again
+    assert len(batches(emulator)) == 2
