@@ -390,7 +390,7 @@ class Opening:
             # An earlier try may have sent batches that this folder does not know.
             complete=not self._try.earlier_tries,
         )
-        stored = self._with_answers(stored)
+        stored = self._with_answers(stored, requests, name)
         self.plans.write(stored)
         # Two jobs that start at the same time see each other here, before anything is sent.
         try:
@@ -402,13 +402,16 @@ class Opening:
         job.ledger.continue_as(self._try.owner.token)
         return job
 
-    def _with_answers(self, planned: Plan) -> Plan:
+    def _with_answers(self, planned: Plan, requests: Callable[[], Any], name: str) -> Plan:
         """Return the plan with the answers of the finished job, if the task was cleared and the rows are the same."""
         finished = self._finished
         if finished is None:
             return planned
         mark, mine = finished.input, planned.input
-        if mark is not None and mark.digest != mine.digest:
+        same = mark is None or mark.digest == mine.digest
+        if mark is not None and (mark.max_rows, mark.max_bytes) != (mine.max_rows, mine.max_bytes):
+            same = mark.is_of(requests(), self._try.options, name=name)
+        if not same:
             log.warning("The rows were changed since the job finished; they are new work")
             return planned
         kept = replace(planned, kept_rounds=finished.rounds)

@@ -10,7 +10,7 @@ import pytest
 
 from airflow_provider_siliconflow.api.exceptions import BatchFailedError, InvalidInputError
 from airflow_provider_siliconflow.emulator.server import Emulator
-from tests.unit.jobs.whole_job import MODELS, Job, fail_first_of, posts, results, rows
+from tests.unit.jobs.whole_job import MODELS, Job, fail_first_of, options, posts, results, rows
 
 pytestmark = pytest.mark.emulator(speed=2000.0)
 
@@ -87,6 +87,15 @@ def test_rows_that_fail_every_time_are_sent_at_each_clear(emulator: Emulator, tm
     # An automatic retry of the finished job does nothing.
     assert job.attempt() == manifest
     assert len(sent_rows(emulator)) == 3
+
+
+def test_other_limits_of_a_batch_are_no_other_rows(emulator: Emulator, tmp_path: Path) -> None:
+    job = Job(emulator, tmp_path, rows(7, failing(1, 2, 6)), models=MODELS[:1])
+    job.attempt()
+    job.options = options(models=MODELS[:1], max_rows_per_batch=2)
+    job.clear()
+    assert job.attempt()["rows"]["ok"] == 7
+    assert sent_rows(emulator) == [5, 2, 2, 1]
 
 
 def test_a_clear_of_a_job_without_a_single_answer_sends_everything(
