@@ -5,8 +5,8 @@ Results for the task that follows a batch: rows of a results file, or of the man
 
     @task
     def score(manifest: dict) -> float:
-        rows = read_results(manifest, model="deepseek-ai/DeepSeek-V3")
-        return sum(row.ok and row.parse(Label).label == "spam" for row in rows)
+        rows = read_results(manifest, model="deepseek-ai/DeepSeek-V3", output_type=Label)
+        return sum(row.ok and row.parsed.label == "spam" for row in rows)
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
     from airflow_provider_siliconflow.api.models import BatchResult
+    from airflow_provider_siliconflow.batch_files.output_types import AnswerType, OutputType
 
     ResultSource: TypeAlias = str | Path | ObjectStoragePath | Mapping[str, Any]
 
 __all__ = ["read_results", "to_frame"]
 
 
-def read_results(source: ResultSource, *, model: str | None = None) -> Iterator[BatchResult]:
+def read_results(
+    source: ResultSource, *, model: str | None = None, output_type: OutputType | None = None
+) -> Iterator[BatchResult]:
     """
     Read results row by row, in the order of the input and in constant memory.
 
@@ -37,43 +40,71 @@ def read_results(source: ResultSource, *, model: str | None = None) -> Iterator[
         such paths. A ``manifest.json`` refers to the results in the same folder, which may be copied or moved; a
         returned manifest refers to those in its ``output_dir``.
     :param model: selects one model of a manifest; required if several models ran.
+    :param output_type: a pydantic model class or a JSON schema: ``.parsed`` of each row is then its answer as a model
+        or as JSON types, or ``None`` if the row is not ok or its answer is not of that type.
     :return: an iterator of :class:`~airflow_provider_siliconflow.api.models.BatchResult`: ``.custom_id``,
-        ``.ok``, ``.text``, ``.reasoning``, ``.usage``, ``.error``, ``.parse(PydanticModel)``.
-    :raises InvalidInputError: at once, if the manifest lacks the model, or has several and none is selected; if it is
-        not a manifest; or if the folder now contains the results of another run.
+        ``.ok``, ``.text``, ``.parsed``, ``.reasoning``, ``.usage``, ``.error``, ``.parse(PydanticModel)``.
+    :raises InvalidInputError: at once, if ``output_type`` is not a type; if the manifest lacks the model, or has
+        several and none is selected; if it is not a manifest; or if the folder now contains the results of another run.
     :raises FileNotFoundError: the file does not exist.
     :raises IncompleteResultsError: while reading, if a line is not JSON.
     """
     from airflow_provider_siliconflow.batch_files import result_lines
 
-    return result_lines.read_results(_results_file(source, model))
+    (file,) = _results_files(source, model).values()
+    return result_lines.read_results(file, None if output_type is None else _answer_type(output_type))
 
 
-def to_frame(source: ResultSource, library: str | None = None, model: str | None = None) -> Any:
+def to_frame(
+    source: ResultSource,
+    library: str | None = None,
+    model: str | None = None,
+    *,
+    output_type: OutputType | None = None,
+    prefix: str = "",
+) -> Any:
     """
     Return results as a data frame with one row per result, in the order of the input.
 
     Columns: ``custom_id``, ``outcome``, ``text``, ``reasoning``, ``finish_reason``, ``prompt_tokens``,
-    ``completion_tokens``, ``error`` (the message).
+    ``completion_tokens``, ``error`` (the message, or why the answer is invalid); before them ``model``, if the manifest
+    is of several models and none is selected; after them the fields of ``output_type``.
 
     :param source: as for :func:`read_results`.
     :param library: ``pandas`` or ``polars``; by default the one that is installed, preferably pandas.
-    :param model: as for :func:`read_results`.
+    :param model: selects one model of a manifest; by default the frame has the rows of all, one model after another.
+    :param output_type: a pydantic model class or a JSON schema, whose fields become columns. They are empty for rows
+        that are not ok, or whose answer is not of that type. A type without fields has one column, ``parsed``.
+    :param prefix: the beginning of the names of these columns, so that they differ from the others.
     :raises ImportError: the library is not installed.
+    :raises InvalidInputError: a field has the name of another column; otherwise as for :func:`read_results`.
     """
     from airflow_provider_siliconflow.batch_files import frames
 
-    return frames.to_frame(_results_file(source, model), library)
+    files = _results_files(source, model, all_models=True)
+    return frames.to_frame(
+        list(files.items()) if len(files) > 1 else next(iter(files.values())),
+        library,
+        answers=None if output_type is None else _answer_type(output_type),
+        prefix=prefix,
+    )
 
 
-def _results_file(source: ResultSource, model: str | None) -> Any:
+def _answer_type(output_type: OutputType) -> AnswerType:
+    from airflow_provider_siliconflow.batch_files.output_types import answer_type
+
+    return answer_type("output_type", output_type)
+
+
+def _results_files(source: ResultSource, model: str | None, *, all_models: bool = False) -> dict[Any, Any]:
+    """Return the results file by model; of several models only one is selected, unless all are wanted."""
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 
     if isinstance(source, Mapping):
-        return _file_of_returned(source, model)
+        return _files_of_returned(source, model, all_models)
     file = resolve_path("source", source)
     if file.name.endswith(".json"):
-        return _file_of(_load_manifest(file), str(source), file.parent, model)
+        return _files_of(_load_manifest(file), str(source), file.parent, model, all_models)
     if model is not None:
         raise InvalidInputError(
             f"model={model!r} selects from a manifest, but {source} is the results file of a single model"
@@ -81,7 +112,7 @@ def _results_file(source: ResultSource, model: str | None) -> Any:
     if not file.is_file():
         hint = f"; it is a folder: did you mean {file / 'manifest.json'}?" if file.is_dir() else ""
         raise FileNotFoundError(f"no results file {source}{hint}")
-    return file
+    return {None: file}
 
 
 def _load_manifest(file: Any) -> Any:
@@ -99,8 +130,10 @@ def _load_manifest(file: Any) -> Any:
         raise InvalidInputError(f"{file} is not a manifest: {exc}") from None
 
 
-def _file_of_returned(manifest: Mapping[str, Any], model: str | None) -> Any:
-    """Return the file for a manifest that a task returned, unless its folder now contains another run's results."""
+def _files_of_returned(
+    manifest: Mapping[str, Any], model: str | None, all_models: bool
+) -> dict[str | None, Any]:
+    """Return the files for a manifest that a task returned, unless its folder now contains another run's results."""
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 
     name = "the manifest"
@@ -109,17 +142,17 @@ def _file_of_returned(manifest: Mapping[str, Any], model: str | None) -> Any:
     if not isinstance(output_dir, str) or not output_dir.strip():
         raise InvalidInputError(f"{name} is not a manifest of this provider: it names no output_dir")
     folder = resolve_path("output_dir of the manifest", output_dir)
-    file = _file_of(manifest, name, folder, model)
+    files = _files_of(manifest, name, folder, model, all_models)
     try:
         stored = _load_manifest(folder / "manifest.json")
     except FileNotFoundError:
-        return file
+        return files
     if _job(stored) != _job(manifest):
         raise InvalidInputError(
             f"{output_dir} now contains the results of another run, {_described(stored)}; the manifest is of "
             f"{_described(manifest)}. Give each run a folder of its own, for example with {{{{ ds }}}} in its path"
         )
-    return file
+    return files
 
 
 def _job(manifest: Any) -> Any:
@@ -142,8 +175,10 @@ def _described(manifest: Any) -> str:
     return f"task {task.get('task_id')!r} of DAG {task.get('dag_id')!r}, run {task.get('run_id')!r}"
 
 
-def _file_of(manifest: Any, name: str, folder: Any, model: str | None) -> Any:
-    """Return the results file of one model in a folder. Its path depends only on the model, not on the manifest."""
+def _files_of(
+    manifest: Any, name: str, folder: Any, model: str | None, all_models: bool
+) -> dict[str | None, Any]:
+    """Return the results files of models in a folder. Their paths depend only on the models, not on the manifest."""
     from airflow_provider_siliconflow.api.exceptions import InvalidInputError
     from airflow_provider_siliconflow.batch_files.manifest import results_folder
 
@@ -154,16 +189,17 @@ def _file_of(manifest: Any, name: str, folder: Any, model: str | None) -> Any:
     if not models or not all(each is None or isinstance(each, str) for each in models):
         raise InvalidInputError(f"{name} is not a manifest of this provider: it names no results")
     known = ", ".join(repr(each) for each in models if each is not None)
+    chosen = models if model is None else [model]
     if model is None:
-        if len(models) != 1:
+        if len(models) != 1 and not all_models:
             raise InvalidInputError(f"{name} has results of several models; model must be one of {known}")
-        (model,) = models
     elif model not in models:
         raise InvalidInputError(
             f"{name} has no results of model {model!r}; "
             + (f"it has {known}" if known else "its rows named their models themselves, so leave model out")
         )
-    file = results_folder(folder, model, several=len(models) > 1) / "results.jsonl"
-    if not file.is_file():
-        raise FileNotFoundError(f"no results file {file}, which belongs to {name}")
-    return file
+    files = {each: results_folder(folder, each, several=len(models) > 1) / "results.jsonl" for each in chosen}
+    for file in files.values():
+        if not file.is_file():
+            raise FileNotFoundError(f"no results file {file}, which belongs to {name}")
+    return files

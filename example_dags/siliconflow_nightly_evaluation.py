@@ -6,6 +6,9 @@ Asks several models the same questions over one upload, scores the answers and u
 The parameter `output_dir`, or else the Airflow variable `siliconflow_evaluation_dir`, is the path or URI of a folder
 that all workers can reach. In it, `leaderboard.html` shows the latest night and `history.jsonl` has one line per
 night. Each night's requests, results and scored answers are in a separate subfolder.
+
+With the parameter `cache_dir`, a question that a model answered on an earlier night is not sent again: a night then
+costs what is new, be it a question, a model or a changed parameter.
 """
 
 from __future__ import annotations
@@ -56,6 +59,9 @@ with DAG(
         "questions": Param(str(QUESTIONS), type="string", description="Path or URI of the questions (JSONL)"),
         "models": Param(MODELS, type="array", items={"type": "string"}, minItems=1),
         "output_dir": Param("", type="string", description="Path or URI of the leaderboard's folder"),
+        "cache_dir": Param(
+            "", type="string", description="Path or URI of cached answers; empty: ask everything"
+        ),
         "prices": Param(PRICES, type="object", description="CNY per million tokens, by model"),
         "note": Param("", type="string", description="A sentence for the top of the page"),
         "max_tokens": Param(2048, type="integer", minimum=1, description="Maximum length of an answer"),
@@ -79,7 +85,9 @@ with DAG(
         questions = read_questions(ObjectStoragePath(params["questions"]))
         night = ObjectStoragePath(folder) / f"{date:%Y-%m-%dT%H%M%S}"
         night.mkdir(parents=True, exist_ok=True)
-        rows = request_rows(questions, date=f"{date:%Y-%m-%d}", max_tokens=params["max_tokens"])
+        # A date in the prompt would make every night's requests new.
+        shown = None if params["cache_dir"] else f"{date:%Y-%m-%d}"
+        rows = request_rows(questions, date=shown, max_tokens=params["max_tokens"])
         requests = night / "requests.jsonl"
         requests.write_text(
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
@@ -157,6 +165,7 @@ with DAG(
         output_dir=night["night"],
         models=chosen,
         prices=night["prices"],
+        cache_dir="{{ params.cache_dir }}",
         max_row_attempts=3,
         deferrable=True,
         poll_interval=POLL_SECONDS,

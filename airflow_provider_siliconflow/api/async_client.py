@@ -45,6 +45,8 @@ _MAX_IN_LOOP = 8 << 10
 _MAX_BYTES, _MAX_HEAD_BYTES = 2 * MAX_ANSWER_BYTES, 64 << 10
 #: Most lines in one read from the socket: the parser spends microseconds on each, and nothing else runs meanwhile.
 _MAX_LINES = 1000
+#: Bytes of an answer on the wire that are within these limits whatever they are.
+_FEW_BYTES = 2 * _MAX_LINES
 
 
 class AsyncSiliconFlowClient:
@@ -59,9 +61,8 @@ class AsyncSiliconFlowClient:
         self._session: aiohttp.ClientSession | None = None
         self._ssl = trusted(settings.verify)
         self._proxy = settings.proxy_for(settings.base_url) or _proxy_of_environment(settings.base_url)
-        self._timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=settings.connect_timeout, sock_read=settings.timeout
-        )
+        # One timer of ours limits the rest: another one of aiohttp for each read costs a twentieth of a poll.
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout)
         self._turns = _Turns()
         self._reader: ThreadPoolExecutor | None = None
 
@@ -119,9 +120,13 @@ class AsyncSiliconFlowClient:
         try:
             turn = await self._turns.take()
             try:
-                async with asyncio.timeout(limit), self._request(call) as response:
+                began = asyncio.get_running_loop().time()
+                async with (
+                    asyncio.timeout(min(self.settings.timeout, limit)) as timer,
+                    self._request(call) as response,
+                ):
                     progress.response = response
-                    body = await _read(call, response)
+                    body = await self._read(call, response, timer, began + limit)
             finally:
                 self._turns.give_back(turn)
         except (TimeoutError, aiohttp.ClientError, OSError) as exc:
@@ -148,12 +153,47 @@ class AsyncSiliconFlowClient:
             allow_redirects=False,
         )
 
+    async def _read(
+        self, call: Call[Any], response: aiohttp.ClientResponse, timer: asyncio.Timeout, ends_at: float
+    ) -> bytes:
+        """
+        Read a body within the call's limit; of an error its start.
+
+        :param timer: limits the time until the next bytes.
+        :param ends_at: when the whole call must be over, by the loop's clock.
+        :raises UnexpectedAnswerError: it has more.
+        """
+        limit = call.limit(response.status)
+        success = is_success(response.status)
+        too_long = success and (response.content_length or 0) > limit
+        content, loop = response.content, asyncio.get_running_loop()
+        pieces: list[bytes] = []
+        size = 0
+        while size <= limit and not too_long:
+            piece = await content.readany()
+            if not piece:
+                return b"".join(pieces)
+            pieces.append(piece)
+            size += len(piece)
+            # Most answers have come whole by now.
+            if not content.at_eof():
+                timer.reschedule(min(loop.time() + self.settings.timeout, ends_at))
+        # Otherwise the rest might be read in order to reuse the connection.
+        response.close()
+        if success:
+            raise UnexpectedAnswerError(
+                f"{call.name} answered HTTP {response.status}{traced(response.headers)} with more than {limit} bytes; "
+                "the rest was not read",
+                accepted=True,
+            )
+        return b"".join(pieces)[:limit]
+
     def _failure(
         self, call: Call[Any], exc: BaseException, progress: _Progress, limit: float
     ) -> NotSentError | NoAnswerError:
         why = f"{type(exc).__name__}: {brief(str(exc))}".rstrip(": ")
         if type(exc) is TimeoutError:
-            why = f"it took longer than {limit:.0f} s"
+            why = f"it took longer than {limit:.0f} s, or nothing came for {self.settings.timeout:.0f} s"
         if not progress.connected:
             return NotSentError(f"{call.name} did not reach {self.settings.base_url}: {why}")
         response = progress.response
@@ -177,34 +217,6 @@ class AsyncSiliconFlowClient:
     async def cancel_batch(self, batch_id: str) -> Batch:
         """Ask for a batch to be cancelled; the answer may still show its old status."""
         return await self.call(protocol.cancel_batch(batch_id))
-
-
-async def _read(call: Call[Any], response: aiohttp.ClientResponse) -> bytes:
-    """
-    Read a body within the call's limit; of an error its start.
-
-    :raises UnexpectedAnswerError: it has more.
-    """
-    limit = call.limit(response.status)
-    success = is_success(response.status)
-    too_long = success and (response.content_length or 0) > limit
-    pieces: list[bytes] = []
-    size = 0
-    while size <= limit and not too_long:
-        piece = await response.content.readany()
-        if not piece:
-            return b"".join(pieces)
-        pieces.append(piece)
-        size += len(piece)
-    # Otherwise the rest might be read in order to reuse the connection.
-    response.close()
-    if success:
-        raise UnexpectedAnswerError(
-            f"{call.name} answered HTTP {response.status}{traced(response.headers)} with more than {limit} bytes; the "
-            "rest was not read",
-            accepted=True,
-        )
-    return b"".join(pieces)[:limit]
 
 
 class _Progress:
@@ -311,6 +323,9 @@ class _BoundedHandler(ResponseHandler):
     def data_received(self, data: bytes) -> None:
         """Parse what came, or close the connection."""
         self._bytes += len(data)
+        if self._bytes <= _FEW_BYTES:
+            super().data_received(data)
+            return
         payload = self._payload
         if payload is None or payload.is_eof():
             end = data.find(b"\r\n\r\n")

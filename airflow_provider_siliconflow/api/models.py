@@ -13,10 +13,20 @@ import json
 from collections.abc import Iterator
 from enum import StrEnum
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
+from airflow_provider_siliconflow.api.answer_texts import json_in
 from airflow_provider_siliconflow.api.bounds import MAX_STATUS, bounded
 from airflow_provider_siliconflow.api.fields import (
     UNKNOWN_STATUS,
@@ -69,6 +79,7 @@ class Outcome(StrEnum):
 
     OK = "ok"
     ERROR = "error"
+    INVALID = "invalid"
     EXPIRED = "expired"
     MISSING = "missing"
 
@@ -299,7 +310,8 @@ class BatchResult(_Model):
     One line of an output or error file: what became of the row ``custom_id``.
 
     ``response`` and ``error`` are as the service sent them, whatever their size; :attr:`error_code`,
-    :attr:`error_message` and :attr:`finish_reason` are short, and without secrets.
+    :attr:`error_message` and :attr:`finish_reason` are short, and without secrets. ``invalid`` is written by this
+    provider: why the answer is not what the job asked for.
     """
 
     custom_id: str
@@ -307,6 +319,8 @@ class BatchResult(_Model):
     response: dict[str, Any] | None = None
     error: Any = None
     trace_id: str | None = None
+    invalid: Any = None
+    _parsed: Any = PrivateAttr(default=None)
 
     @property
     def body(self) -> dict[str, Any]:
@@ -326,20 +340,22 @@ class BatchResult(_Model):
 
     @property
     def outcome(self) -> Outcome:
-        """``ok``, ``error``, ``expired`` or, for a row without any result, ``missing``."""
+        """``ok``, ``error``, ``invalid``, ``expired`` or, for a row without any result, ``missing``."""
         status = (self.response or {}).get("status_code")
         if self.error_code == Outcome.MISSING:
             return Outcome.MISSING
-        return judge(
+        outcome = judge(
             error_code=self.error_code,
             has_error=has_content(self.error),
             status_code=status if isinstance(status, int) else None,
             has_answer=bool(self._choice),
         )
+        is_invalid = outcome is Outcome.OK and isinstance(self.invalid, str) and self.invalid
+        return Outcome.INVALID if is_invalid else outcome
 
     @property
     def ok(self) -> bool:
-        """Whether the row was answered."""
+        """Whether the row was answered, and its answer is what the job asked for."""
         return self.outcome is Outcome.OK
 
     @property
@@ -353,6 +369,12 @@ class BatchResult(_Model):
         """What a reasoning model thought (``reasoning_content``), or ``None``."""
         reasoning = self._message.get("reasoning_content")
         return reasoning if isinstance(reasoning, str) else None
+
+    @property
+    def tool_calls(self) -> list[Any]:
+        """The tools that the model calls, as the service sent them, or ``[]``."""
+        calls = self._message.get("tool_calls")
+        return calls if isinstance(calls, list) else []
 
     @property
     def finish_reason(self) -> str | None:
@@ -374,14 +396,31 @@ class BatchResult(_Model):
 
     @property
     def error_message(self) -> str | None:
-        """What the service said of a row that failed, or ``None``."""
-        return brief(_as_sentence(bounded(self.error))) if has_content(self.error) else None
+        """What the service said of a row that failed, or why its answer is invalid; else ``None``."""
+        if has_content(self.error):
+            return brief(_as_sentence(bounded(self.error)))
+        return brief(self.invalid) if isinstance(self.invalid, str) and self.invalid else None
+
+    @property
+    def parsed(self) -> Any:
+        """
+        The answer as ``output_type``, for results that were read with one: a pydantic model or a JSON value.
+
+        ``None`` if the row is not ok, or if its answer is not of that type.
+        """
+        return self._parsed
+
+    def with_parsed(self, value: Any) -> Self:
+        """Return this result with the answer as it was read."""
+        self._parsed = value
+        return self
 
     def parse(self, model: type[ModelT]) -> ModelT:
         """
         Read the answer's text as JSON into a pydantic model.
 
-        A fenced block (three backquotes around the JSON) is taken out of its fence first.
+        JSON in a code fence, after thinking or with other text around it is found, see
+        :func:`~airflow_provider_siliconflow.api.answer_texts.json_in`.
 
         :param model: the class to read into.
         :raises pydantic.ValidationError: the text is not JSON, or not of that shape.
@@ -391,7 +430,10 @@ class BatchResult(_Model):
             raise ValueError(
                 f"row {self.custom_id!r} has no text to parse: {self.error_message or 'no answer'}"
             )
-        text = self.text.strip()
-        if text.startswith("```") and text.endswith("```"):
-            text = text[3:-3].partition("\n")[2].strip()
-        return model.model_validate_json(text)
+        try:
+            return model.model_validate_json(self.text)
+        except ValidationError:
+            found = json_in(self.text)
+            if found is None or found == self.text.strip():
+                raise
+        return model.model_validate_json(found)

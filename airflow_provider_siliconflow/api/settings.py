@@ -28,7 +28,8 @@ class ClientSettings:
     :param api_key: the account's key; never shown by ``repr``.
     :param base_url: root of the API, with its version.
     :param timeout: seconds to wait for the next bytes of an answer. A whole call may take twice as long once it is
-        connected, even if bytes keep coming; file transfers have a least throughput instead.
+        connected, even if bytes keep coming; file transfers have a least throughput instead. In a triggerer the
+        connection and the head of the answer must come within this time as well.
     :param connect_timeout: seconds to wait for a connection.
     :param max_retries: how often a call that may be repeated is sent again.
     :param proxies: ``http://`` or ``https://`` URL of a proxy, by what it is for: ``https``, ``all``,

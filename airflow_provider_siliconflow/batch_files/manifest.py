@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -148,6 +149,7 @@ def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, An
             "total": _number(tally.rows),
             "ok": tally.ok,
             "error": tally.error,
+            "invalid": tally.invalid,
             "expired": tally.expired,
             "missing": _number(tally.missing),
         },
@@ -160,7 +162,9 @@ def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, An
         "foreign": tally.foreign,
         "usage": _tokens(tally.usage),
         "billed_usage": _tokens(tally.billed),
+        "cached": {"rows": tally.cached, **_tokens(tally.saved)},
         "errors": tally.most_common_errors(),
+        "invalid_reasons": dict(Counter(tally.invalid_reasons).most_common()),
         "rounds": [
             {
                 "round": number,
@@ -237,6 +241,7 @@ _TABLE = (
     "rows",
     "ok",
     "error",
+    "invalid",
     "expired",
     "missing",
     "truncated",
@@ -274,6 +279,9 @@ def render_summary(manifest: Mapping[str, Any]) -> str:
             f"round {each['round']}: {each['rows']:,} rows in {each['batches']:,} batches, {each['ok']:,} ok"
             for each in rounds
         ]
+    if cached := manifest["cached"]["rows"]:
+        saved = manifest["cached"]["total_tokens"]
+        text.append(f"{cached:,} rows were answered by the cache, which saved {saved:,} tokens")
     for name, label in (
         ("model_mismatches", "answers of another model than the requested one"),
         ("duplicates", "second results of a row, left out"),
@@ -290,7 +298,7 @@ def _table_row(name: str, figures: Mapping[str, Any]) -> list[str]:
     rows = figures["rows"]
     usage = figures["billed_usage"]
     counts = (
-        *(rows[key] for key in ("total", "ok", "error", "expired", "missing")),
+        *(rows[key] for key in ("total", "ok", "error", "invalid", "expired", "missing")),
         *(figures["truncated"], figures["empty"], usage["prompt_tokens"], usage["completion_tokens"]),
     )
     cost = figures["cost"]

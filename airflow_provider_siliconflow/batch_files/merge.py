@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from sys import intern
 
@@ -24,11 +25,13 @@ from airflow_provider_siliconflow.api.models import Outcome
 from airflow_provider_siliconflow.api.redaction import brief
 from airflow_provider_siliconflow.api.sources import Source
 from airflow_provider_siliconflow.batch_files.lines import ByteWriter, LineReader
+from airflow_provider_siliconflow.batch_files.parameters import to_json
 from airflow_provider_siliconflow.batch_files.result_lines import read_lines
 from airflow_provider_siliconflow.batch_files.rules import MAX_ROWS
 from airflow_provider_siliconflow.batch_files.shards import iter_custom_ids, iter_rows
 from airflow_provider_siliconflow.batch_files.tally import MESSAGE_CHARACTERS, ModelTally, Usage
 from airflow_provider_siliconflow.batch_files.verdicts import (
+    Judge,
     Verdict,
     read_verdict,
     worth_retrying,
@@ -105,6 +108,7 @@ class BatchFiles:
     :param spoilt: why the files cannot be had or read at all; the same holds for the batch's rows then.
     :param requests: the request file of a ``shared`` batch, which says what the batch's rows are. Without it they may
         be any.
+    :param cached: whether these are answers of earlier jobs, which are not billed again.
     :param billed: whether its tokens count as billed; not if they are counted elsewhere.
     """
 
@@ -117,6 +121,7 @@ class BatchFiles:
     answered: int = 0
     spoilt: str | None = None
     requests: Source | None = None
+    cached: bool = False
     billed: bool = True
 
 
@@ -136,18 +141,37 @@ class SpoiltBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Unjudged:
+    """
+    Rows whose answers could not be judged.
+
+    :param custom_id: the first of them.
+    :param reason: why it could not be judged.
+    :param rows: how many there are.
+    """
+
+    custom_id: str
+    reason: str
+    rows: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class MergedShard:
     """
     The outcomes of the rows of one shard.
 
     :param tally: the figures.
     :param retry: a byte per row for ``select_rows``, 1 if the row is worth another attempt.
+    :param fresh: a byte per row, 1 if the row is ok by an answer of this job's own, so not a cached one.
     :param spoilt: the batches that could not be read completely. Everything readable is in the results.
+    :param unjudged: the rows whose answers could not be judged. They are in the results, as invalid.
     """
 
     tally: ModelTally
     retry: bytearray
+    fresh: bytearray
     spoilt: tuple[SpoiltBatch, ...] = ()
+    unjudged: Unjudged | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +195,16 @@ def merge_shard(
     *,
     model: str | None = None,
     strict: bool = True,
+    judge: Judge | None = None,
 ) -> MergedShard:
     """
     Judge every row of a shard and write its result line, in the order of the shard.
 
-    A result that is ok takes precedence over one that is not, then a later round over an earlier one, then within one
-    batch the first line, with the output file before the error file. The service's lines are written unchanged; a row
-    without any gets a line with the error code ``missing``. JSON that is not a result of any row counts as foreign.
+    A result that is ok takes precedence over an answer that is invalid, and that over any other; then a later round
+    over an earlier one, then within one batch the first line, with the output file before the error file. The service's
+    lines are written unchanged, but for a field ``invalid`` with the reason at the end of an answer that the judge does
+    not accept; a row without any gets a line with the error code ``missing``. JSON that is not a result of any row
+    counts as foreign.
 
     :param shard: the request file.
     :param batches: the batches that may contain its rows, earliest round first, all of one model.
@@ -187,26 +214,34 @@ def merge_shard(
     :param strict: whether a line that cannot be read is an error. Otherwise it costs one unknown row, which is missing.
         Rows of its batch without a result are then not sent again, since the line may be the paid answer to any of
         them.
+    :param judge: what answers must satisfy; an invalid one is worth another attempt.
     :raises IncompleteResultsError: the shard is damaged; or, if ``strict``, a result line is not JSON or too long.
     """
     asked = _Asked.read(shard, with_models=model is None)
     tally = ModelTally(rows=len(asked.ids))
     index = _Index(tally, asked.ids, held=_HELD_BYTES if results is not None or errors is not None else 0)
     for batch in batches:
-        index.read(batch, strict=strict)
+        index.read(batch, strict=strict, judge=judge)
     unaccounted = index.unaccounted()
-    retry = bytearray(len(asked.ids))
-    rounds = [batch.round for batch in batches]
+    retry, fresh = bytearray(len(asked.ids)), bytearray(len(asked.ids))
+    # The answers of earlier jobs belong to no round of this one.
+    rounds = [None if batch.cached else batch.round for batch in batches]
+    unjudged: Unjudged | None = None
     for position, verdict in enumerate(index.verdicts):
         if verdict is None:
             _count_missing(unaccounted.get(position) or _NO_RESULT, 1, tally)
             worth_it = worth_retrying(Outcome.MISSING)
         else:
-            worth_it = _count_row(verdict, model or asked.models[position], rounds[verdict.batch], tally)
+            number = rounds[verdict.batch]
+            worth_it = _count_row(verdict, model or asked.models[position], number, tally)
+            fresh[position] = verdict.outcome is Outcome.OK and number is not None
+            if verdict.unjudged:
+                first = unjudged or Unjudged(verdict.custom_id, verdict.message or "", 0)
+                unjudged = replace(first, rows=first.rows + 1)
         retry[position] = worth_it and position not in unaccounted
     if results is not None or errors is not None:
         _copy(index, results, errors, unaccounted)
-    return MergedShard(tally, retry, index.spoilt())
+    return MergedShard(tally, retry, fresh, index.spoilt(), unjudged)
 
 
 def merge_batch(
@@ -276,19 +311,19 @@ class _Index:
             self._batches[-1].has_result.append(0)
         return position
 
-    def read(self, batch: BatchFiles, *, strict: bool) -> None:
+    def read(self, batch: BatchFiles, *, strict: bool, judge: Judge | None = None) -> None:
         """Read the files of the next batch."""
         read = _ReadBatch(batch, bytearray(len(self.ids)))
         self._batches.append(read)
         if batch.spoilt is not None:
             read.add_problem(batch.spoilt)
         if batch.output is not None:
-            self._read_file(batch.output, read, strict=strict)
+            self._read_file(batch.output, read, strict=strict, judge=judge)
         read.short = batch.short or (not batch.shared and sum(read.has_result) < batch.answered)
         if batch.errors is not None:
-            self._read_file(batch.errors, read, strict=strict)
+            self._read_file(batch.errors, read, strict=strict, judge=judge)
 
-    def _read_file(self, path: Path, read: _ReadBatch, *, strict: bool) -> None:
+    def _read_file(self, path: Path, read: _ReadBatch, *, strict: bool, judge: Judge | None) -> None:
         tally, verdicts, position_of, budget = self._tally, self.verdicts, self._position_of, self._budget
         ids, has_result, batch = self.ids, read.has_result, read.files
         number, file = len(self._batches) - 1, len(self.files)
@@ -297,7 +332,7 @@ class _Index:
         with path.open("rb") as stream:
             lines = read_lines(
                 LineReader(stream),
-                read_verdict,
+                read_verdict if judge is None else partial(read_verdict, judge=judge),
                 name=path.name,
                 batch_id=batch.batch_id,
                 on_unreadable=None if strict else read.add_problem,
@@ -314,7 +349,7 @@ class _Index:
                 before = verdicts[position]
                 if before is not None and before.batch == number:
                     duplicates += 1
-                    if before.outcome is Outcome.OK or verdict.outcome is not Outcome.OK:
+                    if before.rank >= verdict.rank:
                         continue
                     # It replaces a line that was already counted.
                     prompt -= before.prompt
@@ -325,7 +360,12 @@ class _Index:
                 completion += verdict.completion
                 reasoning += verdict.reasoning
                 total += verdict.total
-                if before is None or before.outcome is not Outcome.OK or verdict.outcome is Outcome.OK:
+                if before is not None and before.rank > verdict.rank:
+                    if verdict.outcome is Outcome.ERROR:
+                        # The answer is kept, but the last attempt says whether another one makes sense.
+                        before.transient &= verdict.transient
+                        before.out_of_balance |= verdict.out_of_balance
+                else:
                     # Thousands of verdicts are kept; their equal texts need no copies.
                     verdict.custom_id = ids[position]
                     verdict.batch = number
@@ -337,7 +377,7 @@ class _Index:
                         verdict.line = line
                     verdicts[position] = verdict
         self._budget = budget
-        if batch.billed:
+        if batch.billed and not batch.cached:
             tally.billed.add(Usage(prompt, completion, reasoning, total))
         if duplicates:
             tally.duplicates += duplicates
@@ -409,13 +449,13 @@ class _ReadBatch:
         return f"{self.first_problem}{more}"
 
 
-def _count_row(verdict: Verdict, model: str | None, round: int, tally: ModelTally) -> bool:
+def _count_row(verdict: Verdict, model: str | None, round: int | None, tally: ModelTally) -> bool:
     """
     Count the outcome of one row.
 
     :param verdict: the verdict on its result line.
     :param model: the requested model, if known.
-    :param round: the round of the verdict.
+    :param round: the round of the verdict; ``None`` if the answer is cached.
     :param tally: gets the figures, except ``rows`` and ``billed``.
     :return: whether the row is worth another attempt.
     """
@@ -425,7 +465,11 @@ def _count_row(verdict: Verdict, model: str | None, round: int, tally: ModelTall
         tally.mismatches += 1
     if verdict.outcome is Outcome.OK:
         tally.ok += 1
-        tally.ok_in_round[round] = tally.ok_in_round.get(round, 0) + 1
+        if round is None:
+            tally.cached += 1
+            verdict.add_usage_to(tally.saved)
+        else:
+            tally.ok_in_round[round] = tally.ok_in_round.get(round, 0) + 1
         reason = verdict.finish_reason
         if reason is not None:
             reasons = tally.finish_reasons
@@ -441,7 +485,11 @@ def _count_row(verdict: Verdict, model: str | None, round: int, tally: ModelTall
         if not verdict.metered:
             tally.without_usage += 1
         return False
-    if verdict.outcome is Outcome.EXPIRED:
+    if verdict.outcome is Outcome.INVALID:
+        tally.invalid += 1
+        tally.add_invalid_reason(verdict.message or "")
+        tally.without_usage += not verdict.metered
+    elif verdict.outcome is Outcome.EXPIRED:
         tally.expired += 1
     elif verdict.outcome is Outcome.MISSING:
         tally.missing += 1
@@ -480,6 +528,8 @@ def _copy(
                     raise IncompleteResultsError(
                         f"{index.files[verdict.file].name} was cut off while it was read"
                     )
+            if verdict is not None and verdict.outcome is Outcome.INVALID:
+                line = _marked(line, verdict.message or "")
             to_results.add(line)
             if verdict is None or verdict.outcome is not Outcome.OK:
                 to_errors.add(line)
@@ -513,6 +563,23 @@ class _LineBlock:
             self._stream.write(b"\n".join(self._lines))
         self._lines = []
         self._bytes = 0
+
+
+def unmarked(line: bytes) -> bytes:
+    """Return the line of an invalid answer as the service sent it; any other line unchanged."""
+    head, found, reason = line.rpartition(b',"invalid":')
+    if not found:
+        return line
+    try:
+        msgspec.json.decode(reason.rstrip().removesuffix(b"}"), type=str)
+    except (msgspec.DecodeError, ValueError):
+        return line
+    return head + b"}"
+
+
+def _marked(line: bytes, reason: str) -> bytes:
+    """Return the line of an answer that is invalid, with the reason; what the service sent is not touched."""
+    return b'%b,"invalid":%b}' % (line.rstrip().removesuffix(b"}"), to_json(reason))
 
 
 def _error_line(custom_id: str, code: str, message: str) -> bytes:

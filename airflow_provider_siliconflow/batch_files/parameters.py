@@ -43,6 +43,19 @@ def check_parameters(name: str, parameters: Any) -> None:
             raise InvalidInputError(f"{name}[{key!r}] cannot be written as JSON: {exc}") from exc
 
 
+def check_retry_parameters(name: str, parameters: Any) -> None:
+    """
+    Check body parameters of rows that are sent again.
+
+    :raises InvalidInputError: they are not body parameters, or name a model.
+    """
+    check_parameters(name, parameters)
+    if parameters and "model" in parameters:
+        raise InvalidInputError(
+            f"{name} must not contain 'model': the manifest counts and prices all attempts of a row under one model"
+        )
+
+
 def to_json(value: Any) -> bytes:
     """
     Return compact JSON.

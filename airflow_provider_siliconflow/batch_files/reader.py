@@ -14,6 +14,7 @@ from msgspec import UNSET
 
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError, LineProblem
 from airflow_provider_siliconflow.api.sources import ByteReader, Source
+from airflow_provider_siliconflow.batch_files.bodies import with_instruction
 from airflow_provider_siliconflow.batch_files.custom_ids import CustomIdSet
 from airflow_provider_siliconflow.batch_files.lines import LONGEST_LINE, LineReader
 from airflow_provider_siliconflow.batch_files.parameters import check_parameters, to_json
@@ -166,6 +167,7 @@ def read_rows(
     *,
     defaults: Mapping[str, Any] | None = None,
     defaults_name: str = "defaults",
+    instruction: str | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Iterator[RequestRow]:
     """
@@ -180,10 +182,11 @@ def read_rows(
     :param problems: gets the problems; raises an error once there are enough.
     :param defaults: body parameters for rows that lack them.
     :param defaults_name: the argument with these parameters, for messages.
+    :param instruction: text for the model that is added to the messages of every row.
     :param max_bytes: bytes of the longest line, including the newline.
     :raises InvalidInputError: ``requests`` or ``defaults`` as a whole has the wrong type.
     """
-    complete = _Completer(defaults, defaults_name)
+    complete = _Completer(defaults, defaults_name, instruction)
     if isinstance(requests, str | bytes | bytearray | Mapping):
         raise InvalidInputError(
             f"requests must be a file or a sequence of rows, not one {type(requests).__name__}: "
@@ -215,7 +218,7 @@ def _request_rows(
     lines: Iterable[bytes | LineProblem | None], complete: _Completer, problems: Problems, max_bytes: int
 ) -> Iterator[RequestRow]:
     decode = decode_row
-    as_it_is = not complete.adds_defaults
+    as_it_is = not complete.changes_all
     blank: list[int] = []
     for number, given in enumerate(lines, 1):
         if not isinstance(given, bytes):
@@ -271,12 +274,13 @@ def _request_rows(
 class _Completer:
     """Turns a row into a request line: keeps a complete line, and completes any other."""
 
-    def __init__(self, defaults: Mapping[str, Any] | None, name: str) -> None:
+    def __init__(self, defaults: Mapping[str, Any] | None, name: str, instruction: str | None = None) -> None:
         check_parameters(name, defaults)
         self._defaults = {key: msgspec.Raw(to_json(value)) for key, value in (defaults or {}).items()}
         self._default_model = (defaults or {}).get("model")
-        #: Whether a full line may still lack parameters.
-        self.adds_defaults = bool(defaults)
+        self._instruction = instruction
+        #: Whether a full line may still lack something.
+        self.changes_all = bool(defaults or instruction)
 
     def __call__(self, number: int, line: bytes) -> RequestRow | None:
         """Return the row, or ``None`` if it cannot be a request (or one of ``REFUSED``)."""
@@ -293,12 +297,15 @@ class _Completer:
             return None
         tokens = estimate_tokens(line, text_bytes(messages))
         custom_id = row.custom_id
-        if custom_id is UNSET or body is UNSET or row.method is UNSET or row.url is UNSET or self._defaults:
+        is_short = body is UNSET or row.method is UNSET or row.url is UNSET
+        if custom_id is UNSET or is_short or self.changes_all:
             if custom_id is UNSET:
                 custom_id = f"row-{number:07d}"
             line, defaulted = self._rebuild(line, custom_id)
             if "model" in defaulted:
                 model = self._default_model
+            if self._instruction is not None:
+                tokens = estimate_tokens(line, text_bytes(messages) + len(self._instruction.encode()))
         return RequestRow(line, custom_id, model or None, tokens)
 
     def _rebuild(self, line: bytes, custom_id: str) -> tuple[bytes, set[str]]:
@@ -314,7 +321,9 @@ class _Completer:
         else:
             body = decode_fields(raw_body)
         lacking = {key: value for key, value in self._defaults.items() if key not in body}
-        if raw_body is None or lacking:
+        if self._instruction is not None:
+            body["messages"] = with_instruction(body["messages"], self._instruction)
+        if raw_body is None or lacking or self._instruction is not None:
             raw_body = msgspec.Raw(msgspec.json.encode({**body, **lacking}))
         return msgspec.json.encode({**head, "body": raw_body, **fields}), set(lacking)
 

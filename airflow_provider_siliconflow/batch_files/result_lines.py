@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -10,6 +11,7 @@ from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError
 from airflow_provider_siliconflow.api.models import BatchResult
 from airflow_provider_siliconflow.api.sources import Source
 from airflow_provider_siliconflow.batch_files.lines import ChunkReader, LineReader
+from airflow_provider_siliconflow.batch_files.output_types import AnswerType, UnacceptableAnswerError
 from airflow_provider_siliconflow.batch_files.verdicts import UnreadableLineError, read_result
 
 log = logging.getLogger(__name__)
@@ -91,14 +93,24 @@ def _unreadable(problem: str, batch_id: str | None) -> IncompleteResultsError:
     return IncompleteResultsError(f"{problem}: {cause}.", batch_id=batch_id)
 
 
-def read_results(source: Source) -> Iterator[BatchResult]:
+def read_results(source: Source, answers: AnswerType | None = None) -> Iterator[BatchResult]:
     """
     Read a result file (``results.jsonl``, ``errors.jsonl`` or one of the service's own) row by row.
 
+    :param answers: the type as which the answers of rows that are ok are read, see :attr:`BatchResult.parsed`.
     :raises IncompleteResultsError: a line is not JSON.
     """
     with source.open("rb") as stream:
-        yield from _results(LineReader(stream), str(getattr(source, "name", source)), None, None)
+        results = _results(LineReader(stream), str(getattr(source, "name", source)), None, None)
+        yield from results if answers is None else (_parsed(result, answers) for result in results)
+
+
+def _parsed(result: BatchResult, answers: AnswerType) -> BatchResult:
+    if not result.ok:
+        return result
+    with contextlib.suppress(UnacceptableAnswerError):
+        result = result.with_parsed(answers.read(result.text or ""))
+    return result
 
 
 def results_in(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
@@ -157,6 +157,7 @@ def split_requests(
     max_bytes: int = MAX_BYTES,
     defaults: Mapping[str, Any] | None = None,
     defaults_name: str = "defaults",
+    instruction: str | None = None,
 ) -> Split:
     """
     Turn rows into request lines and write them as shards, in one pass and in bounded memory.
@@ -170,6 +171,7 @@ def split_requests(
     :param max_bytes: most bytes of a shard.
     :param defaults: body parameters for rows that lack them.
     :param defaults_name: the argument with these parameters, for messages.
+    :param instruction: text for the model that is added to the messages of every row.
     :raises InvalidRequestFileError: rows are invalid, or share a ``custom_id``.
     :raises InvalidInputError: there are no rows, or an argument is wrong.
     """
@@ -182,7 +184,12 @@ def split_requests(
         lines: list[bytes] = []
         size = 0
         for row in read_rows(
-            requests, problems, defaults=defaults, defaults_name=defaults_name, max_bytes=max_bytes
+            requests,
+            problems,
+            defaults=defaults,
+            defaults_name=defaults_name,
+            instruction=instruction,
+            max_bytes=max_bytes,
         ):
             lines.append(row.line)
             size += len(row.line)
@@ -256,6 +263,7 @@ def select_rows(
     *,
     max_rows: int = MAX_ROWS,
     max_bytes: int = MAX_BYTES,
+    transform: Callable[[bytes], bytes] | None = None,
 ) -> tuple[Shard, ...]:
     """
     Write new shards of selected rows, with their lines byte for byte.
@@ -264,6 +272,7 @@ def select_rows(
     :param chosen: for each shard, a ``bytearray`` with a byte per row that is not 0 if the row is selected, or the set
         of selected positions.
     :param work_dir: folder for the new shards; created if necessary.
+    :param transform: changes each line; it is called with the selected lines in their order.
     :return: the new shards; the ``sources`` of each are the shards that its rows come from.
     """
     with ShardWriter(work_dir, max_rows=max_rows, max_bytes=max_bytes) as writer:
@@ -278,7 +287,7 @@ def select_rows(
             with open_own(shard) as stream:
                 for position, line in enumerate(LineReader(stream)):
                     if line is not None and position in positions:
-                        writer.add(line, source=index)
+                        writer.add(line if transform is None else transform(line), source=index)
     return writer.shards
 
 

@@ -12,13 +12,14 @@ import json
 import re
 from functools import lru_cache
 from sys import intern
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Protocol, TypeVar
 
 import msgspec
 import pydantic
 
 from airflow_provider_siliconflow.api.bounds import MAX_COUNT, MAX_STATUS
-from airflow_provider_siliconflow.api.models import BatchResult, Outcome, has_content, judge
+from airflow_provider_siliconflow.api.models import BatchResult, Outcome, has_content
+from airflow_provider_siliconflow.api.models import judge as outcome_of
 from airflow_provider_siliconflow.api.redaction import READ_CHARACTERS, brief, valid_text
 from airflow_provider_siliconflow.batch_files.tally import MESSAGE_CHARACTERS, Usage
 
@@ -73,7 +74,7 @@ def worth_retrying(
     :param status: ``response.status_code``.
     """
     if outcome is not Outcome.ERROR:
-        return outcome is not Outcome.OK
+        return outcome in (Outcome.EXPIRED, Outcome.MISSING)
     if is_balance_error(code=code, message=message, status=status):
         return False
     if status is not None and not 200 <= status < 300:
@@ -137,6 +138,7 @@ class _Answered(msgspec.Struct, Generic[Choices], gc=False):
     custom_id: str
     response: _Response[Choices]
     error: None = None
+    invalid: None = None
 
 
 class _Failed(msgspec.Struct, gc=False):
@@ -164,6 +166,26 @@ _LONGEST_NUMBER = 4000
 _ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})?')
 
 
+class UnjudgedError(Exception):
+    """It cannot be said whether an answer is accepted, since the author's code failed; the text says how."""
+
+
+class Judge(Protocol):
+    """Says whether a job accepts an answer."""
+
+    def __call__(self, line: bytes, text: str | None, finish_reason: str | None) -> str | None:
+        """
+        Judge the answer of a row.
+
+        :param line: its result line.
+        :param text: its text; ``None`` if it has none.
+        :param finish_reason: why it ended.
+        :returns: ``None`` if it is accepted, otherwise the reason why not.
+        :raises UnjudgedError: it cannot be said.
+        """
+        ...
+
+
 class UnreadableLineError(ValueError):
     """A line of a result file cannot be read, so its row is unknown; the text says what is wrong."""
 
@@ -178,6 +200,7 @@ class Verdict(msgspec.Struct, gc=False):
     :param message: the service's message about a row that is not ok, shortened and without secrets.
     :param transient: whether a row that is not ok is worth another attempt.
     :param out_of_balance: whether the row failed because the account cannot pay.
+    :param unjudged: whether the answer is only invalid because it could not be judged.
     """
 
     custom_id: str
@@ -194,11 +217,21 @@ class Verdict(msgspec.Struct, gc=False):
     message: str | None = None
     transient: bool = False
     out_of_balance: bool = False
+    unjudged: bool = False
     line: bytes | None = None
     file: int = 0
     offset: int = 0
     length: int = 0
     batch: int = 0
+
+    @property
+    def rank(self) -> int:
+        """Which of several results of a row is kept: the highest. An answer that is paid for is never given up."""
+        if self.outcome is Outcome.OK:
+            return 3
+        if self.outcome is Outcome.INVALID:
+            return 2 if self.unjudged else 1
+        return 0
 
     def add_usage_to(self, usage: Usage) -> None:
         """Add the line's tokens to ``usage``."""
@@ -208,24 +241,27 @@ class Verdict(msgspec.Struct, gc=False):
         usage.total += self.total
 
 
-def read_verdict(line: bytes) -> Verdict | None:
+def read_verdict(line: bytes, judge: Judge | None = None) -> Verdict | None:
     """
     Judge a line; ``None`` if it is not a result line.
 
+    :param judge: what answers must satisfy; without it, every answer is ok.
     :raises UnreadableLineError: it is not JSON, or nested too deeply.
     """
     try:
         answered = _decode_answered(line) if len(line) <= _LARGE_LINE else _decode_large(line)
         # Only a short text can be blank.
         content = answered.response.body.choices[0].message.content
-        empty = len(content) < 64 and _is_blank(msgspec.json.decode(content))
+        is_short = len(content) < 64
+        text = msgspec.json.decode(content) if is_short or judge is not None else None
+        empty = is_short and _is_blank(text)
     except (*_REFUSED, IndexError):
-        return _read_failure(line) or _read_unusual(line)
+        return _read_failure(line) or _read_unusual(line, judge)
     response = answered.response
     body = response.body
-    outcome = judge(error_code=None, has_error=False, status_code=response.status_code, has_answer=True)
+    outcome = outcome_of(error_code=None, has_error=False, status_code=response.status_code, has_answer=True)
     if outcome is not Outcome.OK:
-        return _read_unusual(line)
+        return _read_unusual(line, judge)
     choice = body.choices[0]
     reason, model = choice.finish_reason, body.model
     metered, prompt, completion, reasoning, total = False, 0, 0, 0, 0
@@ -239,7 +275,7 @@ def read_verdict(line: bytes) -> Verdict | None:
         if details is not None:
             reasoning = details.reasoning_tokens or 0
     # Positional arguments are faster, and this runs for every row.
-    return Verdict(
+    verdict = Verdict(
         answered.custom_id,
         outcome,
         reason and intern(reason),
@@ -251,6 +287,23 @@ def read_verdict(line: bytes) -> Verdict | None:
         reasoning,
         total,
     )
+    if judge is not None:
+        _apply(judge, verdict, line, text)
+    return verdict
+
+
+def _apply(judge: Judge, verdict: Verdict, line: bytes, text: Any) -> None:
+    """Judge an answer that is ok so far."""
+    try:
+        problem = judge(line, text if isinstance(text, str) else None, verdict.finish_reason)
+        verdict.transient = problem is not None
+    except UnjudgedError as exc:
+        # It is not sent again: it may be what was asked for, and it is paid for.
+        problem = str(exc)
+        verdict.unjudged = True
+    if problem is not None:
+        verdict.outcome = Outcome.INVALID
+        verdict.message = intern(brief(problem, MESSAGE_CHARACTERS))
 
 
 def read_result(line: bytes) -> BatchResult | None:
@@ -371,9 +424,14 @@ def _judge_error(error: bytes) -> Verdict:
     return _verdict_of(BatchResult.model_construct(custom_id="", error=msgspec.json.decode(error)))
 
 
-def _read_unusual(line: bytes) -> Verdict | None:
+def _read_unusual(line: bytes, judge: Judge | None) -> Verdict | None:
     result = read_result(line)
-    return None if result is None else _verdict_of(result)
+    if result is None:
+        return None
+    verdict = _verdict_of(result)
+    if judge is not None and verdict.outcome is Outcome.OK:
+        _apply(judge, verdict, line, result.text)
+    return verdict
 
 
 def _verdict_of(result: BatchResult) -> Verdict:
@@ -411,7 +469,7 @@ def _verdict_of(result: BatchResult) -> Verdict:
 
 def _reason(result: BatchResult) -> tuple[str | None, str]:
     """Code and message of a row that failed, from ``error`` or else from the answer's body."""
-    if has_content(result.error):
+    if has_content(result.error) or result.outcome is Outcome.INVALID:
         return result.error_code, result.error_message or ""
     said = (result.response or {}).get("body")
     if isinstance(said, dict) and said and not said.get("choices"):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,24 @@ from airflow_provider_siliconflow.api.exceptions import (
 )
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus, Outcome
 from airflow_provider_siliconflow.api.protocol import is_transient
-from airflow_provider_siliconflow.batch_files.atomic_files import temporary_folder, write_whole
+from airflow_provider_siliconflow.batch_files.atomic_files import OwnFile, temporary_folder, write_whole
 from airflow_provider_siliconflow.batch_files.manifest import (
     BatchSummary,
     ModelRun,
     build_manifest,
     results_folder,
 )
-from airflow_provider_siliconflow.batch_files.merge import BatchFiles, MergedShard, merge_shard, refused_lines
+from airflow_provider_siliconflow.batch_files.merge import (
+    BatchFiles,
+    MergedShard,
+    Unjudged,
+    merge_shard,
+    refused_lines,
+)
 from airflow_provider_siliconflow.batch_files.result_lines import OnUnreadable
 from airflow_provider_siliconflow.batch_files.shards import Shard, iter_custom_ids, select_rows
 from airflow_provider_siliconflow.batch_files.tally import ModelTally
+from airflow_provider_siliconflow.jobs.cache import cached_files, keep_answers
 from airflow_provider_siliconflow.jobs.clock import Clock
 from airflow_provider_siliconflow.jobs.downloads import (
     LATE_FILE_PATIENCE,
@@ -44,7 +51,7 @@ from airflow_provider_siliconflow.jobs.downloads import (
 from airflow_provider_siliconflow.jobs.finished import KeptAnswers
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY
 from airflow_provider_siliconflow.jobs.job import OpenJob
-from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, Piece
+from airflow_provider_siliconflow.jobs.plan import Piece
 from airflow_provider_siliconflow.jobs.settled import SETTLE_LIMIT, SETTLE_PATIENCE
 from airflow_provider_siliconflow.jobs.states import Ended, Sent
 from airflow_provider_siliconflow.jobs.storable import storable, storable_text
@@ -62,14 +69,18 @@ class Collected:
 
     :param tallies: the figures, by model.
     :param retries: by model, for each shard of the first round a byte per row: 1 if the row is worth another attempt.
+    :param fresh: likewise, 1 if the row is ok by an answer of this job's own.
     :param spoilt: batches that could not be read, and why.
     :param unanswered: dead batches of this try, and how many of their rows they did not answer.
+    :param unjudged: rows whose answers could not be judged; ``None`` if there are none.
     """
 
     tallies: dict[int, ModelTally] = field(default_factory=dict)
     retries: dict[int, list[bytearray]] = field(default_factory=dict)
+    fresh: dict[int, list[bytearray]] = field(default_factory=dict)
     spoilt: dict[str, str] = field(default_factory=dict)
     unanswered: dict[str, int] = field(default_factory=dict)
+    unjudged: Unjudged | None = None
 
     @property
     def worth_another_attempt(self) -> int:
@@ -164,7 +175,7 @@ class Collector:
         self, piece: Piece, ended: Ended, files: BatchFiles, on_unreadable: OnUnreadable
     ) -> bytearray:
         outcomes = outcomes_in(files, on_unreadable)
-        answered = {Outcome.OK, Outcome.ERROR}
+        answered = {Outcome.OK, Outcome.INVALID, Outcome.ERROR}
         if ended.status == BatchStatus.FAILED and Outcome.OK not in outcomes.values():
             # Rejected as a whole: what it reports about single rows does not answer them.
             answered = set()
@@ -207,6 +218,9 @@ class Collector:
         if collected.out_of_balance:
             log.error("Rows failed because the account has no balance: no row is sent again")
             return None
+        if collected.unjudged:
+            log.error("No row is sent again in this try, since answers cannot be judged")
+            return None
         cancelled = [
             ended.batch_id
             for piece in job.current
@@ -223,15 +237,17 @@ class Collector:
         refused = {piece.model for piece in job.current if piece.round and job.refused(piece)}
         if not any(any(chosen) for model, chosen in collected.retries.items() if model not in refused):
             return None
-        folder = job.plans.path
-        sources = [folder / FIRST_ROUND / shard.name for shard in job.plan.split.shards]
+        sources = [job.planned(shard) for shard in job.plan.split.shards]
         return {
             model: select_rows(
                 sources,
                 chosen,
-                folder / f"round-{number}" / str(model),
+                job.plans.path / f"round-{number}" / str(model),
                 max_rows=job.options.max_rows,
                 max_bytes=job.options.max_bytes,
+                transform=job.options.acceptance.next_attempt(
+                    OwnFile(self._model_folder(model) / "errors.jsonl"), job.options.max_bytes
+                ),
             )
             for model, chosen in collected.retries.items()
             if model not in refused
@@ -247,59 +263,107 @@ class Collector:
         name = job.options.replacements[model]
         tally = collected.tallies[model] = ModelTally()
         retries: list[bytearray] = collected.retries.setdefault(model, [])
+        fresh: list[bytearray] = collected.fresh.setdefault(model, [])
         pieces = [piece for piece in job.pieces if piece.model == model]
-        first = job.first_round(model)
-        kept = self._kept
+        # The other batches hold rows of several shards of the plan, or some rows of one.
+        whole = {piece.shard.index: piece for piece in pieces if self._is_whole(piece)}
+        others = [piece for piece in pieces if not self._is_whole(piece)]
         with contextlib.ExitStack() as stack:
-            later = [
-                (piece, files)
-                for piece in pieces
-                if first.get(piece.shard.index) is not piece
-                for files in stack.enter_context(self._files(piece, collected, shared=True))
-            ]
+            shared = stack.enter_context(self._shared_files(others, collected))
             results = stack.enter_context(write_whole(folder / "results.jsonl"))
             errors = stack.enter_context(write_whole(folder / "errors.jsonl"))
             for shard in job.plan.split.shards:
-                piece = first[shard.index]
-                with self._first_files(piece, collected) as files:
-                    shared = [each for other, each in later if shard.index in other.shard.sources]
-                    merged = self._merge_shard(piece, [*files, *shared], results, errors, collected)
+                with contextlib.ExitStack() as of_shard:
+                    cached = cached_files(job.plan.reuse, job.plans.path, model, shard)
+                    files = list(of_shard.enter_context(cached))
+                    if self._kept is not None:
+                        files.append(of_shard.enter_context(self._kept.files(model, shard)))
+                    if (piece := whole.get(shard.index)) is not None:
+                        files += of_shard.enter_context(self._files(piece, collected))
+                    files += shared(shard)
+                    merged = self._merge_shard(model, shard, files, results, errors, collected)
                 if merged.tally.rows != shard.rows:
                     raise IncompleteResultsError(
-                        f"{job.source(piece)} has {merged.tally.rows} rows, but {shard.rows} were planned: the file is "
-                        "damaged. The batches and their results at the service are untouched.",
-                        batch_id=job.batch_id(piece),
+                        f"{job.planned(shard)} has {merged.tally.rows} rows, but {shard.rows} were planned: the file "
+                        "is damaged. The batches and their results at the service are untouched.",
+                        batch_id=None if piece is None else job.batch_id(piece),
                     )
                 tally.add(merged.tally)
                 retries.append(merged.retry)
-            if kept is not None:
-                kept.add_figures(model, tally)
+                fresh.append(merged.fresh)
+            if self._kept is not None:
+                self._kept.add_figures(model, tally)
             # The files get their names at the end of this block.
             job.ledger.check_owner()
         log.info("%s: %d of %d rows are ok", name or "Results", tally.ok, tally.rows)
 
+    @staticmethod
+    def _is_whole(piece: Piece) -> bool:
+        """Whether a batch holds a shard of the plan."""
+        return piece.round == 0 and piece.rest_of is None and not piece.shard.sources
+
+    @contextlib.contextmanager
+    def _shared_files(
+        self, pieces: Sequence[Piece], collected: Collected
+    ) -> Iterator[Callable[[Shard], list[BatchFiles]]]:
+        """
+        Download the batches of selected rows when the first shard of the plan that they have rows of is merged.
+
+        They are removed after the last one, since together they may be as large as all results.
+
+        :returns: a function that returns the files for a shard; to be called for each, in their order.
+        """
+        sources = [frozenset(piece.shard.sources) for piece in pieces]
+        firsts = [min(each, default=-1) for each in sources]
+        with contextlib.ExitStack() as stack:
+            opened: dict[int, tuple[contextlib.ExitStack, list[BatchFiles]]] = {}
+
+            def files_for(shard: Shard) -> list[BatchFiles]:
+                for number in [number for number in opened if max(sources[number]) < shard.index]:
+                    opened.pop(number)[0].close()
+                for number in (number for number, first in enumerate(firsts) if first == shard.index):
+                    own = stack.enter_context(contextlib.ExitStack())
+                    files = own.enter_context(self._files(pieces[number], collected, shared=True))
+                    opened[number] = own, files
+                # In the order of their rounds, as the merge needs them.
+                needed = (number for number in sorted(opened) if shard.index in sources[number])
+                return [each for number in needed for each in opened[number][1]]
+
+            yield files_for
+
     def _merge_shard(
-        self, piece: Piece, files: Sequence[BatchFiles], results: Any, errors: Any, collected: Collected
+        self,
+        model: int,
+        shard: Shard,
+        files: Sequence[BatchFiles],
+        results: Any,
+        errors: Any,
+        collected: Collected,
     ) -> MergedShard:
         """Merge a shard. A line that cannot be read costs its own row, and its batch counts as spoilt."""
-        name = self._job.options.replacements[piece.model]
-        merged = merge_shard(self._job.source(piece), files, results, errors, model=name, strict=False)
+        name = self._job.options.replacements[model]
+        merged = merge_shard(
+            self._job.planned(shard),
+            files,
+            results,
+            errors,
+            model=name,
+            strict=False,
+            judge=self._job.options.acceptance.judge,
+        )
+        if merged.unjudged is not None:
+            before = collected.unjudged
+            if before is None:
+                log.error("Row %s cannot be judged: %s", merged.unjudged.custom_id, merged.unjudged.reason)
+            collected.unjudged = replace(
+                before or merged.unjudged, rows=merged.unjudged.rows + (before.rows if before else 0)
+            )
         for spoilt in merged.spoilt:
             # An unreadable line loses nothing if every row has a result from elsewhere.
             if spoilt.rows and spoilt.batch_id is not None and spoilt.batch_id not in collected.spoilt:
                 log.error("Batch %s cannot be read completely: %s", spoilt.batch_id, spoilt.reason)
                 collected.spoilt[spoilt.batch_id] = spoilt.reason
         return merged
-
-    @contextlib.contextmanager
-    def _first_files(self, piece: Piece, collected: Collected) -> Iterator[list[BatchFiles]]:
-        """Return the results of the first attempt of rows: those of their batch, or what is kept of a finished job."""
-        if self._kept is None:
-            with self._files(piece, collected) as files:
-                yield files
-        else:
-            with self._kept.files(piece.model, piece.shard) as lines:
-                yield [lines]
 
     @contextlib.contextmanager
     def _files(
@@ -425,6 +489,41 @@ class Collector:
             if found[1].short:
                 self._short.add(batch_id)
             yield found
+
+    # Cache ------------------------------------------------------------------------------------------------
+
+    def keep_answers(self, cache_dir: Any, key: str, collected: Collected) -> None:
+        """
+        Add the job's own answers to a cache.
+
+        The job's results are written by now, so whatever goes wrong here does not fail it.
+
+        :param cache_dir: the cache.
+        :param key: identity of the job.
+        :param collected: the results, as they were written.
+        """
+        job = self._job
+        for model in job.models:
+            try:
+                kept = keep_answers(
+                    cache_dir,
+                    key,
+                    model,
+                    [job.planned(shard) for shard in job.plan.split.shards],
+                    self._model_folder(model) / "results.jsonl",
+                    collected.fresh[model],
+                    model=job.options.replacements[model],
+                    label=job.submitter.label,
+                    now=self._clock.time(),
+                )
+            # Stores raise errors of their own.
+            except Exception as exc:  # noqa: BLE001
+                log.error(
+                    "Answers are not added to the cache in %s, and are paid for again: %s", cache_dir, exc
+                )
+                return
+            if kept:
+                log.info("%d answers are added to the cache in %s", kept, cache_dir)
 
     # Manifest ---------------------------------------------------------------------------------------------
 

@@ -30,11 +30,11 @@ from airflow_provider_siliconflow.batch_files.atomic_files import (
 )
 from airflow_provider_siliconflow.batch_files.lines import LineReader
 from airflow_provider_siliconflow.batch_files.manifest import BatchSummary, results_folder
-from airflow_provider_siliconflow.batch_files.merge import BatchFiles
+from airflow_provider_siliconflow.batch_files.merge import BatchFiles, unmarked
 from airflow_provider_siliconflow.batch_files.result_lines import read_lines
 from airflow_provider_siliconflow.batch_files.shards import Shard, iter_custom_ids, select_rows
 from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
-from airflow_provider_siliconflow.batch_files.verdicts import read_verdict
+from airflow_provider_siliconflow.batch_files.verdicts import Judge, Verdict, read_verdict
 from airflow_provider_siliconflow.jobs.folder import read_json
 from airflow_provider_siliconflow.jobs.options import RunOptions
 from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, InputMark, Plan, PlanFolder
@@ -112,7 +112,7 @@ def input_entry(plan: Plan, *, try_number: int) -> dict[str, Any]:
     return {**plan.input.to_dict(), "try_number": try_number}
 
 
-def keep_answers(
+def take_over(
     finished: Finished, plans: PlanFolder, plan: Plan, output_dir: Any, options: RunOptions
 ) -> bool:
     """
@@ -127,10 +127,18 @@ def keep_answers(
     try:
         for model, path in enumerate(_result_paths(output_dir, options)):
             chosen = [bytearray(shard.rows) for shard in plan.split.shards]
-            _copy_lines(path, plan, plans.path / _LINES / str(model), sources, chosen)
-            folder = plans.path / f"round-{plan.kept_rounds}" / str(model)
+            _copy_lines(
+                path, plan, plans.path / _LINES / str(model), sources, chosen, options.acceptance.judge
+            )
             selected = select_rows(
-                sources, chosen, folder, max_rows=options.max_rows, max_bytes=options.max_bytes
+                sources,
+                chosen,
+                plans.path / f"round-{plan.kept_rounds}" / str(model),
+                max_rows=options.max_rows,
+                max_bytes=options.max_bytes,
+                transform=options.acceptance.next_attempt(
+                    OwnFile(path.parent / "errors.jsonl"), options.max_bytes
+                ),
             )
             if selected:
                 rounds[model] = selected
@@ -158,23 +166,31 @@ def _result_paths(output_dir: Any, options: RunOptions) -> Iterator[Any]:
         yield results_folder(output_dir, name, several=len(names) > 1) / "results.jsonl"
 
 
-def _copy_lines(path: Any, plan: Plan, folder: Any, sources: list[OwnFile], chosen: list[bytearray]) -> None:
+def _copy_lines(
+    path: Any, plan: Plan, folder: Any, sources: list[OwnFile], chosen: list[bytearray], judge: Judge | None
+) -> None:
     """
-    Copy the lines of a result file, one file for each shard.
+    Copy the lines of a result file, one file for each shard, as the service sent them.
 
     :param chosen: for each shard, gets 1 for each row that is not ok.
+    :param judge: what answers must satisfy now.
     """
+
+    def read(line: bytes) -> Verdict | None:
+        return read_verdict(unmarked(line), judge)
+
     make_folder(folder)
     with open_own(path) as stream:
-        lines = read_lines(LineReader(stream), read_verdict, name=str(path))
+        lines = read_lines(LineReader(stream), read, name=str(path))
         for shard, source, wanted in zip(plan.split.shards, sources, chosen, strict=True):
             with create_file(folder / shard.name) as target:
                 for position, custom_id in enumerate(iter_custom_ids(source)):
                     number, _, line, verdict = next(lines, (0, 0, b"", None))
                     if verdict is None or verdict.custom_id != custom_id:
                         raise _UnusableResultsError(f"{path} has no result of {custom_id!r} at line {number}")
-                    wanted[position] = verdict.outcome is not Outcome.OK
-                    target.write(line + b"\n")
+                    # An answer that cannot be judged may be what was asked for, and it is paid for.
+                    wanted[position] = verdict.outcome is not Outcome.OK and not verdict.unjudged
+                    target.write(unmarked(line) + b"\n")
         if next(lines, None) is not None:
             raise _UnusableResultsError(f"{path} has more lines than rows were sent")
 
@@ -207,9 +223,9 @@ class KeptAnswers:
         """Add what the manifest of the finished job says about a model: its bill and its rounds."""
         tally.ok_in_round.pop(_KEPT_ROUND, None)
         figures = self._figures(model)
-        billed = _mapping(figures.get("billed_usage"))
-        names = ("prompt_tokens", "completion_tokens", "reasoning_tokens", "total_tokens")
-        tally.billed.add(Usage(*(_count(billed.get(name)) for name in names)))
+        tally.billed.add(_usage(figures.get("billed_usage")))
+        tally.cached += _count(_mapping(figures.get("cached")).get("rows"))
+        tally.saved.add(_usage(figures.get("cached")))
         for each in _mappings(figures.get("rounds")):
             number = _count(each.get("round"))
             tally.ok_in_round[number] = tally.ok_in_round.get(number, 0) + _count(each.get("ok"))
@@ -231,6 +247,11 @@ class KeptAnswers:
 
     def _figures(self, model: int) -> Mapping[str, Any]:
         return self._models[model] if model < len(self._models) else {}
+
+
+def _usage(value: Any) -> Usage:
+    names = ("prompt_tokens", "completion_tokens", "reasoning_tokens", "total_tokens")
+    return Usage(*(_count(_mapping(value).get(name)) for name in names))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -54,9 +54,8 @@ class OpenJob:
         self.submitter: Submitter = plan.submitter
         # Without the host: the same service under another name is the same work, and must not be paid for again.
         self._where = {"conn_id": plan.conn_id}
-        self.rounds: list[list[Piece]] = [[] for _ in range(plan.kept_rounds)] or [
-            self._pieces(0, dict.fromkeys(self.models, plan.split.shards))
-        ]
+        first = plan.reuse.to_send if plan.reuse else dict.fromkeys(self.models, plan.split.shards)
+        self.rounds: list[list[Piece]] = [[] for _ in range(plan.kept_rounds)] or [self._pieces(0, first)]
         while (shards := plans.read_round(len(self.rounds), self.models)) is not None:
             self.rounds.append(self._pieces(len(self.rounds), shards))
         self._rests: list[Rest] = []
@@ -102,20 +101,27 @@ class OpenJob:
     def _pieces(self, number: int, shards: Mapping[int, Sequence[Shard]]) -> list[Piece]:
         """Return the batches of a round shard by shard, so that the models of an upload follow each other."""
         pieces = [
-            self._piece(number, model, shard)
+            self._piece(number, model, shard, folder=folder)
             for model, model_shards in shards.items()
+            for folder in [self._folder(number, model)]
             for shard in model_shards
         ]
         return sorted(pieces, key=lambda piece: (piece.shard.index, piece.model))
 
+    def _folder(self, number: int, model: int) -> str:
+        if number:
+            return f"round-{number}/{model}"
+        unanswered = self.plan.reuse.folder(model) if self.plan.reuse else None
+        return FIRST_ROUND if unanswered is None else f"{FIRST_ROUND}/{unanswered}"
+
     def _piece(
-        self, number: int, model: int, shard: Shard, *, folder: str | None = None, rest_of: str | None = None
+        self, number: int, model: int, shard: Shard, *, folder: str, rest_of: str | None = None
     ) -> Piece:
         return Piece(
             round=number,
             model=model,
             shard=shard,
-            folder=folder or (FIRST_ROUND if number == 0 else f"round-{number}/{model}"),
+            folder=folder,
             rest_of=rest_of,
             upload_key=self.submitter.key(upload=shard.sha256, **self._where),
             work_key=self.submitter.key(
@@ -126,14 +132,6 @@ class OpenJob:
                 **self._where,
             ),
         )
-
-    def first_round(self, model: int) -> dict[int, Piece]:
-        """Return the pieces of all rows of a model, by shard; nothing was sent of them if answers are kept."""
-        if self.plan.kept_rounds:
-            pieces = self._pieces(0, {model: self.plan.split.shards})
-        else:
-            pieces = [piece for piece in self.rounds[0] if piece.model == model and piece.rest_of is None]
-        return {piece.shard.index: piece for piece in pieces}
 
     @property
     def attempts(self) -> int:
@@ -150,7 +148,7 @@ class OpenJob:
         """Plan a batch of the rows that a dead batch did not answer; ``None`` if it answered all."""
         if shard is not None:
             # Keep from which shards of the first round they come: the merge then reads only the batches it needs.
-            shard = replace(shard, sources=piece.shard.sources if piece.round else (piece.shard.index,))
+            shard = replace(shard, sources=piece.shard.sources or (piece.shard.index,))
         rest = Rest(piece.work_key, shard)
         self.plans.write_rests([*self._rests, rest])
         self._take_rest(rest)
@@ -174,6 +172,10 @@ class OpenJob:
     def source(self, piece: Piece) -> OwnFile:
         """Return the request file of a batch."""
         return OwnFile(self.plans.path / piece.path)
+
+    def planned(self, shard: Shard) -> OwnFile:
+        """Return a shard of the plan: rows in their order, whether or not they are sent."""
+        return OwnFile(self.plans.path / FIRST_ROUND / shard.name)
 
     def work(self, piece: Piece, send: Callable[[str], UploadedFile]) -> BatchWork:
         """

@@ -22,9 +22,11 @@ from airflow_provider_siliconflow.api.exceptions import (
     SiliconFlowError,
 )
 from airflow_provider_siliconflow.batch_files.atomic_files import make_private_folder, temporary_folder
+from airflow_provider_siliconflow.batch_files.shards import Split
+from airflow_provider_siliconflow.jobs.cache import Reuse, find_answers
 from airflow_provider_siliconflow.jobs.cancelling import cancel
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
-from airflow_provider_siliconflow.jobs.finished import Finished, keep_answers
+from airflow_provider_siliconflow.jobs.finished import Finished, take_over
 from airflow_provider_siliconflow.jobs.folder import names_in, read_json, remove_tree
 from airflow_provider_siliconflow.jobs.identity import Submitter
 from airflow_provider_siliconflow.jobs.job import OpenJob
@@ -70,6 +72,7 @@ class JobTry:
     :param owner: this try, with a fresh token; ``try_id`` and ``try_number`` identify a resumption.
     :param cancel_on_kill: whether to cancel what an earlier generation of this task left open in ``output_dir``.
     :param clock: time.
+    :param cache_dir: ``pathlib.Path`` or ``ObjectStoragePath`` of answers that jobs share; ``None`` for no cache.
     """
 
     options: RunOptions
@@ -82,6 +85,7 @@ class JobTry:
     owner: Owner
     cancel_on_kill: bool
     clock: Clock = field(default_factory=SystemClock)
+    cache_dir: Any = None
 
 
 class Opening:
@@ -353,9 +357,9 @@ class Opening:
         )
         raise InvalidInputError(
             f"{name} was changed since an earlier try submitted its rows: {what} ({ids}"
-            f"{', ...' if len(job.batch_ids) > 5 else ''}). Nothing was sent. Restore the rows, their order and "
-            "request_params and let the task retry, which continues with these batches; or submit the new rows by a "
-            "manual clear, which pays for what was changed; or give the new rows another output_dir.",
+            f"{', ...' if len(job.batch_ids) > 5 else ''}). Nothing was sent. Restore the rows, their order, "
+            "request_params and output_type, and let the task retry, which continues with these batches; or submit the "
+            "new rows by a manual clear, which pays for what was changed; or give the new rows another output_dir.",
             retryable=True,
         )
 
@@ -385,12 +389,16 @@ class Opening:
             options.models,
             options.max_rows,
             options.max_bytes,
-            digest_of(options.request_params),
+            digest_of(options.body_content),
             version,
             # An earlier try may have sent batches that this folder does not know.
             complete=not self._try.earlier_tries,
         )
-        stored = self._with_answers(stored, requests, name)
+        try:
+            stored = self._with_answers(stored, requests, name)
+        except Exception:
+            ledger.remove_folder()
+            raise
         self.plans.write(stored)
         # Two jobs that start at the same time see each other here, before anything is sent.
         try:
@@ -403,20 +411,39 @@ class Opening:
         return job
 
     def _with_answers(self, planned: Plan, requests: Callable[[], Any], name: str) -> Plan:
-        """Return the plan with the answers of the finished job, if the task was cleared and the rows are the same."""
+        """
+        Return the plan with the answers that exist: those of the cache, or those of the finished job.
+
+        The latter count if the task was cleared since and the rows are the same.
+        """
         finished = self._finished
-        if finished is None:
-            return planned
-        mark, mine = finished.input, planned.input
-        same = mark is None or mark.digest == mine.digest
-        if mark is not None and (mark.max_rows, mark.max_bytes) != (mine.max_rows, mine.max_bytes):
-            same = mark.is_of(requests(), self._try.options, name=name)
-        if not same:
-            log.warning("The rows were changed since the job finished; they are new work")
-            return planned
-        kept = replace(planned, kept_rounds=finished.rounds)
-        usable = keep_answers(finished, self.plans, kept, self._try.output_dir, self._try.options)
-        return kept if usable else planned
+        if finished is not None:
+            mark, mine = finished.input, planned.input
+            same = mark is None or mark.digest == mine.digest
+            if mark is not None and (mark.max_rows, mark.max_bytes) != (mine.max_rows, mine.max_bytes):
+                same = mark.is_of(requests(), self._try.options, name=name)
+            kept = replace(planned, kept_rounds=finished.rounds)
+            if not same:
+                log.warning("The rows were changed since the job finished; they are new work")
+            elif take_over(finished, self.plans, kept, self._try.output_dir, self._try.options):
+                return kept
+        return replace(planned, reuse=self._reuse(planned.split))
+
+    def _reuse(self, split: Split) -> Reuse | None:
+        if self._try.cache_dir is None:
+            return None
+        options = self._try.options
+        sources = [self.plans.path / FIRST_ROUND / shard.name for shard in split.shards]
+        return find_answers(
+            self._try.cache_dir,
+            self.plans.path,
+            split,
+            sources,
+            models=options.replacements,
+            max_rows=options.max_rows,
+            max_bytes=options.max_bytes,
+            judge=self._try.options.acceptance.judge,
+        )
 
     def _warn_of_unknown_models(self) -> None:
         """Warn of models that the account does not list. The list does not say which of them the batch API takes."""

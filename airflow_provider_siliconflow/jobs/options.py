@@ -9,6 +9,7 @@ from typing import Any
 from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.batch_files.parameters import check_parameters
 from airflow_provider_siliconflow.batch_files.prices import check_prices
+from airflow_provider_siliconflow.jobs.acceptance import Acceptance, check_acceptance
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class RunOptions:
     :param max_row_attempts: how often a row is sent at most.
     :param max_error_rate: share of rows (0 to 1) that may fail; ``None`` for no limit.
     :param request_params: body parameters for rows that lack them.
+    :param acceptance: which answers are accepted, and what a row gets that is sent again.
     """
 
     models: tuple[str, ...] = ()
@@ -37,6 +39,17 @@ class RunOptions:
     allow_all_failed: bool = False
     prices: Mapping[str, Mapping[str, float]] | None = None
     request_params: Mapping[str, Any] | None = None
+    acceptance: Acceptance = field(default_factory=Acceptance)
+
+    @property
+    def body_defaults(self) -> Mapping[str, Any]:
+        """Body parameters for rows that lack them."""
+        return {**self.acceptance.defaults, **(self.request_params or {})}
+
+    @property
+    def body_content(self) -> Mapping[str, Any]:
+        """Everything that a job puts into the bodies of its rows, as JSON types."""
+        return {**(self.request_params or {}), **self.acceptance.content}
 
     @property
     def replacements(self) -> tuple[str | None, ...]:
@@ -57,6 +70,10 @@ def check_options(
     max_error_rate: Any,
     prices: Any,
     request_params: Any,
+    output_type: Any = None,
+    accept: Any = None,
+    structured_output: Any = None,
+    retry_params: Any = None,
     **rest: Any,
 ) -> RunOptions:
     """
@@ -84,5 +101,11 @@ def check_options(
         max_error_rate=max_error_rate,
         prices=prices,
         request_params=request_params,
+        acceptance=check_acceptance(
+            output_type=output_type,
+            accept=accept,
+            structured_output=structured_output,
+            retry_params=retry_params,
+        ),
         **rest,
     )

@@ -189,8 +189,8 @@ def judge_run(manifest: Mapping[str, Any], options: RunOptions) -> str | None:
     story = _rows_story(manifest)
     if worth := manifest.get("worth_another_attempt"):
         story += (
-            f". {worth} of them failed for a transient reason; with max_row_attempts above "
-            f"{options.max_row_attempts} the task would have sent them again"
+            f". {worth} of them failed for a transient reason{' or are invalid' if rows['invalid'] else ''}; with "
+            f"max_row_attempts above {options.max_row_attempts} the task would have sent them again"
         )
     story += f". The results are in {manifest['paths']['output_dir']}"
     rate = options.max_error_rate
@@ -221,8 +221,9 @@ def refuse_partial(manifest: Mapping[str, Any], what: str) -> None:
 
 def _rows_story(manifest: Mapping[str, Any]) -> str:
     rows = manifest["rows"]
+    invalid = f"{rows['invalid']} invalid, " if rows["invalid"] else ""
     story = (
-        f"{rows['ok']} of {rows['total']} rows succeeded ({rows['error']} failed, {rows['expired']} expired, "
+        f"{rows['ok']} of {rows['total']} rows succeeded ({rows['error']} failed, {invalid}{rows['expired']} expired, "
         f"{rows['missing']} missing)"
     )
     for message, count in list(manifest["errors"].items())[:1]:
@@ -260,6 +261,12 @@ def unfinished_job(job: OpenJob, collected: Collected, output_dir: Any) -> Batch
         )
     for batch_id, why in list(collected.spoilt.items())[:5]:
         story.append(f"Batch {batch_id} cannot be read: {why.rstrip('.')}.")
+    if unjudged := collected.unjudged:
+        story.append(
+            f"{unjudged.rows} answers could not be judged, the first of them that of row {unjudged.custom_id!r}: "
+            f"{unjudged.reason.rstrip('.')}. They are paid for and written as invalid. Correct the function and let "
+            "the task retry, which judges them again at no extra cost."
+        )
     if not story:
         return None
     kind = BatchFailedError if dead or refused else IncompleteResultsError

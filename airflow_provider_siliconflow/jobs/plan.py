@@ -25,6 +25,7 @@ from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 from airflow_provider_siliconflow.batch_files.atomic_files import local_path, temporary_folder, write_json
 from airflow_provider_siliconflow.batch_files.prices import cost, price_of, rounded
 from airflow_provider_siliconflow.batch_files.shards import Shard, Split, split_requests
+from airflow_provider_siliconflow.jobs.cache import Reuse
 from airflow_provider_siliconflow.jobs.folder import names_in, read_json, remove_file
 from airflow_provider_siliconflow.jobs.identity import Submitter
 from airflow_provider_siliconflow.jobs.options import RunOptions
@@ -145,7 +146,7 @@ class InputMark:
 
         :param requests: a file (something that opens) or rows.
         """
-        same_params = self.params == digest_of(options.request_params)
+        same_params = self.params == digest_of(options.body_content)
         if same_params and self.source is not None and self.source == source_version(requests):
             return True
         options = replace(options, max_rows=self.max_rows, max_bytes=self.max_bytes)
@@ -171,9 +172,10 @@ class Plan:
     :param models: models given by ``replace``, in the order of their indexes.
     :param max_rows: most rows per shard, as used for the split.
     :param max_bytes: most bytes per shard, as used for the split.
-    :param params: digest of the body parameters that were put into the rows.
+    :param params: digest of what was put into the bodies of the rows, see :attr:`RunOptions.body_content`.
     :param source: version of the input when it was read, see :func:`source_version`.
     :param complete: whether the folder knows every batch that earlier tries can have sent.
+    :param reuse: which rows are answered by the cache and not sent; ``None`` if all are sent.
     :param kept_rounds: rounds of the finished job whose answers this one keeps: it sends no first round, but a round
         with this number, of the rows that are not ok. See :mod:`~.jobs.finished`.
     """
@@ -189,6 +191,7 @@ class Plan:
     params: str
     source: str | None
     complete: bool
+    reuse: Reuse | None = None
     kept_rounds: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -205,6 +208,7 @@ class Plan:
             "params": self.params,
             "source": self.source,
             "complete": self.complete,
+            "reuse": self.reuse and self.reuse.to_dict(),
             "kept_rounds": self.kept_rounds,
         }
 
@@ -215,18 +219,22 @@ class Plan:
 
         :raises ValueError: it is damaged, or not written by this code.
         """
+        split = Split.from_dict(data["split"])
+        models = tuple(str(model) for model in data["models"])
+        reuse = data.get("reuse")
         return cls(
-            split=Split.from_dict(data["split"]),
+            split=split,
             completion_window=check_completion_window(data["completion_window"]),
             metadata=check_metadata(data["metadata"], identified=True),
             submitter=_checked_submitter(Submitter(**data["task"])),
             conn_id=str(data["conn_id"]),
-            models=tuple(str(model) for model in data["models"]),
+            models=models,
             max_rows=int(data["max_rows"]),
             max_bytes=int(data["max_bytes"]),
             params=str(data["params"]),
             source=None if data["source"] is None else str(data["source"]),
             complete=data["complete"] is True,
+            reuse=None if reuse is None else Reuse.from_dict(reuse, split, len(models) or 1),
             kept_rounds=_checked_rounds(data.get("kept_rounds", 0)),
         )
 
@@ -385,8 +393,9 @@ def plan(requests: Any, folder: Any, *, name: str, options: RunOptions) -> Split
         name=name,
         max_rows=options.max_rows,
         max_bytes=options.max_bytes,
-        defaults=options.request_params,
+        defaults=options.body_defaults,
         defaults_name="request_params",
+        instruction=options.acceptance.instruction,
     )
     if split.rows_without_model and not options.models:
         raise InvalidInputError(

@@ -157,6 +157,10 @@ class BatchRun:
         # This key marks the manifest as final, whether or not the job counts as a success.
         manifest["unfinished" if unfinished else "run"] = self._opening.key
         opened.job.ledger.check_owner()
+        if self._try.cache_dir is not None:
+            # Before the manifest: once that is final, nobody comes back for the answers.
+            opened.collector.keep_answers(self._try.cache_dir, self._opening.key, collected)
+            opened.job.ledger.check_owner()
         write_json(self._try.output_dir / "manifest.json", manifest)
         if unfinished:
             raise unfinished

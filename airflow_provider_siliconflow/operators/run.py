@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
     from airflow_provider_siliconflow.api.models import Batch
+    from airflow_provider_siliconflow.batch_files.output_types import Accept, OutputType
     from airflow_provider_siliconflow.jobs.options import RunOptions
     from airflow_provider_siliconflow.jobs.run import BatchRun, Wait
 
@@ -38,16 +39,21 @@ _OPTIONS = {
     "max_in_flight": read.limit,
     "max_row_attempts": read.limit,
     "max_error_rate": read.limit,
+    "structured_output": read.optional(read.structured_output),
+    "retry_params": read.optional(read.retry_parameters),
 }
+#: More of them, which are Python objects and never rendered. A task that resumes has them from its DAG file.
+_OBJECTS = {"output_type": read.output_type, "accept": read.accept}
 _READERS = {
     "output_dir": read.place,
+    "cache_dir": read.optional(read.place),
     "conn_id": read.text,
     "poll_interval": read.seconds,
     "timeout": read.optional(read.seconds),
     **_OPTIONS,
 }
 #: The rows are read only if they are needed: a try that continues an earlier try's plan may not need them.
-_AT_START = tuple(_READERS)
+_AT_START = (*_READERS, *_OBJECTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +71,9 @@ class RunBatchOperator(SubmittingOperator):
     Run any number of rows over one or more models, and write the results in the order of the rows.
 
     The rows are checked and split into shards of at most 5,000 rows; each shard is uploaded once and run over
-    every model. One trigger waits for all batches. Every row ends as ok, error, expired or missing. If a try dies,
-    the next one continues its work and pays for nothing again. A manual clear pays only for rows without an answer,
-    unless ``on_clear`` says otherwise.
+    every model. One trigger waits for all batches. Every row ends as ok, error, invalid, expired or missing. If a try
+    dies, the next one continues its work and pays for nothing again. A manual clear pays only for rows without an
+    accepted answer, unless ``on_clear`` says otherwise.
 
     While the job runs, ``output_dir/.siliconflow`` contains what a retry needs, so ``output_dir`` must render to the
     same value on every try.
@@ -87,10 +93,21 @@ class RunBatchOperator(SubmittingOperator):
     :param max_bytes_per_batch: at most 10**9. (templated)
     :param max_in_flight: most open batches at a time; by default all. (templated)
     :param max_row_attempts: how often a row is sent at most. Only rows that expired, got no result or failed for a
-        transient reason (429, 5xx) are sent again, and none once the account has no balance. (templated)
+        transient reason (429, 5xx) or with an answer that is not accepted are sent again, and none once the account
+        has no balance. (templated)
+    :param output_type: a pydantic model class or a JSON schema that each answer must satisfy; otherwise the row is
+        invalid. A row that is sent again shows the model its last answer and what was wrong with it.
+    :param structured_output: how the service is asked for answers of that type: ``"json_object"`` (JSON mode and an
+        instruction with the schema), ``"json_schema"`` or ``"prompt"`` (the instruction alone). (templated)
+    :param accept: a function of a :class:`~airflow_provider_siliconflow.api.models.BatchResult` that returns ``True``,
+        ``False`` or the reason why the answer is not accepted.
+    :param retry_params: body parameters of rows that are sent again, such as ``{"max_tokens": 8192}``; they replace
+        those of the row. (templated)
     :param max_error_rate: share of rows (0 to 1) that may fail before the task fails. (templated)
     :param fail_on_partial_error: fail if any row did not succeed; ignored if ``max_error_rate`` is set.
     :param allow_all_failed: succeed even if not one row of the job succeeded.
+    :param cache_dir: path or URI of a folder of answers that jobs share. A row whose model and body were answered
+        before is not sent; the answers of this job are added. (templated)
     :param prices: CNY per million tokens by model: ``{model: {"prompt": ..., "completion": ...}}``. (templated)
     :param dry_run: check and plan without sending anything; log and return the estimated size and cost.
     :param skip_if_empty: skip the task if there are no rows; by default that is an error.
@@ -113,8 +130,14 @@ class RunBatchOperator(SubmittingOperator):
         "request_params": "json",
         "metadata": "json",
         "prices": "json",
+        "retry_params": "json",
     }
-    ARGUMENTS: ClassVar = read.Arguments({"requests": read.rows, **_READERS}, not_both=("model", "models"))
+    ARGUMENTS: ClassVar = read.Arguments(
+        {"requests": read.rows, **_READERS, **_OBJECTS},
+        not_both=("model", "models"),
+        needs={"structured_output": "output_type"},
+        never_rendered=tuple(_OBJECTS),
+    )
 
     def __init__(
         self,
@@ -132,8 +155,13 @@ class RunBatchOperator(SubmittingOperator):
         max_in_flight: int | str | None = None,
         max_row_attempts: int | str = 1,
         max_error_rate: float | str | None = None,
+        output_type: OutputType | None = None,
+        structured_output: str | None = None,
+        accept: Accept | None = None,
+        retry_params: dict[str, Any] | str | None = None,
         fail_on_partial_error: bool = False,
         allow_all_failed: bool = False,
+        cache_dir: str | None = None,
         prices: Mapping[str, Mapping[str, float | str]] | str | None = None,
         dry_run: bool = False,
         skip_if_empty: bool = False,
@@ -169,8 +197,13 @@ class RunBatchOperator(SubmittingOperator):
         self.max_in_flight = max_in_flight
         self.max_row_attempts = max_row_attempts
         self.max_error_rate = max_error_rate
+        self.output_type = output_type
+        self.structured_output = structured_output
+        self.accept = accept
+        self.retry_params = retry_params
         self.fail_on_partial_error = fail_on_partial_error
         self.allow_all_failed = allow_all_failed
+        self.cache_dir = cache_dir
         self.prices = prices
         self.skip_if_empty = skip_if_empty
         # `dry_run` is a method of every operator, which Airflow 2.11 calls for `airflow tasks test --dry-run`.
@@ -268,7 +301,7 @@ class RunBatchOperator(SubmittingOperator):
         from airflow_provider_siliconflow.jobs.options import check_options
 
         return check_options(
-            **{name: given[name] for name in _OPTIONS},
+            **{name: given[name] for name in (*_OPTIONS, *_OBJECTS)},
             fail_on_partial_error=self.fail_on_partial_error,
             allow_all_failed=self.allow_all_failed,
         )
@@ -292,6 +325,7 @@ class RunBatchOperator(SubmittingOperator):
 
         options = self._options(given)
         client = self.hook.get_conn()
+        cache_dir = given["cache_dir"]
         run = BatchRun(
             JobTry(
                 options=options,
@@ -303,6 +337,7 @@ class RunBatchOperator(SubmittingOperator):
                 earlier_tries=task_try.number > 1,
                 owner=task_try.new_owner(),
                 cancel_on_kill=self.cancel_on_kill,
+                cache_dir=None if cache_dir is None else open_folder("cache_dir", cache_dir),
             )
         )
         self._job = _Job(task_try, run, options, given["poll_interval"])

@@ -8,12 +8,17 @@ parsed, all values that are known then are read; when the task starts, all value
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from airflow_provider_siliconflow.api import arguments as checks
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-from airflow_provider_siliconflow.batch_files.parameters import check_parameters
+from airflow_provider_siliconflow.batch_files.output_types import (
+    answer_type,
+    check_accept,
+    check_structured_output,
+)
+from airflow_provider_siliconflow.batch_files.parameters import check_parameters, check_retry_parameters
 from airflow_provider_siliconflow.batch_files.prices import check_prices
 from airflow_provider_siliconflow.task.templating import (
     is_templated,
@@ -35,6 +40,8 @@ class Arguments:
     :param readers: readers by the names of the arguments.
     :param one_of: names of which exactly one must be given.
     :param not_both: names of which at most one may be given.
+    :param needs: names of arguments that have no meaning without another one, with that one.
+    :param never_rendered: names of arguments that are Python objects, known when the DAG is parsed.
     """
 
     def __init__(
@@ -43,10 +50,14 @@ class Arguments:
         *,
         one_of: tuple[str, ...] = (),
         not_both: tuple[str, ...] = (),
+        needs: Mapping[str, str] | None = None,
+        never_rendered: Collection[str] = (),
     ) -> None:
         self._readers = dict(readers)
         self._one_of = one_of
         self._not_both = not_both or one_of
+        self._needs = dict(needs or {})
+        self._never_rendered = frozenset(never_rendered)
 
     def check(self, task: object) -> None:
         """
@@ -57,6 +68,9 @@ class Arguments:
         """
         for name in self._readers:
             value = getattr(task, name)
+            if name in self._never_rendered:
+                self._read(task, name)
+                continue
             if is_templated(value):
                 continue
             try:
@@ -67,6 +81,7 @@ class Arguments:
                     raise
         if not any(is_templated(getattr(task, name)) for name in self._not_both):
             self._check_choice(task)
+        self._check_needs(task)
 
     def read(self, task: object, *names: str) -> dict[str, Any]:
         """
@@ -79,10 +94,19 @@ class Arguments:
         """
         if not names:
             self._check_choice(task)
+        self._check_needs(task)
         return {name: self._read(task, name) for name in names or self._readers}
 
     def _read(self, task: object, name: str) -> Any:
         return self._readers[name](name, getattr(task, name))
+
+    def _check_needs(self, task: object) -> None:
+        for name, needed in self._needs.items():
+            value = getattr(task, name)
+            if is_templated(value) or rendered_text(value) is None:
+                continue
+            if rendered_text(getattr(task, needed)) is None:
+                raise InvalidInputError(f"{name} has no meaning without {needed}; give both or neither")
 
     def _check_choice(self, task: object) -> None:
         given = [name for name in self._not_both if rendered_text(getattr(task, name)) is not None]
@@ -157,6 +181,31 @@ def parameters(name: str, value: Any) -> Any:
     found = rendered_mapping(value)
     check_parameters(name, found)
     return found
+
+
+def retry_parameters(name: str, value: Any) -> Any:
+    """Read body parameters for rows that are sent again."""
+    found = rendered_mapping(value)
+    check_retry_parameters(name, found)
+    return found
+
+
+def output_type(name: str, value: Any) -> Any:
+    """Read the type of the answers: a pydantic model class or a JSON schema. It is never rendered."""
+    if value is not None:
+        answer_type(name, value)
+    return value
+
+
+def accept(name: str, value: Any) -> Any:
+    """Read a function that accepts answers."""
+    check_accept(name, value)
+    return value
+
+
+def structured_output(name: str, value: Any) -> str | None:
+    """Read how the service is asked for answers of a type."""
+    return check_structured_output(name, value)
 
 
 def model(name: str, value: Any) -> str | None:

@@ -217,15 +217,22 @@ class BatchTrigger(BaseTrigger):
             else:
                 wait.observe(batch_id, batch, time.time())
 
+        async def poll_all(batch_ids: Sequence[str]) -> None:
+            if len(batch_ids) == 1:
+                await poll(batch_ids[0])
+            elif batch_ids:
+                await _run_all([poll(batch_id) for batch_id in batch_ids])
+
         while True:
             due = wait.due(time.time())
             # The deadline ends polls under way; check_deadline() then reports their batches.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait.poll_limit(time.time())):
-                    if len(due) == 1:
-                        await poll(due[0])
-                    elif due:
-                        await _run_all([poll(batch_id) for batch_id in due])
+            limit = wait.poll_limit(time.time())
+            if limit is None:
+                await poll_all(due)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(limit):
+                        await poll_all(due)
             wait.log_summary(time.time())
             if wait.finished:
                 return

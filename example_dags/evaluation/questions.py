@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-_SYSTEM = "You answer quiz questions. Today is {date}."
+_SYSTEM = "You answer quiz questions."
+_DATE = " Today is {date}."
 _USER = "{question}\n\nThink it through, then write only the short answer on the last line, as 'Answer: ...'."
 
 
@@ -58,19 +59,23 @@ def read_questions(path: Any) -> list[Question]:
     return list(questions.values())
 
 
-def request_rows(questions: Iterable[Question], *, date: str, max_tokens: int) -> Iterator[dict[str, Any]]:
+def request_rows(
+    questions: Iterable[Question], *, date: str | None, max_tokens: int
+) -> Iterator[dict[str, Any]]:
     """
     Return one request per question, for any model.
 
-    :param date: the date of the night, which goes into the prompt, as in chat applications.
+    :param date: the date of the night, which goes into the prompt, as in chat applications; ``None`` to ask the same
+        every night, so that a cache can answer.
     :param max_tokens: maximum length of an answer; longer ones are cut and counted as truncated.
     """
+    system = _SYSTEM + (_DATE.format(date=date) if date else "")
     for question in questions:
         yield {
             "custom_id": question.id,
             "body": {
                 "messages": [
-                    {"role": "system", "content": _SYSTEM.format(date=date)},
+                    {"role": "system", "content": system},
                     {"role": "user", "content": _USER.format(question=question.question)},
                 ],
                 "temperature": 0,

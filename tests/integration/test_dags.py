@@ -88,7 +88,7 @@ def test_the_example_uploads_once_creates_once_and_tells_no_secret(
     answered = [row["response"]["body"]["model"] for row in rows if row["response"]]
     assert answered == ["deepseek-ai/DeepSeek-V3"] * 2
     (manifest,) = xcom(airflow_home, "download")
-    assert manifest["rows"] == {"total": 3, "ok": 2, "error": 1, "expired": 0, "missing": 0}
+    assert manifest["rows"] == {"total": 3, "ok": 2, "error": 1, "invalid": 0, "expired": 0, "missing": 0}
     assert manifest == json.loads((folder / "manifest.json").read_text())
     # Nor do they appear anywhere, though everything was logged.
     # At this level Airflow's own test run logs what it is told to mask.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 from collections.abc import Callable, Mapping
@@ -161,3 +162,23 @@ def test_a_job_for_each_file_and_language(dag_test: DagTest, emulator: Emulator,
         ]
         assert len(texts) == 3
         assert all(language in text for text in texts)
+
+
+@pytest.mark.emulator(speed=1000.0, invalid_rate=0.3, truncated_rate=0.1, fenced_rate=0.2)
+def test_extraction_of_the_shipped_tickets(dag_test: DagTest, emulator: Emulator, tmp_path: Path) -> None:
+    pytest.importorskip("pandas")
+    with (EXAMPLES / "data" / "tickets.csv").open(newline="", encoding="utf-8") as file:
+        tickets = {row["id"]: row for row in csv.DictReader(file)}
+    run(dag_test, "siliconflow_extraction", {"output_dir": str(tmp_path)})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert (manifest["rows"]["ok"], manifest["rows"]["total"]) == (len(tickets), len(tickets))
+    first, again, *_ = manifest["rounds"]
+    assert 0 < again["rows"] == len(tickets) - first["ok"]
+    with (tmp_path / "tickets.csv").open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert {row["id"]: row["text"] for row in table} == {key: row["text"] for key, row in tickets.items()}
+    urgencies = [int(row["ticket_urgency"]) for row in table]
+    assert urgencies == sorted(urgencies, reverse=True)
+    assert all(row["ticket_subject"] for row in table)
+    # What `plausible` does not accept is in none of them.
+    assert all(float(row["ticket_amount"] or 0) >= 0 for row in table)

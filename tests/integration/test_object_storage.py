@@ -132,7 +132,7 @@ def test_a_whole_job_reads_keeps_and_writes_on_s3(s3: S3FileSystem, emulator: Em
         assert ids(found[f"/{slug}/results.jsonl"]) == [f"q{n}" for n in range(ROWS)]
         assert ids(found[f"/{slug}/errors.jsonl"]) == ["q7"]
     assert manifest == json.loads(found["/manifest.json"])
-    assert manifest["rows"] == {"total": 22, "ok": 20, "error": 2, "expired": 0, "missing": 0}
+    assert manifest["rows"] == {"total": 22, "ok": 20, "error": 2, "invalid": 0, "expired": 0, "missing": 0}
     assert all(
         path.startswith("s3://evals/out/") for one in manifest["models"] for path in one["paths"].values()
     )

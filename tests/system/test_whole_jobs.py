@@ -68,7 +68,14 @@ def test_a_killed_job_has_the_same_results_as_an_undisturbed_one(
             "q5001"
         ]
     manifest = live_airflow.xcom("whole_jobs", run_id, "run", "return_value")
-    assert manifest["rows"] == {"total": 2 * ROWS, "ok": 2 * ROWS - 2, "error": 2, "expired": 0, "missing": 0}
+    assert manifest["rows"] == {
+        "total": 2 * ROWS,
+        "ok": 2 * ROWS - 2,
+        "error": 2,
+        "invalid": 0,
+        "expired": 0,
+        "missing": 0,
+    }
 
     hurt = open_account("killed_job", **settings)
     faults = [

@@ -56,7 +56,7 @@ def test_parsing_a_dag_loads_nothing_but_the_thin_rooms() -> None:
     assert {name for name in ours if name.startswith("api.")} == {"api.arguments", "api.exceptions"}
     # And of the request files what is checked of arguments then.
     files = {name for name in ours if name.startswith("batch_files.")}
-    assert files <= {"batch_files.parameters", "batch_files.prices"}
+    assert files <= {"batch_files.output_types", "batch_files.parameters", "batch_files.prices"}
     others = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names)
     assert others <= {"airflow", "airflow_provider_siliconflow"}
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from pydantic import BaseModel
 
 from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError, InvalidInputError
 from airflow_provider_siliconflow.results import read_results, to_frame
@@ -155,8 +157,9 @@ def test_unclear_model_fails_before_reading(
 ) -> None:
     with pytest.raises(InvalidInputError, match=message):
         read_results(two_models, model=model)
-    with pytest.raises(InvalidInputError, match=message):
-        to_frame(two_models, model=model)
+    if model is not None:
+        with pytest.raises(InvalidInputError, match=message):
+            to_frame(two_models, model=model)
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
@@ -214,3 +217,87 @@ def test_frame(two_models: dict[str, Any], library: str) -> None:
     frame = to_frame(two_models, library, model="Qwen/Qwen3-32B")
     assert list(frame["text"]) == ["A0", "A1"]
     assert list(frame["prompt_tokens"]) == [3, 3]
+
+
+class Part(BaseModel):
+    text: str
+
+
+class Label(BaseModel):
+    label: Literal["spam", "ham"]
+    score: int | None = None
+    seen: date | None = None
+    parts: list[Part] = []
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"label": {"enum": ["spam", "ham"]}, "score": {}},
+    "required": ["label"],
+}
+ANSWERS = [
+    '{"label": "spam", "score": 7, "seen": "2026-01-02", "parts": [{"text": "a"}]}',
+    '```json\n{"label": "ham"}\n```',
+    "I cannot say.",
+]
+
+
+@pytest.mark.parametrize("output_type", [Label, SCHEMA], ids=["pydantic", "schema"])
+def test_rows_are_read_as_a_type(tmp_path: Path, output_type: Any) -> None:
+    path = write(tmp_path / "results.jsonl", *ANSWERS)
+    with open(path, "a") as file:
+        file.write(line("row-3", ANSWERS[0])[:-1] + ',"invalid":"not accepted"}\n')
+    rows = list(read_results(path, output_type=output_type))
+    assert [row.outcome for row in rows] == ["ok", "ok", "ok", "invalid"]
+    found = [row.parsed if output_type is SCHEMA else row.parsed and row.parsed.model_dump() for row in rows]
+    assert [each and each["label"] for each in found] == ["spam", "ham", None, None]
+    assert [row.parsed for row in read_results(path)] == [None] * 4
+    with pytest.raises(InvalidInputError, match="output_type must be"):
+        read_results(path, output_type=Label(label="spam"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+@pytest.mark.parametrize("output_type", [Label, SCHEMA], ids=["pydantic", "schema"])
+def test_a_frame_has_the_fields_of_the_type(tmp_path: Path, library: str, output_type: Any) -> None:
+    pytest.importorskip(library)
+    frame = to_frame(write(tmp_path / "r.jsonl", *ANSWERS), library, output_type=output_type)
+    assert list(frame["label"])[:2] == ["spam", "ham"]
+    assert frame["score"][0] == 7
+    assert "Int64" in str(frame["score"].dtype)
+    assert list(frame.columns)[-len(frame.columns) + 8 :] == (
+        ["label", "score", "seen", "parts"] if output_type is Label else ["label", "score"]
+    )
+    if output_type is Label:
+        assert frame["seen"][0] == date(2026, 1, 2)
+        assert list(frame["parts"][0]) == [{"text": "a"}]
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_a_frame_over_several_models_names_them(two_models: dict[str, Any], library: str) -> None:
+    pytest.importorskip(library)
+    frame = to_frame(two_models, library)
+    assert list(zip(frame["model"], frame["text"], strict=True)) == [
+        ("Qwen/Qwen3-32B", "A0"),
+        ("Qwen/Qwen3-32B", "A1"),
+        ("b", "B0"),
+    ]
+    assert "model" not in to_frame(two_models, library, model="b").columns
+
+
+def test_columns_of_the_same_name_are_told_apart_by_a_prefix(two_models: dict[str, Any]) -> None:
+    pytest.importorskip("pandas")
+    schema = {"type": "object", "properties": {"text": {}, "model": {}, "a": {}}}
+    with pytest.raises(InvalidInputError, match=r"other columns \(model, text\); give prefix"):
+        to_frame(two_models, "pandas", output_type=schema)
+    assert list(to_frame(two_models, "pandas", output_type=schema, prefix="x_").columns)[-3:] == [
+        "x_text",
+        "x_model",
+        "x_a",
+    ]
+
+
+def test_a_field_of_several_types_is_kept_as_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("polars")
+    path = write(tmp_path / "r.jsonl", '{"a": 1}', '{"a": "x"}', '{"a": {"b": 2}}')
+    frame = to_frame(path, "polars", output_type={"type": "object", "properties": {"a": {}}})
+    assert list(frame["a"]) == [1, "x", {"b": 2}]

@@ -45,7 +45,7 @@ def test_a_manifest_adds_models_up_and_tells_rounds_apart() -> None:
     prices = {"a": {"prompt": 1.5, "completion": 2}, "b": {"prompt": 0, "completion": 0.1}}
     manifest = build_manifest([run("a"), run("b", ok=5)], prices=prices, paths={"output_dir": "s3://b"})
     assert json.loads(json.dumps(manifest)) == manifest
-    assert manifest["rows"] == {"total": 17, "ok": 13, "error": 2, "expired": 0, "missing": 2}
+    assert manifest["rows"] == {"total": 17, "ok": 13, "error": 2, "invalid": 0, "expired": 0, "missing": 2}
     first, second = manifest["models"]
     assert first["cost"] == {"currency": "CNY", "prompt": 3.0, "completion": 2.0, "total": 5.0}
     assert second["cost"]["total"] == 0.1

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError
 from airflow_provider_siliconflow.api.models import BatchResult, Outcome
 from airflow_provider_siliconflow.batch_files import merge
-from airflow_provider_siliconflow.batch_files.merge import BatchFiles, merge_batch, refused_lines
+from airflow_provider_siliconflow.batch_files.merge import BatchFiles, Unjudged, merge_batch, refused_lines
 from airflow_provider_siliconflow.batch_files.result_lines import read_results
 from airflow_provider_siliconflow.batch_files.tally import Usage
+from airflow_provider_siliconflow.batch_files.verdicts import UnjudgedError
 from tests.unit.batch_files.samples import Folder, answer, failure, ids, line
 
 
@@ -289,3 +290,94 @@ def test_every_row_ends_as_exactly_one_line(tmp_path_factory: pytest.TempPathFac
     assert {line for line in ids(results) if line not in ids(errors)} == answered & set("abcd")
     assert tally.ok + tally.error + tally.expired + tally.missing == 4
     assert tally.ok == len(answered & set("abcd"))
+
+
+def judge(line: bytes, text: str | None, finish_reason: str | None) -> str | None:
+    """Accepts "yes" and fails on "bug"."""
+    if text == "bug":
+        raise UnjudgedError("accept raised KeyError: 'x'")
+    return None if text == "yes" else f"{text} is not yes"
+
+
+def test_a_reason_is_bounded_and_can_be_written(folder: Folder) -> None:
+    reason = "\ud800\0" + "x" * 10_000
+    _, results, _ = folder.merge(folder.batch([answer("a")]), judge=lambda *_: reason)
+    assert len(json.loads(results[0])["invalid"]) <= 300
+
+
+def test_an_answer_that_is_not_accepted_is_marked_and_sent_again(folder: Folder) -> None:
+    odd = (
+        b'{"custom_id" :"a","response":{"body":{"choices":[{"message":{"content":"\\u4e2d"}}]}},"new":1.0}\r'
+    )
+    batch = folder.batch([odd, answer("b"), answer("c", None)], [failure("d", "400", "bad")])
+    merged, results, errors = folder.merge(batch, judge=judge)
+    assert results[0] == odd[:-2] + ',"invalid":"中 is not yes"}'.encode()
+    assert json.loads(results[1]) == answer("b")
+    assert ids(errors) == ["a", "c", "d"]
+    assert list(merged.retry) == [1, 0, 1, 0]
+    tally = merged.tally
+    assert (tally.ok, tally.invalid, tally.error, tally.billed.prompt) == (1, 2, 1, 20)
+    assert tally.invalid_reasons == {"中 is not yes": 1, "None is not yes": 1}
+    found = list(map(BatchResult.model_validate_json, results))
+    assert [result.outcome for result in found] == ["invalid", "ok", "invalid", "error"]
+    assert found[0].error_message == "中 is not yes"
+
+
+def test_of_several_answers_the_accepted_one_is_kept(folder: Folder) -> None:
+    first = folder.batch([answer("a"), answer("b", "old"), answer("c", "old"), answer("d", "old")])
+    second = folder.batch(
+        [answer("a", "no"), answer("b"), answer("c", "new")], [failure("d", "400", "bad")], round=1
+    )
+    merged, results, _ = folder.merge(first, second, judge=judge)
+    texts = [BatchResult.model_validate_json(line).text for line in results]
+    assert texts == ["yes", "yes", "new", "old"], "and an answer that is paid for is not lost to an error"
+    assert list(merged.retry) == [0, 0, 1, 0], "the service refuses the next attempt of d"
+    assert merged.tally.billed.prompt == 70
+
+
+def test_an_empty_account_is_seen_behind_an_invalid_answer(folder: Folder) -> None:
+    first = folder.batch([answer("a", "old")])
+    second = folder.batch([], [failure("a", "30001", "balance is insufficient")], round=1)
+    assert folder.merge(first, second, judge=judge)[0].tally.balance_errors == 1
+
+
+def test_within_a_batch_an_accepted_answer_wins(folder: Folder) -> None:
+    merged, results, _ = folder.merge(
+        folder.batch([answer("a", "no"), answer("a"), answer("a", "no")]), judge=judge
+    )
+    assert json.loads(results[0]) == answer("a")
+    assert (merged.tally.ok, merged.tally.duplicates, merged.tally.billed.prompt) == (1, 2, 10)
+
+
+def test_an_answer_that_cannot_be_judged_is_kept_and_not_paid_again(folder: Folder) -> None:
+    first = folder.batch([answer("a", "bug"), answer("b", "bug"), answer("c", "no")])
+    second = folder.batch([answer("a", "no"), answer("b")], round=1)
+    merged, results, _ = folder.merge(first, second, judge=judge)
+    assert [BatchResult.model_validate_json(line).text for line in results[:3]] == ["bug", "yes", "no"]
+    assert list(merged.retry) == [0, 0, 1, 1]
+    assert merged.unjudged == Unjudged("a", "accept raised KeyError: 'x'")
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 2), st.sampled_from(["yes", "no", None]))),
+)
+def test_any_accepted_answer_of_any_round_makes_its_row_ok(
+    tmp_path_factory: pytest.TempPathFactory, arrivals: list[tuple[str, int, str | None]]
+) -> None:
+    folder = Folder(tmp_path_factory.mktemp("merge"), list("abcd"))
+    batches = [
+        folder.batch(
+            [answer(name, text) for name, at, text in arrivals if at == number and text],
+            [failure(name) for name, at, text in arrivals if at == number and text is None],
+            round=number,
+        )
+        for number in range(3)
+    ]
+    merged, results, _ = folder.merge(*batches, judge=judge)
+    given_answers = {name: {text for other, _, text in arrivals if other == name} for name in "abcd"}
+    outcomes = [BatchResult.model_validate_json(line).outcome for line in results]
+    assert outcomes == [
+        "ok" if "yes" in texts else "invalid" if "no" in texts else "error" if None in texts else "missing"
+        for texts in given_answers.values()
+    ]
+    assert list(merged.retry) == [outcome != "ok" for outcome in outcomes]

@@ -83,7 +83,7 @@ def test_a_retry_sends_only_the_rows_that_a_cancelled_batch_did_not_answer(
     done = [row["custom_id"] for row in written(tmp_path) if not row["error"]]
     assert 0 < len(done) < 30
     manifest = job.attempt()
-    assert manifest["rows"] == {"total": 30, "ok": 30, "error": 0, "expired": 0, "missing": 0}
+    assert manifest["rows"] == {"total": 30, "ok": 30, "error": 0, "invalid": 0, "expired": 0, "missing": 0}
     assert [row["custom_id"] for row in written(tmp_path)] == [f"q{i}" for i in range(30)]
     assert set(billed(emulator).values()) == {1}, "no row is paid for twice"
     assert manifest["billed_usage"]["total_tokens"] == tokens(emulator)

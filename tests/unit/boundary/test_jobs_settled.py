@@ -50,7 +50,7 @@ def test_what_comes_late_is_waited_for(
     requests = rows(12, lambda i: "[[emulator:error=400]]" if i == 4 else "")
     job = Job(emulator, tmp_path, requests, models=MODELS[:1], max_row_attempts=2, max_rows_per_batch=6)
     manifest = job.attempt()
-    assert manifest["rows"] == {"total": 12, "ok": 11, "error": 1, "expired": 0, "missing": 0}
+    assert manifest["rows"] == {"total": 12, "ok": 11, "error": 1, "invalid": 0, "expired": 0, "missing": 0}
     assert len(batches(emulator)) == 2, "no row was paid for twice"
 
 

@@ -121,7 +121,7 @@ def test_a_batch_that_expired_in_the_queue_is_read_again_as_long_as_it_has_no_co
 )
 def test_rates_are_compared_as_they_were_written(lost: int, total: int, rate: float, passes: bool) -> None:
     manifest = {
-        "rows": {"total": total, "ok": total - lost, "error": lost, "expired": 0, "missing": 0},
+        "rows": {"total": total, "ok": total - lost, "error": lost, "invalid": 0, "expired": 0, "missing": 0},
         "errors": {},
         "paths": {"output_dir": "/out"},
     }

@@ -34,10 +34,11 @@ def test_the_rows_of_a_function_are_run(make_context: MakeContext, tmp_path: Pat
         yield "Say {{ this }}"
         yield "Say that"
 
-    task = decorated(rows, output_dir=str(tmp_path))
+    task = decorated(rows, output_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
     assert "requests" not in task.template_fields
     manifest = task.execute(make_context(task))
     assert manifest["rows"]["ok"] == 2
+    assert list((tmp_path / "cache" / "siliconflow-answers").iterdir())
     assert len(calls) == 1
     assert "{{ this }}" in (tmp_path / "results.jsonl").read_text()
 

@@ -118,7 +118,7 @@ def test_every_row_is_told_and_the_servers_lines_are_untouched(
 ) -> None:
     batch_id = make_batch("Hi", FAIL, "Hi", "[[emulator:missing]]", "[[emulator:expire]]", seconds=14400)
     manifest = download_results(client, batch_id, tmp_path, clock)
-    assert manifest["rows"] == {"total": 5, "ok": 2, "error": 1, "expired": 1, "missing": 1}
+    assert manifest["rows"] == {"total": 5, "ok": 2, "error": 1, "invalid": 0, "expired": 1, "missing": 1}
     assert ids(tmp_path / "results.jsonl") == ["r0", "r1", "r2", "r4"]
     assert ids(tmp_path / "errors.jsonl") == ["r1", "r4"]
     sent = emulator.service.open_results(batch_id, "output").read_bytes().splitlines()
@@ -211,7 +211,7 @@ def test_a_batch_without_any_success_needs_no_output_file(
     client: SiliconFlowClient, clock: EmulatorClock, make_batch: Callable[..., str], tmp_path: Path
 ) -> None:
     manifest = download_results(client, make_batch(FAIL, FAIL), tmp_path, clock)
-    assert manifest["rows"] == {"total": 2, "ok": 0, "error": 2, "expired": 0, "missing": 0}
+    assert manifest["rows"] == {"total": 2, "ok": 0, "error": 2, "invalid": 0, "expired": 0, "missing": 0}
     assert clock.slept == []
 
 

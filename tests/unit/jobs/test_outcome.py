@@ -130,7 +130,7 @@ def test_counts_that_may_not_be_those_of_every_row_leave_a_retry() -> None:
 
 def manifest(ok: int, *, worth: int = 0, total: int = 10) -> dict[str, Any]:
     return {
-        "rows": {"total": total, "ok": ok, "error": total - ok, "expired": 0, "missing": 0},
+        "rows": {"total": total, "ok": ok, "error": total - ok, "invalid": 0, "expired": 0, "missing": 0},
         "errors": {"TPM limit": 3, "other": 1} if ok < total else {},
         "paths": {"output_dir": "/out"},
         "worth_another_attempt": worth,

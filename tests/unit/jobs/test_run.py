@@ -32,7 +32,7 @@ def test_one_upload_serves_every_model_and_rows_keep_their_order(emulator: Emula
     manifest = Job(emulator, tmp_path, rows(23)).attempt()
     assert posts(emulator) == (5, 10)
     assert [row["custom_id"] for row in results(tmp_path, MODELS[1])] == [f"q{i}" for i in range(23)]
-    assert manifest["rows"] == {"total": 46, "ok": 46, "error": 0, "expired": 0, "missing": 0}
+    assert manifest["rows"] == {"total": 46, "ok": 46, "error": 0, "invalid": 0, "expired": 0, "missing": 0}
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["manifest.json", *(model.replace("/", "--") for model in MODELS)]
     )
@@ -331,7 +331,14 @@ def test_a_new_run_under_an_old_run_id_gets_its_own_rows(emulator: Emulator, tmp
     with pytest.raises(BatchFailedError):
         unfinished.attempt()
     new = Job(emulator, tmp_path, rows(5), models=MODELS[:1])
-    assert new.attempt()["rows"] == {"total": 5, "ok": 5, "error": 0, "expired": 0, "missing": 0}
+    assert new.attempt()["rows"] == {
+        "total": 5,
+        "ok": 5,
+        "error": 0,
+        "invalid": 0,
+        "expired": 0,
+        "missing": 0,
+    }
 
 
 def test_another_name_of_the_host_pays_nothing_again(emulator: Emulator, tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ import contextlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -38,6 +39,24 @@ MODELS = ["Qwen/Qwen3-32B", "THUDM/GLM-4-9B-0414"]
 #: beside this one, or the task is deferred and resumed elsewhere.
 EVENTS = ("none", "console", "cancelled", "failed", "second try", "deferred")
 
+#: In place of an answer that is any text: the service asks for JSON, and some rows are answered wrongly at first.
+TYPED = {
+    "output_type": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]},
+    "retry_params": {"seed": 1},
+}
+WRONG = {"invalid_rate": 0.3, "truncated_rate": 0.1, "empty_rate": 0.1}
+
+
+def is_point(answer: dict[str, Any]) -> bool:
+    """Whether an answer is as ``TYPED`` wants it."""
+    choice = answer["response"]["body"]["choices"][0]
+    try:
+        found = json.loads(choice["message"]["content"])
+    except ValueError:
+        return False
+    return isinstance(found, dict) and type(found.get("x")) is int and choice["finish_reason"] == "stop"
+
+
 quickly = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -58,12 +77,22 @@ class Life:
     :param config: of the service.
     """
 
-    def __init__(self, folder: Any, script: list[str], events: list[str] = [], **config: Any) -> None:  # noqa: B006
+    def __init__(
+        self,
+        folder: Any,
+        script: list[str],
+        events: list[str] = [],  # noqa: B006
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+        **config: Any,
+    ) -> None:
+        self.arguments = dict(arguments)
         self.clock = FakeClock()
         self.service = make_service(folder / "service", self.clock, **config)
         self.api = FaultyAPI(self.service, iter(script), self.clock)
         self.events = iter(events)
         self.output = folder / "output"
+        self.rows = range(ROWS)
+        self.cache_dir: Any = None
         self.begun = self.clock.time()
         self.tries = 0
         #: Manual clears so far.
@@ -104,10 +133,11 @@ class Life:
                     max_rows_per_batch=4,
                     max_bytes_per_batch=10**6,
                     max_in_flight=3,
-                    max_row_attempts=2,
+                    max_row_attempts=4 if self.arguments else 2,
                     max_error_rate=None,
                     prices=None,
                     request_params=None,
+                    **self.arguments,
                 ),
                 submitter=submitter,
                 client=self.api,  # type: ignore[arg-type]
@@ -118,6 +148,7 @@ class Life:
                 owner=replace(owner, at=self.clock.time()),
                 cancel_on_kill=True,
                 clock=self.clock,
+                cache_dir=self.cache_dir,
             )
         )
 
@@ -127,7 +158,7 @@ class Life:
         number = self.tries
         run = self.process(number)
         marks = {5: " [[emulator:once=503]]"} | ({1: " [[emulator:once=400]]"} if self.some_fail else {})
-        prompts = [f"Say {i}{marks.get(i, '')}" for i in range(ROWS)]
+        prompts = [f"Say {i}{marks.get(i, '')}" for i in self.rows]
         wait = run.start(lambda: prompts, "requests", timeout=None)
         while wait is not None:
             event = next(self.events, "none")
@@ -201,6 +232,11 @@ class Life:
             for name in ("results", "errors")
         }
 
+    def sent(self) -> tuple[int, int]:
+        """Return how many batches and files the service was sent."""
+        files = self.service.list_files(purpose="batch")["data"]["data"]
+        return len(self.service.state()["batches"]), len(files)
+
     def answers(self) -> Iterator[dict[str, Any]]:
         """Yield every answer that the service gave, of dead batches as well: that is what it bills."""
         for batch in self.service.state()["batches"]:
@@ -218,12 +254,18 @@ class Life:
             "total": 2 * ROWS,
             "ok": 2 * ROWS,
             "error": 0,
+            "invalid": 0,
             "expired": 0,
             "missing": 0,
         }
         answers = list(self.answers())
         rows = Counter((answer["custom_id"], answer["response"]["body"]["model"]) for answer in answers)
-        assert set(rows.values()) == {1}
+        wrong = Counter(
+            (answer["custom_id"], answer["response"]["body"]["model"])
+            for answer in answers
+            if "output_type" in self.arguments and not is_point(answer)
+        )
+        assert all(count == 1 + wrong[row] for row, count in rows.items())
         tokens = sum(answer["response"]["body"]["usage"]["total_tokens"] for answer in answers)
         assert manifest["billed_usage"]["total_tokens"] == tokens
         batches = self.service.state()["batches"]
@@ -268,6 +310,7 @@ SECONDS = st.sampled_from([0.0, 30.0, 100.0, 400.0])
         }
     ),
     retry_delay=st.sampled_from([0.0, 300.0]),
+    typed=st.booleans(),
 )
 def test_no_row_is_paid_twice_or_lost_whatever_comes_late_or_dies(
     tmp_path_factory: pytest.TempPathFactory,
@@ -275,8 +318,13 @@ def test_no_row_is_paid_twice_or_lost_whatever_comes_late_or_dies(
     events: list[str],
     service: dict[str, Any],
     retry_delay: float,
+    typed: bool,
 ) -> None:
-    life = Life(tmp_path_factory.mktemp("life"), script, events, rows_per_second=0.1, **service)
+    """With a type, a row is paid as often as it was answered wrongly, and once more."""
+    if typed:
+        service = {**service, **WRONG}
+    arguments = TYPED if typed else {}
+    life = Life(tmp_path_factory.mktemp("life"), script, events, arguments, rows_per_second=0.1, **service)
     # An hour after the end of a batch nothing is waited for any more: twelve tries for each that died.
     life.check(life.live(len(script) + 14 * (len(events) + 2), retry_delay))
 
@@ -309,11 +357,13 @@ def test_a_row_that_was_answered_is_never_paid_again_by_a_clear(
     life.check(manifest)
 
 
-def test_a_crash_at_any_boundary_changes_no_byte(tmp_path: Path) -> None:
+@pytest.mark.parametrize("typed", [False, True])
+def test_a_crash_at_any_boundary_changes_no_byte(tmp_path: Path, typed: bool) -> None:
     def live(folder: Path, script: list[str]) -> Life:
         # Polls are jittered, and a boundary is where it was in the calm life only if they come in the same order.
         random.seed(0)
-        life = Life(folder, script, list_lag_seconds=30.0)
+        wrong = WRONG if typed else {}
+        life = Life(folder, script, [], TYPED if typed else {}, list_lag_seconds=30.0, **wrong)
         if script:
             with pytest.raises(Crash):
                 life.attempt()
@@ -321,13 +371,14 @@ def test_a_crash_at_any_boundary_changes_no_byte(tmp_path: Path) -> None:
         return life
 
     calm = live(tmp_path / "calm", [])
+    batches, files = calm.sent()
+    assert (batches, files) == (6, 3) or (typed and batches > 6)
     assert calm.api.met > 50
     for point in range(calm.api.met):
         for crash in ("crash-before", "crash-after"):
             if crash not in calm.api.possible[point]:
                 continue
             hurt = live(tmp_path / f"{point}-{crash}", ["none"] * point + [crash])
-            assert len(hurt.service.state()["batches"]) == 6, f"{crash} at {point}"
-            assert len(hurt.service.list_files(purpose="batch")["data"]["data"]) == 3, f"{crash} at {point}"
+            assert hurt.sent() == calm.sent(), f"{crash} at {point}"
             assert hurt.results() == calm.results(), f"{crash} at {point}"
             assert not list(hurt.output.glob(".siliconflow")), f"{crash} at {point}"

@@ -76,6 +76,7 @@ class Job:
         self.clears = 0
         self.run_start = ""
         self.run_was_cleared = False
+        self.cache_dir: Path | None = None
         self.run_id = "run"
         self.conn_id = "c"
         self.cancel_on_kill = True
@@ -145,6 +146,7 @@ class Job:
                 owner=replace(owner, at=self.clock.time()),
                 cancel_on_kill=self.cancel_on_kill,
                 clock=self.clock,
+                cache_dir=self.cache_dir,
             )
         )
 

@@ -338,3 +338,29 @@ def test_a_request_file_that_is_not_there_fails_for_good(make_context: MakeConte
     )
     with pytest.raises(AirflowFailException, match=r"rows\.jsonl does not exist; nothing was uploaded"):
         task.execute(make_context(task))
+
+
+@pytest.mark.usefixtures("siliconflow_connection")
+def test_a_job_that_the_cache_answers_ends_without_a_wait(
+    make_context: MakeContext, emulator: Emulator, tmp_path: Path
+) -> None:
+    def task(night: str, *, deferrable: bool) -> RunBatchOperator:
+        made = RunBatchOperator(
+            task_id="t",
+            requests=["Say a", "Say b"],
+            output_dir=str(tmp_path / night),
+            model="Qwen/Qwen3-8B",
+            cache_dir="{{ cache }}",
+            poll_interval=0.05,
+            deferrable=deferrable,
+        )
+        made.render_template_fields({"cache": str(tmp_path / "cache")})
+        return made
+
+    first, second = task("1", deferrable=False), task("2", deferrable=True)
+    assert first.execute(make_context(first))["cached"]["rows"] == 0
+    before = emulator.request_counts.get("POST /batches", 0)
+    assert second.execute(make_context(second, run_id="next"))["cached"]["rows"] == 2
+    assert emulator.request_counts.get("POST /batches", 0) == before
+    without = RunBatchOperator(task_id="t", requests=["a"], output_dir="x", cache_dir="")
+    assert without.ARGUMENTS.read(without, "cache_dir") == {"cache_dir": None}

@@ -1,0 +1,422 @@
+"""
+Answers that earlier jobs paid for, reused by later ones.
+
+What a job reuses is decided once, when it is planned, and kept in its folder: a retry sees the same, whatever happens
+to the cache meanwhile. Rows without an answer make up the job's first round; the cached answers join the merge like
+the results of a batch. At its end, a job adds its own answers as an immutable segment of its own name, so any number of
+jobs may share a cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+from airflow_provider_siliconflow.api.models import Outcome
+from airflow_provider_siliconflow.batch_files.answer_keys import KEY_BYTES, answer_key, read_request
+from airflow_provider_siliconflow.batch_files.atomic_files import (
+    local_path,
+    make_private_folder,
+    open_own,
+    temporary_folder,
+    write_whole,
+)
+from airflow_provider_siliconflow.batch_files.buckets import BUCKETS, Buckets
+from airflow_provider_siliconflow.batch_files.lines import LineReader
+from airflow_provider_siliconflow.batch_files.merge import BatchFiles
+from airflow_provider_siliconflow.batch_files.segments import (
+    Hit,
+    Segments,
+    SegmentWriter,
+    read_segments,
+    segment_name,
+    segments_folder,
+    with_custom_id,
+    without_custom_id,
+)
+from airflow_provider_siliconflow.batch_files.shards import Shard, Split, iter_custom_ids, select_rows
+from airflow_provider_siliconflow.batch_files.verdicts import (
+    Judge,
+    UnreadableLineError,
+    Verdict,
+    read_verdict,
+)
+
+log = logging.getLogger(__name__)
+
+#: A key and the position of its row, and a position and where its answer is.
+_WANTED = struct.Struct(f"<{KEY_BYTES}sQ")
+_FOUND = struct.Struct("<QIQIII")
+_NO_KEY = bytes(KEY_BYTES)
+#: Cached answers that are read at a time.
+_HITS_AT_ONCE = 1000
+
+
+# The decision -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """
+    What a job takes from the cache.
+
+    :param to_send: by model, the shards of the first round: those of the plan if nothing is cached, else shards of the
+        rows without an answer. Models that lack the same rows have the same shards, and so one upload.
+    :param cached: by model, the number of cached answers for each shard of the plan.
+    """
+
+    to_send: Mapping[int, tuple[Shard, ...]]
+    cached: Mapping[int, tuple[int, ...]]
+
+    def folder(self, model: int) -> str | None:
+        """
+        Return the folder of a model's shards in that of the first round; ``None`` if they are those of the plan.
+        """
+        shards = self.to_send[model]
+        if not shards or not shards[0].sources:
+            return None
+        return _folder(next(other for other, theirs in sorted(self.to_send.items()) if theirs == shards))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the decision as JSON types."""
+        return {
+            "to_send": {
+                str(model): [each.to_dict() for each in shards] for model, shards in self.to_send.items()
+            },
+            "cached": {str(model): list(counts) for model, counts in self.cached.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any, split: Split, models: int) -> Reuse:
+        """
+        Return the decision that :meth:`to_dict` encoded.
+
+        :param split: the shards of the plan.
+        :param models: number of models.
+        :raises ValueError: it is damaged.
+        """
+        to_send = {int(m): tuple(map(Shard.from_dict, shards)) for m, shards in data["to_send"].items()}
+        cached = {int(model): tuple(map(int, counts)) for model, counts in data["cached"].items()}
+        if set(to_send) != set(range(models)) or set(cached) != set(to_send):
+            raise ValueError("it reuses answers for other models")
+        for model, counts in cached.items():
+            sent = sum(shard.rows for shard in to_send[model])
+            if len(counts) != len(split.shards) or min(counts) < 0 or sent + sum(counts) != split.rows:
+                raise ValueError("it reuses answers of other rows")
+            if any(source >= len(split.shards) for shard in to_send[model] for source in shard.sources):
+                raise ValueError("it sends rows of other shards")
+            if not all(shard.sources for shard in to_send[model]) and to_send[model] != split.shards:
+                raise ValueError("it sends other shards")
+        return cls(to_send, cached)
+
+
+def _folder(model: int) -> str:
+    return f"unanswered-{model}"
+
+
+def _cached_path(folder: Any, model: int, shard: Shard) -> Any:
+    return folder / "cached" / str(model) / shard.name
+
+
+# Planning ---------------------------------------------------------------------------------------------------
+
+
+def find_answers(
+    cache_dir: Any,
+    folder: Any,
+    split: Split,
+    sources: Sequence[Any],
+    *,
+    models: Sequence[str | None],
+    max_rows: int,
+    max_bytes: int,
+    judge: Judge | None = None,
+) -> Reuse | None:
+    """
+    Decide which rows of a job need not be sent, and write their answers into the job's folder.
+
+    :param cache_dir: the cache.
+    :param folder: folder of the job; the shards of the other rows go to its folder for the first round.
+    :param split: the rows.
+    :param sources: its shards.
+    :param models: the models; ``None`` for those that the rows name.
+    :param max_rows: most rows of a shard.
+    :param max_bytes: most bytes of a shard.
+    :param judge: what answers must satisfy; a row whose cached answer does not is sent.
+    :returns: ``None`` if nothing is cached.
+    :raises InvalidInputError: the cache is not ours alone, or cannot be created.
+    """
+    segments = _open_cache(cache_dir)
+    if not segments:
+        log.info("%s has no answers yet", cache_dir)
+        return None
+    to_send: dict[int, tuple[Shard, ...]] = {}
+    cached: dict[int, tuple[int, ...]] = {}
+    known: dict[bytes, tuple[Shard, ...]] = {}
+    first_round = sources[0].parent
+    with Segments(segments) as opened, _Digests.of(sources, own_model=models[0] is None) as digests:
+        for number, model in enumerate(models):
+            missing = [bytearray(b"\1") * shard.rows for shard in split.shards]
+            with Buckets() as found:
+                _look_up(opened, digests, model, found, split.rows)
+                cached[number] = tuple(_take(opened, found, number, split, sources, folder, missing, judge))
+            rows = sum(cached[number])
+            log.info("%s: %d of %d rows have a cached answer", model or "All models", rows, split.rows)
+            pattern = hashlib.sha256(b"".join(hashlib.sha256(each).digest() for each in missing)).digest()
+            if not rows:
+                to_send[number] = split.shards
+            elif pattern in known:
+                to_send[number] = known[pattern]
+            else:
+                target = first_round / _folder(number)
+                known[pattern] = to_send[number] = select_rows(
+                    sources, missing, target, max_rows=max_rows, max_bytes=max_bytes
+                )
+    return Reuse(to_send, cached) if any(map(any, cached.values())) else None
+
+
+def _open_cache(cache_dir: Any) -> list[Any]:
+    folder = segments_folder(cache_dir)
+    try:
+        make_private_folder(folder)
+    except InvalidInputError as exc:
+        raise InvalidInputError(f"cache_dir: {exc}") from None
+    except OSError as exc:
+        if local_path(folder) is None:
+            raise
+        raise InvalidInputError(f"cache_dir: {folder} cannot be created: {exc}. Nothing was sent") from exc
+    try:
+        segments, unreadable = read_segments(folder)
+    except FileNotFoundError:
+        # A store has no empty folders.
+        return []
+    for name, reason in unreadable.items():
+        log.warning("The cached answers in %s are not used: %s", folder / name, reason)
+    return segments
+
+
+class _Digests:
+    """
+    The digests of all rows, in a temporary file.
+
+    :param stream: the file.
+    :param own_model: whether they are whole keys, since the rows name their models.
+    """
+
+    def __init__(self, stream: IO[bytes], *, own_model: bool) -> None:
+        self._stream = stream
+        self._own_model = own_model
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, sources: Sequence[Any], *, own_model: bool) -> Iterator[_Digests]:
+        with tempfile.TemporaryFile(prefix="siliconflow-", buffering=1 << 16) as stream:
+            for source in sources:
+                with open_own(source) as lines:
+                    for line in LineReader(lines):
+                        request = None if line is None else read_request(line)
+                        if request is None:
+                            stream.write(_NO_KEY)
+                            continue
+                        digest, model = request
+                        stream.write(answer_key(digest, model or "") if own_model else digest)
+            yield cls(stream, own_model=own_model)
+
+    def keys(self, model: str | None) -> Iterator[bytes | None]:
+        """Yield the key of each row for a model; ``None`` for a row without one."""
+        self._stream.seek(0)
+        while block := self._stream.read(KEY_BYTES << 10):
+            for at in range(0, len(block), KEY_BYTES):
+                digest = block[at : at + KEY_BYTES]
+                if digest == _NO_KEY:
+                    yield None
+                else:
+                    yield digest if self._own_model else answer_key(digest, model or "")
+
+
+def _look_up(segments: Segments, digests: _Digests, model: str | None, found: Buckets, rows: int) -> None:
+    """Find the answers of all rows; they go into buckets by the position of the row."""
+    unpack, pack = _WANTED.iter_unpack, _FOUND.pack
+    with Buckets() as wanted:
+        for position, key in enumerate(digests.keys(model)):
+            if key is not None:
+                wanted.add(key[0], _WANTED.pack(key, position))
+        for number in range(BUCKETS):
+            positions: dict[bytes, list[int]] = {}
+            for key, position in unpack(wanted.records(number)):
+                positions.setdefault(key, []).append(position)
+            keys: dict[int, list[bytes]] = {}
+            for key in positions:
+                keys.setdefault(int.from_bytes(key[:8], "big"), []).append(key)
+            for key, hit in segments.find(number, keys) if keys else ():
+                for position in positions[key]:
+                    found.add(position * BUCKETS // rows, pack(position, *hit))
+
+
+def _take(
+    segments: Segments,
+    found: Buckets,
+    model: int,
+    split: Split,
+    sources: Sequence[Any],
+    folder: Any,
+    missing: list[bytearray],
+    judge: Judge | None,
+) -> Iterator[int]:
+    """
+    Write the cached answers of a model, a file for each shard; yield how many there are in it.
+
+    :param missing: a byte per row of each shard, which is set to 0 for those that are answered.
+    """
+    hits = _Ahead(
+        hit for number in range(BUCKETS) for hit in sorted(_FOUND.iter_unpack(found.records(number)))
+    )
+    for shard, source, unanswered in zip(split.shards, sources, missing, strict=True):
+        end = shard.first_row + shard.rows
+        if not hits.has_below(end):
+            yield 0
+            continue
+        taken = 0
+        with write_whole(_cached_path(folder, model, shard)) as target:
+            ids = enumerate(iter_custom_ids(source), shard.first_row)
+            while block := list(islice(hits.below(end), _HITS_AT_ONCE)):
+                lines = segments.lines([Hit(*each) for _, *each in block])
+                for (row, number, _, _, place, _), stored in zip(block, lines, strict=True):
+                    custom_id = next(custom_id for position, custom_id in ids if position == row)
+                    line = None if stored is None else with_custom_id(stored, place, custom_id)
+                    verdict = None if line is None else _verdict_on(line, custom_id, judge)
+                    if line is None or verdict is None:
+                        segments.report_damage(number)
+                        continue
+                    # An answer that cannot be judged is paid for; the merge says so, and nothing is sent for it.
+                    if verdict.outcome is not Outcome.OK and not verdict.unjudged:
+                        continue
+                    target.write(line + b"\n")
+                    unanswered[row - shard.first_row] = 0
+                    taken += 1
+        yield taken
+
+
+def _verdict_on(line: bytes, custom_id: str, judge: Judge | None) -> Verdict | None:
+    """
+    Return the verdict on a cached line, the same as that of the merge; ``None`` if it is not an answer to the row.
+
+    A row whose cached answer does not pass is sent.
+    """
+    try:
+        verdict = None if b"\n" in line else read_verdict(line, judge)
+    except UnreadableLineError:
+        return None
+    if verdict is None or verdict.custom_id != custom_id:
+        return None
+    return verdict if verdict.outcome in (Outcome.OK, Outcome.INVALID) else None
+
+
+class _Ahead:
+    """Hits in the order of their rows, of which the next one can be looked at."""
+
+    def __init__(self, hits: Iterator[tuple[int, ...]]) -> None:
+        self._hits = hits
+        self._next = next(hits, None)
+
+    def has_below(self, row: int) -> bool:
+        """Whether the next hit is of a row below this one."""
+        return self._next is not None and self._next[0] < row
+
+    def below(self, row: int) -> Iterator[tuple[int, ...]]:
+        """Yield the hits of rows below this one."""
+        while self._next is not None and self._next[0] < row:
+            found, self._next = self._next, next(self._hits, None)
+            yield found
+
+
+# Merging ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def cached_files(reuse: Reuse | None, folder: Any, model: int, shard: Shard) -> Iterator[list[BatchFiles]]:
+    """
+    Open the cached answers of a shard, as files to merge.
+
+    :param reuse: the decision.
+    :param folder: folder of the job.
+    """
+    if reuse is None or not reuse.cached[model][shard.index]:
+        yield []
+        return
+    path = _cached_path(folder, model, shard)
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(open_own(path))
+        local = local_path(path)
+        if local is None:
+            local = stack.enter_context(temporary_folder()) / "cached.jsonl"
+            _copy(stream, local)
+        yield [BatchFiles(local, None, cached=True)]
+
+
+def _copy(stream: IO[bytes], path: Path) -> None:
+    with path.open("wb") as target:
+        while block := stream.read(1 << 20):
+            target.write(block)
+
+
+# Keeping ----------------------------------------------------------------------------------------------------
+
+
+def keep_answers(
+    cache_dir: Any,
+    job: str,
+    number: int,
+    sources: Sequence[Any],
+    results: Any,
+    fresh: Sequence[bytearray],
+    *,
+    model: str | None,
+    label: str,
+    now: float,
+) -> int:
+    """
+    Add the answers of a job over one model to the cache.
+
+    :param cache_dir: the cache.
+    :param job: identity of the job.
+    :param number: index of the model.
+    :param sources: the shards of the job.
+    :param results: the merged results, a line per row.
+    :param fresh: for each shard, a byte per row: 1 if the merge counts the row as ok, and its answer is not from the
+        cache.
+    :param model: the model; ``None`` if the rows name theirs.
+    :param label: the job, for people.
+    :param now: epoch seconds.
+    :returns: how many were added.
+    """
+    if not any(map(any, fresh)):
+        return 0
+    path = segments_folder(cache_dir) / segment_name(job, number)
+    kept = 0
+    with open_own(results) as stream, SegmentWriter(path, created=now, model=model, label=label) as writer:
+        answers = iter(LineReader(stream))
+        for source, wanted in zip(sources, fresh, strict=True):
+            with open_own(source) as requests:
+                # Not more answers than the shard has rows: the iterator goes on with the next one.
+                for is_fresh, request, answer in zip(wanted, LineReader(requests), answers, strict=False):
+                    if is_fresh and request is not None and answer is not None:
+                        kept += _keep(writer, request, answer, model)
+    return kept
+
+
+def _keep(writer: SegmentWriter, request: bytes, answer: bytes, model: str | None) -> bool:
+    digest, cut = read_request(request), without_custom_id(answer)
+    if digest is None or cut is None:
+        return False
+    writer.add(answer_key(digest[0], model or digest[1] or ""), *cut)
+    return True
