@@ -24,8 +24,14 @@ MAX_FILE_BYTES = 10**9
 MAX_FILE_LINES = 5000
 
 #: Metadata keys of this provider: the identity of a piece of work, and, if there is room, a readable name, the task
-#: instance and the deployment.
-IDENTITY_KEYS = ("airflow_work", "airflow_task", "airflow_submitter", "airflow_deployment")
+#: instance, the deployment and the start of the run.
+IDENTITY_KEYS = (
+    "airflow_work",
+    "airflow_task",
+    "airflow_submitter",
+    "airflow_deployment",
+    "airflow_run_start",
+)
 
 
 def check_completion_window(value: Any) -> str:
@@ -55,7 +61,7 @@ def check_metadata(value: Any, *, identified: bool = False) -> dict[str, str]:
     Return metadata that the service will take.
 
     :param value: a mapping of strings, or ``None``.
-    :param identified: whether the batch carries its identity besides, which takes one pair and four names.
+    :param identified: whether the batch carries its identity besides, which takes one pair and five names.
     :raises InvalidInputError: too many pairs, a name of this provider's, or a key or value that is too long or no
         string.
     """

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import TypeVar
 
 import msgspec
 
@@ -26,6 +27,8 @@ from airflow_provider_siliconflow.batch_files.tally import MESSAGE_CHARACTERS, M
 INVALID_ROWS = "invalid.jsonl"
 #: The error code of their result lines.
 INVALID_INPUT = "invalid_input"
+
+T = TypeVar("T")
 
 #: Characters of the longest custom id that is kept of an invalid row.
 _LONGEST_ID = 512
@@ -131,6 +134,17 @@ def read_invalid_rows(path: Source) -> Iterator[InvalidRow]:
             f"the record of the invalid rows, {path}, is damaged or gone. The batches and their results at the service "
             "are untouched"
         ) from exc
+
+
+def of_valid_rows(lines: Iterator[T], invalid: InvalidLines) -> Iterator[T]:
+    """Yield those of a job's results that are not of invalid rows."""
+    while True:
+        for _ in invalid.before_next():
+            next(lines, None)
+        try:
+            yield next(lines)
+        except StopIteration:
+            return
 
 
 class InvalidLines:

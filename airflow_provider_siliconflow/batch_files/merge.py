@@ -111,6 +111,7 @@ class BatchFiles:
     :param requests: the request file of a ``shared`` batch, which says what the batch's rows are. Without it they may
         be any.
     :param cached: whether these are answers of earlier jobs, which are not billed again.
+    :param billed: whether its tokens count as billed; not if they are counted elsewhere.
     """
 
     output: Path | None
@@ -124,6 +125,7 @@ class BatchFiles:
     unsent: str | None = None
     requests: Source | None = None
     cached: bool = False
+    billed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,7 +387,7 @@ class _Index:
                         verdict.line = line
                     verdicts[position] = verdict
         self._budget = budget
-        if not batch.cached:
+        if batch.billed and not batch.cached:
             tally.billed.add(Usage(prompt, completion, reasoning, total, cached))
         if duplicates:
             tally.duplicates += duplicates
@@ -575,6 +577,18 @@ class _LineBlock:
             self._stream.write(b"\n".join(self._lines))
         self._lines = []
         self._bytes = 0
+
+
+def unmarked(line: bytes) -> bytes:
+    """Return the line of an invalid answer as the service sent it; any other line unchanged."""
+    head, found, reason = line.rpartition(b',"invalid":')
+    if not found:
+        return line
+    try:
+        msgspec.json.decode(reason.rstrip().removesuffix(b"}"), type=str)
+    except (msgspec.DecodeError, ValueError):
+        return line
+    return head + b"}"
 
 
 def _marked(line: bytes, reason: str) -> bytes:

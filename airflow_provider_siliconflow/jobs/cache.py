@@ -32,6 +32,7 @@ from airflow_provider_siliconflow.batch_files.atomic_files import (
 )
 from airflow_provider_siliconflow.batch_files.buckets import BUCKETS, Buckets
 from airflow_provider_siliconflow.batch_files.cost_bounds import Tariff
+from airflow_provider_siliconflow.batch_files.invalid_rows import InvalidLines, of_valid_rows
 from airflow_provider_siliconflow.batch_files.lines import LineReader
 from airflow_provider_siliconflow.batch_files.merge import BatchFiles
 from airflow_provider_siliconflow.batch_files.segments import (
@@ -382,6 +383,7 @@ def keep_answers(
     sources: Sequence[Any],
     results: Any,
     fresh: Sequence[bytearray],
+    invalid_rows: InvalidLines,
     *,
     model: str | None,
     label: str,
@@ -397,6 +399,7 @@ def keep_answers(
     :param results: the merged results, a line per row.
     :param fresh: for each shard, a byte per row: 1 if the merge counts the row as ok, and its answer is not from the
         cache.
+    :param invalid_rows: the lines of the input's invalid rows, which are among the results.
     :param model: the model; ``None`` if the rows name theirs.
     :param label: the job, for people.
     :param now: epoch seconds.
@@ -407,7 +410,7 @@ def keep_answers(
     path = segments_folder(cache_dir) / segment_name(job, number)
     kept = 0
     with open_own(results) as stream, SegmentWriter(path, created=now, model=model, label=label) as writer:
-        answers = iter(LineReader(stream))
+        answers = of_valid_rows(iter(LineReader(stream)), invalid_rows)
         for source, wanted in zip(sources, fresh, strict=True):
             with open_own(source) as requests:
                 # Not more answers than the shard has rows: the iterator goes on with the next one.

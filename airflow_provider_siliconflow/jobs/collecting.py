@@ -51,6 +51,7 @@ from airflow_provider_siliconflow.jobs.downloads import (
     downloaded,
     outcomes_in,
 )
+from airflow_provider_siliconflow.jobs.finished import KeptAnswers
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY
 from airflow_provider_siliconflow.jobs.job import OpenJob
 from airflow_provider_siliconflow.jobs.plan import Piece
@@ -111,6 +112,7 @@ class Collector:
         self._client = client
         self._output_dir = output_dir
         self._clock = clock
+        self._kept = KeptAnswers(job.plans) if job.plan.kept_rounds else None
         self._short: set[str] = set()
         self._replacing_since = 0.0
         #: Learns what batches cost, and says why some were not sent.
@@ -226,7 +228,7 @@ class Collector:
         """
         job = self._job
         number = len(job.rounds)
-        if number >= job.options.max_row_attempts or not collected.worth_another_attempt:
+        if job.attempts >= job.options.max_row_attempts or not collected.worth_another_attempt:
             return None
         if collected.out_of_balance:
             log.error("Rows failed because the account has no balance: no row is sent again")
@@ -295,11 +297,13 @@ class Collector:
             shared = stack.enter_context(self._shared_files(others, collected))
             results = stack.enter_context(write_whole(folder / "results.jsonl"))
             errors = stack.enter_context(write_whole(folder / "errors.jsonl"))
-            invalid_rows = InvalidLines(job.invalid_rows, tally, rows=job.plan.split.invalid)
+            invalid_rows = job.plans.invalid_lines(job.plan.split, tally)
             for shard in job.plan.split.shards:
                 with contextlib.ExitStack() as of_shard:
                     cached = cached_files(job.plan.reuse, job.plans.path, model, shard)
                     files = list(of_shard.enter_context(cached))
+                    if self._kept is not None:
+                        files.append(of_shard.enter_context(self._kept.files(model, shard)))
                     if (piece := whole.get(shard.index)) is not None:
                         files += of_shard.enter_context(self._files(piece, collected))
                     files += shared(shard)
@@ -316,6 +320,8 @@ class Collector:
             for line in invalid_rows.rest():
                 results.write(line + b"\n")
                 errors.write(line + b"\n")
+            if self._kept is not None:
+                self._kept.add_figures(model, tally)
             # The files get their names at the end of this block.
             job.ledger.check_owner()
         log.info("%s: %d of %d rows are ok", name or "Results", tally.ok, tally.rows)
@@ -542,6 +548,7 @@ class Collector:
                     [job.planned(shard) for shard in job.plan.split.shards],
                     self._model_folder(model) / "results.jsonl",
                     collected.fresh[model],
+                    job.plans.invalid_lines(job.plan.split),
                     model=job.options.replacements[model],
                     label=job.submitter.label,
                     now=self._clock.time(),
@@ -565,10 +572,13 @@ class Collector:
                 options.replacements[model],
                 collected.tallies[model],
                 [
-                    summary
-                    for piece in self._job.pieces
-                    if piece.model == model
-                    for summary in self._summaries(piece, collected)
+                    *(self._kept.batches(model) if self._kept is not None else ()),
+                    *(
+                        summary
+                        for piece in self._job.pieces
+                        if piece.model == model
+                        for summary in self._summaries(piece, collected)
+                    ),
                 ],
                 {name: str(self._model_folder(model) / f"{name}.jsonl") for name in ("results", "errors")},
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from typing import Any
 
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
@@ -13,6 +14,8 @@ log = logging.getLogger(__name__)
 
 #: Size of the largest file that is read as JSON, in bytes.
 MAX_JSON_BYTES = 64 << 20
+#: Most names of a folder that are read.
+MOST_NAMES = 1000
 
 
 def read_json(path: Any, *, otherwise: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
@@ -46,6 +49,29 @@ def read_object(path: Any, *, otherwise: str, max_bytes: int = MAX_JSON_BYTES) -
         log.warning("%s is not a JSON object; %s", path, otherwise)
         return None
     return value
+
+
+def names_in(folder: Any) -> list[str]:
+    """Return the names in a folder, the first thousand in their order; none if it does not exist."""
+    local = local_path(folder)
+    try:
+        if local is not None:
+            return sorted(os.listdir(local))[:MOST_NAMES]
+        return sorted(
+            str(path).rstrip("/").rpartition("/")[2] for path in folder.fs.ls(folder.path, detail=False)
+        )[:MOST_NAMES]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def remove_file(path: Any) -> None:
+    """Remove a file, if it exists."""
+    local = local_path(path)
+    if local is not None:
+        local.unlink(missing_ok=True)
+        return
+    with contextlib.suppress(FileNotFoundError):
+        path.fs.rm_file(path.path)
 
 
 def remove_tree(folder: Any) -> None:

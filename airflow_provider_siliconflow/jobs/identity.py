@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import PurePosixPath
 from typing import Any
@@ -20,11 +20,12 @@ from typing import Any
 from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.api.models import Batch, UploadedFile
 
-#: Metadata keys of the identity, of the readable name, of the task instance in its generation, and of the deployment.
-WORK_KEY, WORK_LABEL, WORK_SUBMITTER, WORK_DEPLOYMENT = arguments.IDENTITY_KEYS
+#: Metadata keys of the identity, of the readable name, of the task instance since its last manual clear, of the
+#: deployment, and of the start of the run.
+WORK_KEY, WORK_LABEL, WORK_SUBMITTER, WORK_DEPLOYMENT, WORK_RUN = arguments.IDENTITY_KEYS
 
 #: How to get a new batch although an earlier one may exist; for messages.
-SUBMIT_ANEW = "a manual clear of the task submits a new batch"
+SUBMIT_ANEW = "a manual clear of the task with on_clear='resubmit' submits a new batch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +33,14 @@ class Submitter:
     """
     Who submits: one task instance, in one generation of its tries.
 
-    :param generation: increases if a manual clear is to submit again, and stays the same over automatic retries, so
-        that a retry finds the work.
+    :param generation: part of the identity of all work. It increases if a manual clear is to submit again, and stays
+        the same over automatic retries, and over clears that reuse the work.
     :param deployment_id: ``[siliconflow] deployment_id``. Without it, two Airflow deployments that run the same DAG and
         run id on one account share their work.
+    :param epoch: increases with every manual clear, and stays the same over automatic retries. Not part of the
+        identity. By default the generation.
+    :param run_start: when Airflow started the run, in ISO format; ``""`` if it does not say. Not part of the identity.
+    :param run_was_cleared: whether that start may have moved since the run was created.
     """
 
     dag_id: str
@@ -44,6 +49,25 @@ class Submitter:
     map_index: int
     generation: int
     deployment_id: str | None = None
+    epoch: int = field(default=-1, compare=False)
+    run_start: str = field(default="", compare=False)
+    run_was_cleared: bool = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Take the epoch from the generation if it is not given."""
+        if self.epoch < 0:
+            object.__setattr__(self, "epoch", self.generation)
+
+    def is_of_deleted_run(self, run_start: str | None) -> bool:
+        """
+        Whether a record was certainly made by another run of the same id, which was deleted.
+
+        Only a clear moves the start of a run, and Airflow counts the clears of a run.
+
+        :param run_start: the start of the run that made the record; ``None`` or ``""`` if unknown.
+        """
+        known = bool(run_start and self.run_start) and not self.run_was_cleared
+        return known and run_start != self.run_start
 
     @property
     def label(self) -> str:
@@ -53,8 +77,8 @@ class Submitter:
 
     @property
     def mark(self) -> str:
-        """16 hexadecimal digits that identify this task instance in this generation."""
-        return self.key()[:16]
+        """16 hexadecimal digits that identify this task instance since its last manual clear."""
+        return replace(self, generation=self.epoch).key()[:16]
 
     def key(self, **content: Any) -> str:
         """
@@ -123,6 +147,8 @@ class BatchWork:
             marks[WORK_SUBMITTER] = self.submitter.mark
             if self.submitter.deployment_id:
                 marks[WORK_DEPLOYMENT] = self.submitter.deployment_id[: arguments.MAX_METADATA_VALUE]
+            if self.submitter.run_start:
+                marks[WORK_RUN] = self.submitter.run_start
         for name, mark in marks.items():
             if len(tagged) < arguments.MAX_METADATA_PAIRS:
                 tagged[name] = mark

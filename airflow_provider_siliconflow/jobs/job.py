@@ -9,7 +9,6 @@ from dataclasses import replace
 from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.api.models import DEAD_STATUSES, Batch, UploadedFile
 from airflow_provider_siliconflow.batch_files.atomic_files import OwnFile
-from airflow_provider_siliconflow.batch_files.invalid_rows import INVALID_ROWS
 from airflow_provider_siliconflow.batch_files.shards import Shard
 from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, Upload, upload_name
 from airflow_provider_siliconflow.jobs.ledger import FolderLedger
@@ -56,7 +55,7 @@ class OpenJob:
         # Without the host: the same service under another name is the same work, and must not be paid for again.
         self._where = {"conn_id": plan.conn_id}
         first = plan.reuse.to_send if plan.reuse else dict.fromkeys(self.models, plan.split.shards)
-        self.rounds = [self._pieces(0, first)]
+        self.rounds: list[list[Piece]] = [[] for _ in range(plan.kept_rounds)] or [self._pieces(0, first)]
         while (shards := plans.read_round(len(self.rounds), self.models)) is not None:
             self.rounds.append(self._pieces(len(self.rounds), shards))
         self._rests: list[Rest] = []
@@ -134,6 +133,11 @@ class OpenJob:
             ),
         )
 
+    @property
+    def attempts(self) -> int:
+        """How often this job has sent rows, without what it kept of a finished one."""
+        return len(self.rounds) - self.plan.kept_rounds
+
     def add_round(self, shards: Mapping[int, Sequence[Shard]]) -> None:
         """Plan another round with these shards, by model."""
         number = len(self.rounds)
@@ -172,11 +176,6 @@ class OpenJob:
     def planned(self, shard: Shard) -> OwnFile:
         """Return a shard of the plan: rows in their order, whether or not they are sent."""
         return OwnFile(self.plans.path / FIRST_ROUND / shard.name)
-
-    @property
-    def invalid_rows(self) -> OwnFile | None:
-        """The file of the input's invalid rows; ``None`` if none is reported."""
-        return OwnFile(self.plans.path / FIRST_ROUND / INVALID_ROWS) if self.plan.split.invalid else None
 
     def work(self, piece: Piece, send: Callable[[str], UploadedFile]) -> BatchWork:
         """

@@ -9,9 +9,8 @@ the results of a running job are not overwritten.
 from __future__ import annotations
 
 import logging
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -22,18 +21,20 @@ from airflow_provider_siliconflow.api.exceptions import (
     NotFoundError,
     SiliconFlowError,
 )
-from airflow_provider_siliconflow.batch_files.atomic_files import local_path, make_private_folder
+from airflow_provider_siliconflow.batch_files.atomic_files import make_private_folder, temporary_folder
 from airflow_provider_siliconflow.batch_files.shards import Split
 from airflow_provider_siliconflow.jobs.cache import Reuse, find_answers
 from airflow_provider_siliconflow.jobs.cancelling import cancel
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
-from airflow_provider_siliconflow.jobs.folder import read_json, remove_tree
+from airflow_provider_siliconflow.jobs.finished import Finished, take_over
+from airflow_provider_siliconflow.jobs.folder import names_in, read_json, remove_tree
 from airflow_provider_siliconflow.jobs.identity import Submitter
 from airflow_provider_siliconflow.jobs.job import OpenJob
 from airflow_provider_siliconflow.jobs.ledger import FolderLedger, Owner
 from airflow_provider_siliconflow.jobs.options import RunOptions
 from airflow_provider_siliconflow.jobs.plan import (
     FIRST_ROUND,
+    Piece,
     Plan,
     PlanFolder,
     digest_of,
@@ -52,8 +53,6 @@ WORK_FOLDER = ".siliconflow"
 _STARTING = 900.0
 #: Seconds for which a request of another job without a recorded outcome counts as a batch that may run.
 _OPEN_INTENT = 3600.0
-#: Most job folders that are read in one output folder.
-_MOST_FOLDERS = 1000
 _FOLDER_NAME = re.compile("[0-9a-f]{16}")
 
 OpenSubmission = Callable[[FolderLedger], Submission]
@@ -104,6 +103,8 @@ class Opening:
             run=str(job_try.output_dir), models=list(job_try.options.models), conn_id=job_try.conn_id
         )
         self.plans = PlanFolder(job_try.output_dir / WORK_FOLDER / self.key[:16])
+        #: The finished job whose answers are kept, if the task was cleared since.
+        self._finished: Finished | None = None
 
     # Manifests --------------------------------------------------------------------------------------------
 
@@ -112,9 +113,62 @@ class Opening:
         return read_json(self._try.output_dir / "manifest.json", otherwise="it will be replaced") or {}
 
     def finished_manifest(self) -> dict[str, Any] | None:
-        """Return the manifest if this job wrote it as its last step."""
+        """Return the manifest if this job wrote it as its last step, and its run was not deleted since."""
         manifest = self.manifest()
-        return manifest if manifest.get("run") == self.key else None
+        if manifest.get("run") != self.key:
+            return None
+        deleted = self._try.submitter.is_of_deleted_run(Finished(manifest).run_start)
+        return None if deleted else manifest
+
+    def answered(self, requests: Callable[[], Any], name: str) -> dict[str, Any] | None:
+        """
+        Return the manifest of the job if it has finished and nothing is left to do.
+
+        After a manual clear, rows that are not ok are left to do, and so are rows that were changed.
+
+        :param requests: returns the rows.
+        :param name: how messages call the rows.
+        """
+        manifest = self.finished_manifest()
+        if manifest is None:
+            return None
+        finished, stored, mine = Finished(manifest), self.plans.read(), self._try.submitter
+        if not self._try.earlier_tries and not (finished.run_start and mine.run_start):
+            # For all that is known, it belongs to a deleted run that was created again under the same id.
+            return None
+        if stored is not None and stored.submitter.epoch > finished.epoch:
+            # An earlier try since the clear has begun to send rows.
+            return None
+        is_cleared = mine.epoch > finished.epoch
+        if not is_cleared and self._try.owner.try_number != finished.try_number:
+            log.info("An earlier try wrote all results and the manifest; nothing is left to do")
+            return manifest
+        # Cleared; or the same try runs again, as `airflow tasks test` makes it.
+        if is_cleared and not finished.all_ok:
+            self._finished = finished
+            return None
+        if not self._has_input_of(finished, requests, name):
+            log.warning("%s was changed since the job finished; it is new work", name)
+            return None
+        if not finished.has_results(self._try.output_dir, self._try.options):
+            return None
+        log.info("The job has finished, and its rows are the same: its results are returned at no cost")
+        return manifest
+
+    def _has_input_of(self, finished: Finished, requests: Callable[[], Any], name: str) -> bool:
+        mark = finished.input
+        if mark is None:
+            return True
+        try:
+            rows = requests()
+            if hasattr(rows, "open"):
+                with rows.open("rb"):
+                    pass
+        # If the input is gone, or its function fails, the results that are paid for are still those of the task.
+        except Exception as exc:  # noqa: BLE001
+            log.warning("%s cannot be read again (%s); the results of the finished job are used", name, exc)
+            return True
+        return mark.is_of(rows, self._try.options, name=name)
 
     def refuse_sibling(self) -> None:
         """
@@ -144,7 +198,8 @@ class Opening:
         """
         self.refuse_sibling()
         self._refuse_others()
-        if (manifest := self.manifest()) and manifest.get("unfinished") != self.key:
+        manifest = self.manifest()
+        if manifest and self.key not in (manifest.get("unfinished"), manifest.get("run")):
             log.warning("%s holds the results of another job; they will be replaced", self._try.output_dir)
         stored = self._usable_plan(requests, name)
         make_private_folder(self.plans.path)
@@ -154,6 +209,10 @@ class Opening:
             job = self._open(stored)
             job.ledger.claim(self._try.owner)
             log.info("Continuing with the plan of an earlier try")
+            mine, theirs = self._try.submitter, stored.submitter
+            if (mine.epoch, mine.run_start) != (theirs.epoch, theirs.run_start):
+                # From here on, this is the work of the present clear and run.
+                self.plans.write(replace(stored, submitter=mine))
         self.tidy_older(cancels=self._try.cancel_on_kill)
         return job
 
@@ -216,7 +275,7 @@ class Opening:
     def _usable_plan(self, requests: Callable[[], Any], name: str) -> Plan | None:
         """Return the plan that an earlier try made from the same rows; ``None`` if a new one is needed."""
         stored = self.plans.read()
-        if stored is None:
+        if stored is None or self._is_done_with(stored):
             return None
         if not self._try.earlier_tries:
             log.warning(
@@ -234,10 +293,49 @@ class Opening:
             return stored
         if stored.is_of(rows, self._try.options, name=name):
             return stored
+        if stored.submitter.epoch < self._try.submitter.epoch:
+            self._supersede(self._open(stored), requests, name)
+            return None
         self._refuse_changed(self._open(stored), name)
         log.warning("%s was changed, and no batch of the earlier rows is running; a new plan is made", name)
         remove_tree(self.plans.path)
         return None
+
+    def _is_done_with(self, stored: Plan) -> bool:
+        """
+        Remove a plan that is of no use: that of a deleted run, or one whose job finished.
+
+        :returns: whether it is gone; a plan whose batches may run stays.
+        """
+        manifest, mine = self.manifest(), self._try.submitter
+        of_deleted_run = mine.is_of_deleted_run(stored.submitter.run_start)
+        finished = manifest.get("run") == self.key and stored.submitter.epoch <= Finished(manifest).epoch
+        if not of_deleted_run and not finished:
+            return False
+        ledger = FolderLedger(self.plans.path / "ledger.json", complete=stored.complete)
+        if (running := self._may_run(ledger, stored.conn_id)) is not None:
+            log.warning("%s is of an earlier job, whose batch %s may be running", self.plans, running)
+            return False
+        remove_tree(self.plans.path)
+        return True
+
+    def _supersede(self, job: OpenJob, requests: Callable[[], Any], name: str) -> None:
+        """
+        Give up a plan whose rows were changed before the task was cleared.
+
+        The ledger stays, since it names batches that may run. Those of shards that are still wanted go on.
+
+        :raises InvalidInputError: the new rows are wrong; nothing was changed.
+        """
+        with temporary_folder() as folder:
+            split = plan(requests(), folder, name=name, options=self._try.options)
+        wanted = {shard.sha256 for shard in split.shards}
+        log.warning("%s was changed before the task was cleared; the changed rows are new work", name)
+        job.ledger.claim(self._try.owner)
+        unwanted = [piece for piece in job.pieces if piece.round or piece.shard.sha256 not in wanted]
+        self._end(job, unwanted, cancels=self._try.cancel_on_kill)
+        job.ledger.flush()
+        self.plans.forget()
 
     def _refuse_changed(self, job: OpenJob, name: str) -> None:
         """
@@ -262,7 +360,7 @@ class Opening:
             f"{name} was changed since an earlier try submitted its rows: {what} ({ids}"
             f"{', ...' if len(job.batch_ids) > 5 else ''}). Nothing was sent. Restore the rows, their order, "
             "request_params and output_type, and let the task retry, which continues with these batches; or submit the "
-            "new rows by a manual clear, which pays for all of them; or give the new rows another output_dir.",
+            "new rows by a manual clear, which pays for what was changed; or give the new rows another output_dir.",
             retryable=True,
         )
 
@@ -272,12 +370,12 @@ class Opening:
         ledger = FolderLedger(path, complete=not self._try.earlier_tries, is_new=True)
         # Other jobs must see that a job starts here before the rows are made, which may take long.
         ledger.claim(self._try.owner)
+        # A try that died while it planned may have left parts of its plan.
+        self.plans.forget()
         try:
             rows = requests()
             version = source_version(rows)
             split = plan(rows, self.plans.path / FIRST_ROUND, name=name, options=options)
-            reuse = self._reuse(split)
-            self._check_spend(split, reuse)
         except Exception:
             ledger.remove_folder()
             raise
@@ -296,8 +394,13 @@ class Opening:
             version,
             # An earlier try may have sent batches that this folder does not know.
             complete=not self._try.earlier_tries,
-            reuse=reuse,
         )
+        try:
+            stored = self._with_answers(stored, requests, name)
+            self._check_spend(self._open(stored))
+        except Exception:
+            ledger.remove_folder()
+            raise
         self.plans.write(stored)
         # Two jobs that start at the same time see each other here, before anything is sent.
         try:
@@ -308,6 +411,25 @@ class Opening:
         job = self._open(stored)
         job.ledger.continue_as(self._try.owner.token)
         return job
+
+    def _with_answers(self, planned: Plan, requests: Callable[[], Any], name: str) -> Plan:
+        """
+        Return the plan with the answers that exist: those of the cache, or those of the finished job.
+
+        The latter count if the task was cleared since and the rows are the same.
+        """
+        finished = self._finished
+        if finished is not None:
+            mark, mine = finished.input, planned.input
+            same = mark is None or mark.digest == mine.digest
+            if mark is not None and mark.shard_rows != mine.shard_rows:
+                same = mark.is_of(requests(), self._try.options, name=name)
+            kept = replace(planned, kept_rounds=finished.rounds)
+            if not same:
+                log.warning("The rows were changed since the job finished; they are new work")
+            elif take_over(finished, self.plans, kept, self._try.output_dir, self._try.options):
+                return kept
+        return replace(planned, reuse=self._reuse(planned.split))
 
     def _reuse(self, split: Split) -> Reuse | None:
         if self._try.cache_dir is None:
@@ -326,19 +448,16 @@ class Opening:
             tariff=options.tariff(),
         )
 
-    def _check_spend(self, split: Split, reuse: Reuse | None) -> None:
+    def _check_spend(self, job: OpenJob) -> None:
         """
         Refuse a job that ``max_cost`` or the account's balance certainly cannot pay.
 
         :raises InvalidInputError: it is such a job.
         """
-        options, folder = self._try.options, self.plans.path / FIRST_ROUND
-        refuse_costly(split, options, folder, reuse)
+        refuse_costly(job)
         check_balance(
-            split,
-            options,
+            job,
             lambda: self._try.client.get_account(repeat=False).charge_balance,
-            reuse=reuse,
             # What earlier tries submitted may be what used the balance up, and must still be collected.
             may_refuse=not self._try.earlier_tries,
         )
@@ -362,7 +481,7 @@ class Opening:
     # Other jobs in the output folder ----------------------------------------------------------------------
 
     def _other_folders(self) -> Iterator[PlanFolder]:
-        for name in _names(self._try.output_dir / WORK_FOLDER):
+        for name in names_in(self._try.output_dir / WORK_FOLDER):
             if _FOLDER_NAME.fullmatch(name) and name != self.key[:16]:
                 yield PlanFolder(self._try.output_dir / WORK_FOLDER / name)
 
@@ -381,18 +500,19 @@ class Opening:
                 continue
             theirs, mine = stored.submitter, self._try.submitter
             if replace(theirs, generation=mine.generation) == mine:
-                if theirs.generation < mine.generation:
+                if self._is_older(theirs):
                     continue
-                if theirs.generation > mine.generation:
+                if theirs.epoch > mine.epoch:
                     raise JobTakenOverError(
                         f"{self._try.output_dir} contains the job of a later clear of this task. This try stops and "
                         "sends nothing."
                     )
                 if (running := self._may_run(ledger, stored.conn_id)) is not None:
                     raise InvalidInputError(
-                        "models, conn_id or output_dir of this task were changed since an earlier try submitted "
-                        f"batches: {running} is paid for and may be running. Nothing was sent. Restore the arguments "
-                        "and let the task retry, which continues with the batches; or cancel the batches first.",
+                        "models, conn_id, output_dir or on_clear of this task were changed since an earlier try "
+                        f"submitted batches: {running} is paid for and may be running. Nothing was sent. Restore the "
+                        "arguments and let the task retry, which continues with the batches; or cancel the batches "
+                        "first.",
                         retryable=True,
                     )
             elif (running := self._may_run(ledger, stored.conn_id)) is not None:
@@ -402,6 +522,11 @@ class Opening:
             elif not any(ledger.work()):
                 # Its rows are planned, and perhaps being uploaded.
                 self._refuse_starting(ledger)
+
+    def _is_older(self, theirs: Submitter) -> bool:
+        """Whether a job of this task is from before its last manual clear, or of a run that was deleted."""
+        mine = self._try.submitter
+        return theirs.epoch < mine.epoch or mine.is_of_deleted_run(theirs.run_start)
 
     def _refuse_starting(self, ledger: FolderLedger) -> None:
         """
@@ -438,52 +563,70 @@ class Opening:
 
     def tidy_older(self, *, cancels: bool) -> None:
         """
-        Cancel open batches of older generations of this task in the output folder, and remove jobs that have ended.
+        Cancel open batches of older jobs of this task in the output folder, and remove jobs that have ended.
 
-        After a manual clear that submits again nothing else takes care of the older job, which may have been deferred
-        or queued.
+        After a manual clear that submits again, or that comes with other models, nothing else takes care of the older
+        job, which may have been deferred or queued.
 
         :param cancels: whether to cancel; otherwise their batches continue and are billed.
         """
         for plans in self._other_folders():
             stored = plans.read()
-            if stored is None or stored.submitter.generation >= self._try.submitter.generation:
+            if stored is None or not self._is_older(stored.submitter):
                 continue
             if replace(stored.submitter, generation=self._try.submitter.generation) != self._try.submitter:
                 continue
             try:
                 self._tidy(self._opened(plans, stored), cancels=cancels)
             except SiliconFlowError as exc:
-                log.warning("%s, of an earlier generation of this task, is not removed: %s", plans, exc)
+                log.warning("%s, of an earlier job of this task, is not removed: %s", plans, exc)
 
     def _tidy(self, job: OpenJob, *, cancels: bool) -> None:
-        # This stops a try of that generation that is still alive.
+        # This stops a try of that job that is still alive.
         job.ledger.claim(self._try.owner)
-        for piece in job.pieces:
+        self._end(job, job.pieces, cancels=cancels)
+        job.ledger.flush()
+        job.ledger.remove_folder()
+
+    def _end(self, job: OpenJob, pieces: Iterable[Piece], *, cancels: bool) -> None:
+        """Cancel the batches of pieces that nobody waits for any more, and record those that have ended."""
+        for piece in pieces:
             state = job.state(piece)
             if not isinstance(state, Sent):
                 continue
             batch = self._try.client.get_batch(state.batch_id)
             if cancels and not batch.is_terminal:
                 if job.submission.is_ours(job.work(piece, _never), batch):
-                    log.warning("Cancelling batch %s of an earlier generation of this task", batch.id)
+                    log.warning("Cancelling batch %s of an earlier job of this task", batch.id)
                     batch = cancel(self._try.client, batch.id)
                 else:
                     log.warning(
                         "Batch %s is not proven to belong to this task; it is not cancelled", batch.id
                     )
             elif not batch.is_terminal:
-                log.warning(
-                    "Batch %s of an earlier generation of this task continues and is billed", batch.id
-                )
+                log.warning("Batch %s of an earlier job of this task continues and is billed", batch.id)
             if batch.is_terminal:
                 job.ledger.record(piece.work_key, Ended.of(batch, state.number, at=self._try.clock.time()))
-        job.ledger.flush()
+
+    def close(self, job: OpenJob) -> None:
+        """Remove the folder of a job that has finished, and older jobs of its task that have ended."""
+        self.tidy_older(cancels=False)
+        mine = {piece.work_key for piece in job.pieces}
+        for key, state in job.ledger.work():
+            # Rows that were changed before a clear.
+            if key not in mine and isinstance(state, Sent):
+                try:
+                    batch = self._try.client.get_batch(state.batch_id)
+                except SiliconFlowError as exc:
+                    log.warning("Batch %s, which nobody waits for, cannot be read: %s", state.batch_id, exc)
+                    continue
+                if batch.is_terminal and batch.id == state.batch_id:
+                    job.ledger.record(key, Ended.of(batch, state.number, at=self._try.clock.time()))
         job.ledger.remove_folder()
 
 
 def _never(name: str) -> Any:
-    raise AssertionError("an earlier generation uploads nothing")
+    raise AssertionError("an earlier job uploads nothing")
 
 
 def _in_use(output_dir: Any, who: str, what: str) -> str:
@@ -491,16 +634,3 @@ def _in_use(output_dir: Any, who: str, what: str) -> str:
         f"output_dir: the job of {who} {what}, and the results of both would be mixed in {output_dir}. Nothing was "
         "sent. Give each task and run a folder of its own, such as '.../{{ run_id }}/{{ task.task_id }}'"
     )
-
-
-def _names(folder: Any) -> list[str]:
-    """Return the names in a folder; none if it does not exist."""
-    local = local_path(folder)
-    try:
-        if local is not None:
-            return sorted(os.listdir(local))[:_MOST_FOLDERS]
-        return sorted(
-            str(path).rstrip("/").rpartition("/")[2] for path in folder.fs.ls(folder.path, detail=False)
-        )[:_MOST_FOLDERS]
-    except (FileNotFoundError, NotADirectoryError):
-        return []

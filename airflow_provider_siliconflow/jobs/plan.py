@@ -9,18 +9,31 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from airflow_provider_siliconflow.api.arguments import check_completion_window, check_metadata
+from airflow_provider_siliconflow.api.arguments import (
+    MAX_FILE_BYTES,
+    MAX_FILE_LINES,
+    check_completion_window,
+    check_metadata,
+)
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
-from airflow_provider_siliconflow.batch_files.atomic_files import local_path, temporary_folder, write_json
+from airflow_provider_siliconflow.batch_files.atomic_files import (
+    OwnFile,
+    local_path,
+    temporary_folder,
+    write_json,
+)
+from airflow_provider_siliconflow.batch_files.invalid_rows import INVALID_ROWS, InvalidLines
 from airflow_provider_siliconflow.batch_files.prices import cost, price_of, rounded
 from airflow_provider_siliconflow.batch_files.shards import Shard, Split, split_requests
+from airflow_provider_siliconflow.batch_files.tally import ModelTally
 from airflow_provider_siliconflow.jobs.cache import Reuse
-from airflow_provider_siliconflow.jobs.folder import read_json
+from airflow_provider_siliconflow.jobs.folder import names_in, read_json, remove_file
 from airflow_provider_siliconflow.jobs.identity import Submitter
 from airflow_provider_siliconflow.jobs.options import RunOptions
 
@@ -42,6 +55,10 @@ _VERSION_FIELDS = (
 
 #: Folder of the shards of the first round.
 FIRST_ROUND = "round-0"
+
+#: Most rounds that a job can have made, over all of its clears.
+_MOST_ROUNDS = 100_000
+_ROUND_NAME = re.compile(r"round-\d+\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +108,69 @@ class Rest:
 
 
 @dataclass(frozen=True, slots=True)
+class InputMark:
+    """
+    What identifies the rows of a job, so that they can be compared without being kept.
+
+    :param digest: over the shards, see :attr:`Plan.input`.
+    :param params: digest of the body parameters that were put into the rows.
+    :param source: version of the input when it was read, see :func:`source_version`.
+    :param shard_rows: rows of each shard.
+    :param max_bytes: most bytes per shard, as used for the split.
+    """
+
+    digest: str
+    params: str
+    source: str | None
+    shard_rows: tuple[int, ...]
+    max_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mark as JSON types."""
+        return {**asdict(self), "shard_rows": list(self.shard_rows)}
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> InputMark | None:
+        """Return the mark that :meth:`to_dict` encoded; ``None`` if it is damaged."""
+        try:
+            source = data["source"]
+            return cls(
+                str(data["digest"]),
+                str(data["params"]),
+                None if source is None else str(source),
+                tuple(min(max(int(rows), 1), MAX_FILE_LINES) for rows in data["shard_rows"]),
+                min(max(int(data["max_bytes"]), 1), MAX_FILE_BYTES),
+            )
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return None
+
+    def is_of(self, requests: Any, options: RunOptions, *, name: str) -> bool:
+        """
+        Whether these are the rows.
+
+        A file with the same :func:`source_version` is not read. Any other input is split again, and the shards are
+        compared.
+
+        :param requests: a file (something that opens) or rows.
+        """
+        same_params = self.params == digest_of(options.body_content)
+        if same_params and self.source is not None and self.source == source_version(requests):
+            return True
+        # If invalid rows failed the job now, that would not make them other rows.
+        # Nor would other prices, by which the shards may have been cut.
+        options = replace(
+            options, max_rows=MAX_FILE_LINES, max_bytes=self.max_bytes, reports_invalid=True, max_cost=None
+        )
+        with temporary_folder() as folder:
+            try:
+                split = plan(requests, folder, name=name, options=options, rows_per_shard=self.shard_rows)
+            except InvalidInputError as exc:
+                log.warning("The rows can no longer be planned: %s", exc)
+                return False
+        return _digest_of_content(split) == self.digest
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """
     What the first try of a job fixes for all later ones.
@@ -107,6 +187,8 @@ class Plan:
     :param source: version of the input when it was read, see :func:`source_version`.
     :param complete: whether the folder knows every batch that earlier tries can have sent.
     :param reuse: which rows are answered by the cache and not sent; ``None`` if all are sent.
+    :param kept_rounds: rounds of the finished job whose answers this one keeps: it sends no first round, but a round
+        with this number, of the rows that are not ok. See :mod:`~.jobs.finished`.
     """
 
     split: Split
@@ -121,6 +203,7 @@ class Plan:
     source: str | None
     complete: bool
     reuse: Reuse | None = None
+    kept_rounds: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON types."""
@@ -137,6 +220,7 @@ class Plan:
             "source": self.source,
             "complete": self.complete,
             "reuse": self.reuse and self.reuse.to_dict(),
+            "kept_rounds": self.kept_rounds,
         }
 
     @classmethod
@@ -162,37 +246,30 @@ class Plan:
             source=None if data["source"] is None else str(data["source"]),
             complete=data["complete"] is True,
             reuse=None if reuse is None else Reuse.from_dict(reuse, split, len(models) or 1),
+            kept_rounds=_checked_rounds(data.get("kept_rounds", 0)),
         )
+
+    @property
+    def input(self) -> InputMark:
+        """What identifies the rows of the plan."""
+        digest = _digest_of_content(self.split)
+        rows = tuple(shard.rows for shard in self.split.shards)
+        return InputMark(digest, self.params, self.source, rows, self.max_bytes)
 
     def is_of(self, requests: Any, options: RunOptions, *, name: str) -> bool:
-        """
-        Whether the plan was made from these rows.
-
-        A file with the same :func:`source_version` is not read. Any other input is split again, and the shards are
-        compared with those of the plan.
-
-        :param requests: a file (something that opens) or rows.
-        """
-        same_params = self.params == digest_of(options.body_content)
-        if same_params and self.source is not None and self.source == source_version(requests):
-            return True
-        # If invalid rows failed the job now, that would not make them other rows.
-        # Nor would other prices, by which the shards may have been cut.
-        options = replace(
-            options, max_rows=self.max_rows, max_bytes=self.max_bytes, reports_invalid=True, max_cost=None
-        )
-        rows = [shard.rows for shard in self.split.shards]
-        with temporary_folder() as folder:
-            try:
-                split = plan(requests, folder, name=name, options=options, rows_per_shard=rows)
-            except InvalidInputError as exc:
-                log.warning("The rows can no longer be planned: %s", exc)
-                return False
-        return _content(split) == _content(self.split)
+        """Whether the plan was made from these rows, see :meth:`InputMark.is_of`."""
+        return self.input.is_of(requests, options, name=name)
 
 
-def _content(split: Split) -> list[str]:
-    return [*(shard.sha256 for shard in split.shards), split.invalid_sha256]
+def _digest_of_content(split: Split) -> str:
+    digests = [*(shard.sha256 for shard in split.shards), split.invalid_sha256]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _checked_rounds(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_ROUNDS:
+        raise ValueError("it does not say how many rounds are kept")
+    return value
 
 
 def digest_of(params: Mapping[str, Any] | None) -> str:
@@ -237,6 +314,15 @@ class PlanFolder:
         """Return the path."""
         return str(self.path)
 
+    def invalid_lines(self, split: Split, tally: ModelTally | None = None) -> InvalidLines:
+        """
+        Return the result lines of the input's invalid rows.
+
+        :param tally: gets their figures.
+        """
+        path = OwnFile(self.path / FIRST_ROUND / INVALID_ROWS) if split.invalid else None
+        return InvalidLines(path, tally or ModelTally(), rows=split.invalid)
+
     def read(self) -> Plan | None:
         """Return the plan; ``None`` if there is none."""
         return self._read("plan.json", Plan.from_dict, otherwise="a new plan is made")
@@ -253,6 +339,13 @@ class PlanFolder:
         """
         decode = partial(_shards_by_model, models=models)
         return self._read(f"round-{number}.json", decode, otherwise="the round is planned again")
+
+    def forget(self) -> None:
+        """Remove the plan, so that another one can be made; the ledger of the folder stays."""
+        names = [name for name in names_in(self.path) if _ROUND_NAME.fullmatch(name)]
+        # The plan goes last: what is left of the others would become a part of the next plan.
+        for name in (*names, "rests.json", "plan.json"):
+            remove_file(self.path / name)
 
     def read_rests(self) -> list[Rest]:
         """Return the rests of dead batches, in the order in which they were planned."""
@@ -286,8 +379,8 @@ class PlanFolder:
 
 
 def _checked_submitter(submitter: Submitter) -> Submitter:
-    texts = (submitter.dag_id, submitter.run_id, submitter.task_id)
-    numbers = (submitter.map_index, submitter.generation)
+    texts = (submitter.dag_id, submitter.run_id, submitter.task_id, submitter.run_start)
+    numbers = (submitter.map_index, submitter.generation, submitter.epoch)
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(each, int) for each in numbers):
         raise ValueError("it does not name its task")
     return submitter

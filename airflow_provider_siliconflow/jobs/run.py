@@ -31,6 +31,7 @@ from airflow_provider_siliconflow.batch_files.atomic_files import write_json
 from airflow_provider_siliconflow.batch_files.manifest import render_summary
 from airflow_provider_siliconflow.jobs.clock import SteadyClock
 from airflow_provider_siliconflow.jobs.collecting import Collected, Collector
+from airflow_provider_siliconflow.jobs.finished import input_entry
 from airflow_provider_siliconflow.jobs.job import OpenJob
 from airflow_provider_siliconflow.jobs.opening import JobTry, Opening
 from airflow_provider_siliconflow.jobs.outcome import unfinished_job
@@ -96,10 +97,8 @@ class BatchRun:
         :raises InvalidInputError: rows were changed since they were submitted, or another job runs in ``output_dir``.
         :raises SiliconFlowError: the service refuses, and has accepted no batch of this job.
         """
-        # On a first try, a manifest belongs to a deleted run that was created again under the same id.
-        self._earlier_manifest = self._opening.finished_manifest() if self._try.earlier_tries else None
+        self._earlier_manifest = self._opening.answered(requests, name)
         if self._earlier_manifest is not None:
-            log.info("An earlier try wrote all results and the manifest; nothing is left to do")
             return None
         job = self._opening.prepare(requests, name)
         opened = self._take(job, began=self._try.owner.at)
@@ -109,7 +108,7 @@ class BatchRun:
             split.rows,
             len(split.shards),
             ", ".join(job.options.models) or "the models that the rows name",
-            len(job.rounds[0]),
+            sum(1 for _ in job.pieces),
             split.prompt_tokens,
         )
         if split.invalid:
@@ -157,6 +156,7 @@ class BatchRun:
         collected = self._collected or opened.collector.collect()
         manifest = opened.collector.manifest(collected)
         manifest["task"] = asdict(self._try.submitter)
+        manifest["input"] = input_entry(opened.job.plan, try_number=self._try.owner.try_number)
         log.info("Results are in %s\n%s", self._try.output_dir, render_summary(manifest))
         unfinished = unfinished_job(opened.job, collected, self._try.output_dir)
         # This key marks the manifest as final, whether or not the job counts as a success.
@@ -169,8 +169,7 @@ class BatchRun:
         write_json(self._try.output_dir / "manifest.json", manifest)
         if unfinished:
             raise unfinished
-        self._opening.tidy_older(cancels=False)
-        opened.job.ledger.remove_folder()
+        self._opening.close(opened.job)
         return manifest
 
     def _advance(self, opened: _Opened) -> Wait | None:

@@ -21,7 +21,16 @@ from airflow_provider_siliconflow.api.exceptions import (
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus
 from airflow_provider_siliconflow.jobs.account import AccountAPI, AccountBatches, AccountFiles, Listed
 from airflow_provider_siliconflow.jobs.clock import Clock
-from airflow_provider_siliconflow.jobs.identity import SUBMIT_ANEW, WORK_KEY, BatchWork, Proof, Upload, prove
+from airflow_provider_siliconflow.jobs.identity import (
+    SUBMIT_ANEW,
+    WORK_KEY,
+    WORK_RUN,
+    WORK_SUBMITTER,
+    BatchWork,
+    Proof,
+    Upload,
+    prove,
+)
 from airflow_provider_siliconflow.jobs.ledger import Ledger
 from airflow_provider_siliconflow.jobs.settled import SETTLE_PATIENCE, SETTLE_POLL, is_settled
 from airflow_provider_siliconflow.jobs.states import Planned, Refused, files_of
@@ -51,7 +60,8 @@ class Found:
     """
     The result of one search.
 
-    :param live: batches that certainly belong to the work and whose rows are or will be paid for, oldest first.
+    :param live: batches that certainly belong to the work and whose rows are or will be paid for; those of the latest
+        run first, then the oldest first.
     :param dead: batches that certainly belong to the work, and failed or were cancelled before their rows were done.
     :param doubtful: ids of batches that may belong to the work; the service states too little about them.
     """
@@ -166,6 +176,11 @@ class AccountSearch:
             # The listing may be stale: only the batch itself shows whether it is still alive. A listed batch exists,
             # even if a gateway briefly answers something else for its id.
             batch = self.read(listed.id, watch=watch) or listed.batch()
+            if work.submitter is not None and work.submitter.is_of_deleted_run(batch.metadata.get(WORK_RUN)):
+                log.info(
+                    "Batch %s was submitted by a run of the same id that was deleted; not used", batch.id
+                )
+                continue
             proof = self.prove(work, batch)
             if proof is Proof.UNPROVEN:
                 doubtful.append(batch.id)
@@ -173,9 +188,11 @@ class AccountSearch:
                 self._log_copy(work, batch)
             else:
                 (dead if is_replaceable(batch) else live).append(batch)
+        # If the run was deleted and created again, those of the later one count; within a run, the oldest.
+        live.sort(key=lambda batch: batch.metadata.get(WORK_RUN, ""), reverse=True)
         if len(live) > 1:
             log.warning(
-                "The account has %d batches of this task (%s); continuing with the oldest",
+                "The account has %d batches of this task (%s); continuing with the first",
                 len(live),
                 ", ".join(batch.id for batch in live),
             )
@@ -318,6 +335,17 @@ class AccountSearch:
         state = self._ledger.state(work.key)
         number = 0 if isinstance(state, Planned | Refused) else state.number
         return {batch_id for batch_id, other in self._ledger.recorded_batches().items() if 0 < other < number}
+
+
+def is_spent(work: BatchWork, batch: Batch) -> bool:
+    """Whether a batch from before a manual clear ended without a single answer, so that it is of no use any more."""
+    counts = batch.request_counts
+    mark = batch.metadata.get(WORK_SUBMITTER)
+    cleared_since = work.submitter is not None and mark is not None and mark != work.submitter.mark
+    if not cleared_since or not batch.is_terminal or not counts.total or counts.completed:
+        return False
+    # The answers of a batch that expired may come late, and its file shows them first.
+    return counts.failed >= counts.total or (batch.status == BatchStatus.EXPIRED and not batch.output_file_id)
 
 
 def is_replaceable(batch: Batch) -> bool:

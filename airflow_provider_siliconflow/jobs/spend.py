@@ -9,7 +9,7 @@ later process or try comes to the same decision; what is written down here only 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -24,14 +24,13 @@ from airflow_provider_siliconflow.batch_files.lines import LineReader
 from airflow_provider_siliconflow.batch_files.merge import BatchFiles
 from airflow_provider_siliconflow.batch_files.prices import cost, price_of, prompt_cost, rounded
 from airflow_provider_siliconflow.batch_files.result_lines import read_lines
-from airflow_provider_siliconflow.batch_files.shards import Split, iter_rows
+from airflow_provider_siliconflow.batch_files.shards import iter_rows
 from airflow_provider_siliconflow.batch_files.tally import Usage
 from airflow_provider_siliconflow.batch_files.verdicts import Verdict, read_verdict
-from airflow_provider_siliconflow.jobs.cache import Reuse
 from airflow_provider_siliconflow.jobs.clock import Clock
+from airflow_provider_siliconflow.jobs.finished import KeptAnswers
 from airflow_provider_siliconflow.jobs.folder import read_json
 from airflow_provider_siliconflow.jobs.job import OpenJob
-from airflow_provider_siliconflow.jobs.options import RunOptions
 from airflow_provider_siliconflow.jobs.plan import Piece
 from airflow_provider_siliconflow.jobs.settled import SETTLE_PATIENCE
 from airflow_provider_siliconflow.jobs.states import Ended, Sending, Sent
@@ -107,6 +106,7 @@ class Budget:
         self._tried: set[str] = set()
         self._told: tuple[int, int] = (0, 0)
         self._changed = False
+        self._before = _spent_before(job)
         try:
             stored = read_json(self._path, otherwise="bounds and usage are read again")
             self._record = msgspec.convert(stored or {}, _Record)
@@ -168,8 +168,8 @@ class Budget:
     # What is spent ----------------------------------------------------------------------------------------
 
     def spent(self) -> _Spent:
-        """Return what the batches that exist, or may exist, cost."""
-        return sum((self._spent_on(piece) for piece in self._job.pieces), _Spent())
+        """Return what the batches that exist, or may exist, cost, with those of a job that was cleared."""
+        return sum((self._spent_on(piece) for piece in self._job.pieces), self._before)
 
     def _spent_on(self, piece: Piece) -> _Spent:
         job = self._job
@@ -315,96 +315,88 @@ class Budget:
 # Before anything is uploaded ------------------------------------------------------------------------------------
 
 
-def estimated_prompts(split: Split, options: RunOptions, reuse: Reuse | None) -> Fraction | None:
+def estimated_prompts(job: OpenJob) -> Fraction | None:
     """
-    Return the estimated cost of all prompts in CNY, with every prompt at the cheaper price if it may be cached.
-
-    :param reuse: rows that are not sent; their share of the prompts is estimated by the size of the requests.
+    Return the estimated cost of the prompts that a job sends, in CNY, all at the cheaper price if they may be cached.
 
     :returns: the cost; ``None`` if a model has no price.
     """
-    prices = [price_of(model, options.prices) for model in options.models or split.models]
-    rates = [
-        min(prompt_cost(tokens, cached, price) for cached in (0, tokens))
-        for tokens, price in (
-            (_prompt_tokens(split, number, reuse), price) for number, price in enumerate(prices)
+    options, split = job.options, job.plan.split
+    bytes_to_send = [0] * len(options.replacements)
+    for piece in job.pieces:
+        bytes_to_send[piece.model] += piece.shard.bytes
+    # Rows that name their models cost at least as much as over the cheapest of them.
+    of_models = [[price_of(model, options.prices)] for model in options.models]
+    total = Fraction()
+    for size, prices in zip(
+        bytes_to_send, of_models or [[price_of(model, options.prices) for model in split.models]], strict=True
+    ):
+        known = [price for price in prices if price is not None]
+        if len(known) < len(prices) or not known:
+            return None
+        tokens = split.prompt_tokens * size // split.bytes
+        total += min(prompt_cost(tokens, cached, price) for cached in (0, tokens) for price in known)
+    return total
+
+
+def _spent_before(job: OpenJob) -> _Spent:
+    """Return what the finished job cost whose answers a job keeps."""
+    if not job.plan.kept_rounds:
+        return _Spent()
+    spent = KeptAnswers(job.plans).spent()
+    if spent is None:
+        log.warning(
+            "What the job cost before it was cleared is not known, and does not count towards max_cost"
         )
-        if price is not None
-    ]
-    if len(rates) < len(prices) or not rates:
-        return None
-    # Which rows name which model is not known here.
-    return sum(rates, Fraction()) if options.models else min(rates)
+        return _Spent()
+    return _Spent(*spent)
 
 
-def _prompt_tokens(split: Split, number: int, reuse: Reuse | None) -> int:
-    if reuse is None:
-        return split.prompt_tokens
-    # Rows that name their models are reused as if they had one.
-    sent = sum(shard.bytes for shard in reuse.to_send.get(number, reuse.to_send[0]))
-    return split.prompt_tokens * sent // split.bytes
-
-
-def _to_send(
-    split: Split, options: RunOptions, folder: Any, reuse: Reuse | None
-) -> Iterator[tuple[Any, str | None]]:
-    """Yield the request files of the first round, each with its model."""
-    for number, model in enumerate(options.replacements):
-        shards = split.shards if reuse is None else reuse.to_send[number]
-        of_model = None if reuse is None else reuse.folder(number)
-        for shard in shards:
-            yield (folder if of_model is None else folder / of_model) / shard.name, model
-
-
-def refuse_costly(split: Split, options: RunOptions, folder: Any, reuse: Reuse | None) -> None:
+def refuse_costly(job: OpenJob) -> None:
     """
     Refuse a job whose prompts alone cost more than ``max_cost``, or none of whose batches fits into it.
 
-    :param folder: the folder of its shards.
-    :param reuse: rows that are not sent, since they are cached.
+    :param job: a job that has not sent anything.
     :raises InvalidInputError: it is one of these, or a model has no price.
     """
+    options = job.options
     tariff = options.tariff()
     if tariff is None:
         return
-    for model in options.models or split.models:
+    for model in options.models or job.plan.split.models:
         tariff.rates(model)
-    most, prompts = tariff.max_cost, estimated_prompts(split, options, reuse)
-    if prompts is not None and prompts > most:
+    before = _spent_before(job).total
+    said = f"max_cost is {_shown(tariff.max_cost)} CNY" + (
+        f", of which {_shown(before)} are spent by the job that was cleared" if before else ""
+    )
+    left, prompts = tariff.max_cost - before, estimated_prompts(job)
+    if prompts is not None and prompts > left:
         raise InvalidInputError(
-            f"max_cost is {_shown(most)} CNY, but the prompts of the rows alone cost about {_shown(prompts)} "
-            "CNY. Nothing was uploaded."
+            f"{said}, but the prompts of the rows alone cost about {_shown(prompts)} CNY. Nothing was uploaded."
         )
     cheapest: Fraction | None = None
-    for path, replacement in _to_send(split, options, folder, reuse):
-        bound = tariff.cost(bound_file(path, own_models=not options.models), replacement)
-        if bound <= most:
+    for piece in job.pieces:
+        bounds = bound_file(job.source(piece), own_models=not options.models)
+        bound = tariff.cost(bounds, options.replacements[piece.model])
+        if bound <= left:
             return
         cheapest = bound if cheapest is None else min(cheapest, bound)
     if cheapest is not None:
         raise InvalidInputError(
-            f"max_cost is {_shown(most)} CNY, but even the cheapest batch can cost {_shown(cheapest)} CNY (its "
-            "prompts, max_tokens and thinking at the given prices). Nothing was uploaded."
+            f"{said}, but even the cheapest batch can cost {_shown(cheapest)} CNY (its prompts, max_tokens and "
+            "thinking at the given prices). Nothing was uploaded."
         )
 
 
-def check_balance(
-    split: Split,
-    options: RunOptions,
-    balance: Callable[[], str | None],
-    *,
-    reuse: Reuse | None,
-    may_refuse: bool,
-) -> None:
+def check_balance(job: OpenJob, balance: Callable[[], str | None], *, may_refuse: bool) -> None:
     """
     Compare the estimated cost of the prompts with the balance from which batches are paid.
 
     :param balance: reads it from the account.
-    :param reuse: rows that are not sent, since they are cached.
     :param may_refuse: whether a balance that is too low is an error if ``max_cost`` is set.
     :raises InvalidInputError: the balance is too low.
     """
-    prompts = estimated_prompts(split, options, reuse)
+    prompts = estimated_prompts(job)
     if not prompts:
         return
     try:
@@ -421,7 +413,7 @@ def check_balance(
         f"the account's charged balance is {_shown(left)} CNY, less than the estimated cost of the prompts alone, "
         f"{_shown(prompts)} CNY"
     )
-    if options.max_cost is not None and may_refuse:
+    if job.options.max_cost is not None and may_refuse:
         raise InvalidInputError(f"max_cost is set, and {said}. Nothing was uploaded. Charge the account.")
     log.warning("%s. Rows may fail once the balance is used up", said[:1].upper() + said[1:])
 

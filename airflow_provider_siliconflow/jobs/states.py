@@ -158,7 +158,7 @@ TRANSITIONS: Mapping[type[State], frozenset[type[State]]] = MappingProxyType(
         Sending: frozenset({Sending, Planned, Sent, Refused}),
         # Sent: the account has the work under another id. Sending: the record proved wrong, so the account decides.
         Sent: frozenset({Sent, Sending, Ended}),
-        # Planned: the batch died and is to be replaced. Sending: as above.
+        # Planned: the batch died, or answered no row, and is to be replaced. Sending: as above.
         Ended: frozenset({Planned, Sending}),
         Refused: frozenset({Planned}),
     }
@@ -183,9 +183,9 @@ def check_transition(key: str, before: State, after: State) -> None:
             possible = new == old or old == 0
         case Sent(batch_id=sent), Ended(batch_id=ended):
             possible = sent == ended
-        case Ended(status=BatchStatus.COMPLETED), Planned():
-            # Replacing it would pay twice.
-            possible = False
+        case Ended(status=BatchStatus.COMPLETED, counts=counts), Planned():
+            # Replacing it would pay twice, unless it certainly answered no row.
+            possible = counts.get("total", 0) > 0 and counts.get("completed") == 0
     if not possible:
         raise ImpossibleTransitionError(
             f"Work {key} cannot change from {before} to {after}. This step sent nothing. Either the provider has a "

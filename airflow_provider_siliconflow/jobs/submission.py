@@ -23,7 +23,14 @@ from airflow_provider_siliconflow.api.exceptions import (
 )
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus, UploadedFile
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
-from airflow_provider_siliconflow.jobs.identity import SUBMIT_ANEW, WORK_KEY, BatchWork, Proof, Upload
+from airflow_provider_siliconflow.jobs.identity import (
+    SUBMIT_ANEW,
+    WORK_KEY,
+    WORK_RUN,
+    BatchWork,
+    Proof,
+    Upload,
+)
 from airflow_provider_siliconflow.jobs.ledger import Ledger
 from airflow_provider_siliconflow.jobs.posting import REFUSAL_PATIENCE, Request, send_once
 from airflow_provider_siliconflow.jobs.search import (
@@ -32,6 +39,7 @@ from airflow_provider_siliconflow.jobs.search import (
     AccountSearch,
     SearchAPI,
     is_replaceable,
+    is_spent,
 )
 from airflow_provider_siliconflow.jobs.states import Ended, Planned, Refused, Sending, Sent, State
 from airflow_provider_siliconflow.jobs.uploads import Uploads
@@ -279,7 +287,8 @@ class Submission:
         if batch.status == BatchStatus.CANCELLED and not adopt_dead:
             batch = self._account.read_to_its_counts(batch)
         self._record_sent(work, batch)
-        if not is_replaceable(batch):
+        is_of_no_use = not adopt_dead and is_spent(work, batch)
+        if not is_replaceable(batch) and not is_of_no_use:
             log.info(
                 "Adopting batch %s (%s), which an earlier try submitted, at no extra cost",
                 batch.id,
@@ -289,7 +298,8 @@ class Submission:
         self._record_ended(work, batch)
         if adopt_dead:
             return batch
-        log.info("Batch %s of an earlier try is %s; it is not adopted", batch.id, batch.status)
+        why = ", and not one of its rows was answered before the task was cleared" if is_of_no_use else ""
+        log.info("Batch %s of an earlier try is %s%s; it is not adopted", batch.id, batch.status, why)
         self._ledger.retire(work.key)
         return None
 
@@ -321,8 +331,15 @@ class Submission:
             if batch is not None and batch.metadata.get(WORK_KEY, key) != key:
                 # The record or the list was wrong about this batch.
                 continue
+            if batch is not None and self._is_of_deleted_run(work, batch):
+                continue
             if batch is None or not is_replaceable(batch):
                 raise _changed_input(work, batch_id, batch)
+
+    @staticmethod
+    def _is_of_deleted_run(work: BatchWork, batch: Batch) -> bool:
+        submitter = work.submitter
+        return submitter is not None and submitter.is_of_deleted_run(batch.metadata.get(WORK_RUN))
 
     def _others(self, work: BatchWork) -> dict[str, str]:
         """Return the known batches that the same task made from another input: id to key."""
@@ -469,6 +486,7 @@ def _changed_input(work: BatchWork, batch_id: str, batch: Batch | None) -> Inval
         f"The input of {work.label} was changed between two tries: batch {batch_id}{status} was made from the earlier "
         "input and is paid for. Nothing was sent. Either restore the input (rows and their order, completion_window, "
         "endpoint, replace, conn_id) and let the task retry, which continues with that batch; or cancel that batch and "
-        f"let the task retry. To pay for both, {SUBMIT_ANEW}. durable=False submits on every try.",
+        "let the task retry. To pay for both, clear the task: the new input is then new work. durable=False submits on "
+        "every try.",
         retryable=True,
     )

@@ -58,7 +58,7 @@ _PROGRESS_STEP, _PROGRESS_SECONDS = 0.05, 600.0
 _FEW_BATCHES = 8
 
 
-_CLEAR = "A manual clear of a task that only waits continues the wait; one of a task that submits pays for a new batch."
+_CLEAR = "A manual clear of the task continues the wait, unless it has on_clear='resubmit'."
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from airflow.providers.common.compat.sdk import AirflowTaskTimeout, BaseOperator
 from airflow_provider_siliconflow.hooks.siliconflow import SiliconFlowHook
 from airflow_provider_siliconflow.links.batch import BatchConsoleLink
 from airflow_provider_siliconflow.task.arguments import Arguments
+from airflow_provider_siliconflow.task.arguments import on_clear as read_on_clear
 from airflow_provider_siliconflow.task.errors import PaidWork, task_errors
 from airflow_provider_siliconflow.task.state import TaskTry, airflow_version, is_ended_by_a_person
 
@@ -79,6 +80,7 @@ class SubmittingOperator(FileOperator):
     :param cancel_on_timeout: cancel the batches if the wait times out.
     :param completion_window: ``"24h"`` to ``"336h"``, a number of hours or a ``timedelta``.
     :param metadata: pairs of strings for the batches.
+    :param on_clear: ``"reuse"`` or ``"resubmit"``: what a manual clear does to work that is paid for.
     """
 
     #: Whether a retry continues with the batches.
@@ -94,9 +96,11 @@ class SubmittingOperator(FileOperator):
         cancel_on_timeout: bool,
         completion_window: str | int | timedelta,
         metadata: dict[str, str] | str | None,
+        on_clear: str,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.on_clear = read_on_clear("on_clear", on_clear)
         self.completion_window = completion_window
         self.metadata = metadata
         self.deferrable = deferrable
@@ -123,7 +127,9 @@ class SubmittingOperator(FileOperator):
         """
         return task_errors(
             fail_fast=self.fail_fast,
-            paid=PaidWork(self.known_batches, possible=earlier_tries) if self.durable else None,
+            paid=PaidWork(self.known_batches, possible=earlier_tries, clear_pays=self.on_clear == "resubmit")
+            if self.durable
+            else None,
             cancel_at_timeout=self._cancel_open_batches if self.cancel_on_timeout else None,
         )
 
@@ -142,15 +148,17 @@ class SubmittingOperator(FileOperator):
 
         Airflow also calls ``on_kill`` for ``execution_timeout``, which is a timeout and follows ``cancel_on_timeout``,
         and whenever the worker, the machine or the connection to Airflow's database goes down. A cancelled batch cannot
-        be restored, but a retry continues with a running one. So cancelling needs proof that the task was ended by
-        hand.
+        be restored, but a retry continues with a running one, and so does a clear that reuses it. So cancelling needs
+        proof that the task was ended by hand.
         """
         if isinstance(sys.exc_info()[1], AirflowTaskTimeout):
             return self.cancel_on_timeout
         if not self.cancel_on_kill:
             return False
         # Without identity a retry cannot find the batch, so there is no reason to keep it.
-        return not self.durable or self._try is None or is_ended_by_a_person(self._try.ti)
+        if not self.durable or self._try is None:
+            return True
+        return is_ended_by_a_person(self._try.ti, clear_ends=self.on_clear == "resubmit")
 
     @staticmethod
     def kill_patience() -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from airflow.providers.common.compat.sdk import conf
 
@@ -49,8 +49,8 @@ class CreateBatchOperator(SubmittingOperator):
     Create a batch exactly once and, with ``wait_for_completion``, wait until it has ended.
 
     The batch carries the task's identity in its metadata. A retry finds the batch that an earlier try created,
-    however that try ended, and does not pay for it again; a manual clear starts over. The batch id is pushed to
-    XCom as ``batch_id`` before the wait.
+    however that try ended, and does not pay for it again; neither does a manual clear, unless ``on_clear`` says
+    otherwise. The batch id is pushed to XCom as ``batch_id`` before the wait.
 
     :param input_file_id: id of an uploaded file. Give either this or ``input_path``. (templated)
     :param input_path: path or URI of a JSONL file, which is checked and uploaded first. (templated)
@@ -71,6 +71,8 @@ class CreateBatchOperator(SubmittingOperator):
     :param fail_on_partial_error: fail if any row failed or expired; by default that is a warning.
     :param allow_all_failed: succeed even if not one row of the batch succeeded.
     :param durable: find and adopt the batch of an earlier try. ``False`` submits a new batch on every try.
+    :param on_clear: what a manual clear does to work that is paid for: ``"reuse"`` continues with it (a batch without
+        a single answer is replaced); ``"resubmit"`` submits a new batch.
     :param fail_fast: fail at once, without the task's retries, if a retry cannot help.
     :returns: the batch id.
     """
@@ -102,6 +104,7 @@ class CreateBatchOperator(SubmittingOperator):
         fail_on_partial_error: bool = False,
         allow_all_failed: bool = False,
         durable: bool = True,
+        on_clear: Literal["reuse", "resubmit"] = "reuse",
         fail_fast: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -115,6 +118,7 @@ class CreateBatchOperator(SubmittingOperator):
             cancel_on_timeout=cancel_on_timeout,
             completion_window=completion_window,
             metadata=metadata,
+            on_clear=on_clear,
             **kwargs,
         )
         self.input_file_id = input_file_id
@@ -147,15 +151,19 @@ class CreateBatchOperator(SubmittingOperator):
 
     def execute(self, context: Context) -> str:
         """Create or adopt the batch and, with ``wait_for_completion``, wait for it."""
-        task_try = self._try = TaskTry.of(context)
+        task_try = self._try = TaskTry.of(context, on_clear=self.on_clear)
         with self.errors(earlier_tries=task_try.number > 1):
             given = self._arguments.read(self)
             submission = self._submission = open_submission(task_try, self.hook.get_conn())
             if self._killed:
                 submission.stop()
-            self._cancel_left_waiting(task_try)
+            reuses = self.durable and self.on_clear == "reuse"
+            if not reuses:
+                self._cancel_left_waiting(task_try)
             if self.durable:
                 batch = self._submit(submission, task_try.submitter, given)
+                if reuses:
+                    self._cancel_left_waiting(task_try, but=batch.id)
             else:
                 batch = self._submit_anew(submission, given)
             self.batch_id = batch.id
@@ -172,7 +180,7 @@ class CreateBatchOperator(SubmittingOperator):
         from airflow_provider_siliconflow.api.exceptions import BatchError
         from airflow_provider_siliconflow.jobs.events import batches_of
 
-        task_try = self._try = TaskTry.of(context)
+        task_try = self._try = TaskTry.of(context, on_clear=self.on_clear)
         with self.errors(earlier_tries=True):
             end_wait(task_try)
             if event is None:
@@ -195,11 +203,18 @@ class CreateBatchOperator(SubmittingOperator):
         self.log.warning("Resumed without an event from the trigger; waiting for batch %s again", batch.id)
         return self._wait(task_try, batch, self._arguments.read(self))
 
-    def _cancel_left_waiting(self, task_try: TaskTry) -> None:
-        """Cancel the batch of an older generation that was cleared while deferred; nothing else cancels it."""
+    def _cancel_left_waiting(self, task_try: TaskTry, *, but: str | None = None) -> None:
+        """
+        Cancel the batch for which the task waited when it was cleared; nothing else cancels it.
+
+        :param but: the batch that the task continues with.
+        """
         from airflow_provider_siliconflow.api.exceptions import SiliconFlowError
 
         if (left := left_waiting(task_try)) is None:
+            return
+        if left.batch_id == but:
+            forget_left_waiting(task_try)
             return
         if not self.cancel_on_kill:
             self.log.warning(

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from airflow.providers.common.compat.sdk import AirflowSkipException, conf
 
@@ -74,7 +74,8 @@ class RunBatchOperator(SubmittingOperator):
 
     The rows are checked and split into shards of at most 5,000 rows; each shard is uploaded once and run over
     every model. One trigger waits for all batches. Every row ends as ok, error, invalid, expired or missing. If a try
-    dies, the next one continues its work and pays for nothing again; a manual clear starts over.
+    dies, the next one continues its work and pays for nothing again. A manual clear pays only for rows without an
+    accepted answer, unless ``on_clear`` says otherwise.
 
     While the job runs, ``output_dir/.siliconflow`` contains what a retry needs, so ``output_dir`` must render to the
     same value on every try.
@@ -125,6 +126,8 @@ class RunBatchOperator(SubmittingOperator):
     :param cancel_on_kill: cancel the open batches if the task is ended by hand. While the task is deferred this
         needs Airflow 3.3.
     :param cancel_on_timeout: cancel the open batches if the wait times out.
+    :param on_clear: what a manual clear does to work that is paid for: ``"reuse"`` continues with it, and pays only
+        for what has no answer; ``"resubmit"`` submits everything again.
     :param fail_fast: fail at once, without the task's retries, if a retry cannot help.
     :returns: the manifest: batches, rows, finish reasons, tokens, cost, errors and paths, by model and in total.
     """
@@ -176,6 +179,7 @@ class RunBatchOperator(SubmittingOperator):
         timeout: float | timedelta | str | None = None,
         cancel_on_kill: bool = True,
         cancel_on_timeout: bool = False,
+        on_clear: Literal["reuse", "resubmit"] = "reuse",
         fail_fast: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -189,6 +193,7 @@ class RunBatchOperator(SubmittingOperator):
             cancel_on_timeout=cancel_on_timeout,
             completion_window=completion_window,
             metadata=metadata,
+            on_clear=on_clear,
             **kwargs,
         )
         self.requests = requests
@@ -237,7 +242,7 @@ class RunBatchOperator(SubmittingOperator):
         """Plan, submit and wait, or continue the work of an earlier try."""
         from airflow_provider_siliconflow.api.exceptions import NoRowsError
 
-        task_try = self._try = TaskTry.of(context)
+        task_try = self._try = TaskTry.of(context, on_clear=self.on_clear)
         with self.errors(earlier_tries=task_try.number > 1):
             given = self.ARGUMENTS.read(self, *_AT_START)
             try:
@@ -256,7 +261,7 @@ class RunBatchOperator(SubmittingOperator):
         """Resume after the trigger: submit what is due and wait again, or finish."""
         from airflow_provider_siliconflow.jobs.events import batches_of
 
-        task_try = self._try = TaskTry.of(context)
+        task_try = self._try = TaskTry.of(context, on_clear=self.on_clear)
         with self.errors(earlier_tries=True):
             end_wait(task_try)
             job = self._open(task_try, self.ARGUMENTS.read(self, *_AT_START))

@@ -261,6 +261,13 @@ def rows(name: str, value: Any) -> Any:
     return found
 
 
+def on_clear(name: str, value: Any) -> str:
+    """Read what a manual clear does to work that is paid for."""
+    if value not in ("reuse", "resubmit"):
+        raise InvalidInputError(f"{name} must be 'reuse' or 'resubmit'; got {value!r}")
+    return str(value)
+
+
 def text(name: str, value: Any) -> str:
     """Read a string that must not be empty."""
     if not isinstance(value, str) or rendered_text(value) is None:

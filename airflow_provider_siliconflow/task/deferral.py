@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: XCom key of the token of a task's current wait; empty once the task has resumed.
 WAIT_KEY = "siliconflow_wait"
 
-#: Key of the batch and generation of a wait in the task state store, which unlike XCom outlives a clear.
+#: Key of the batch and epoch of a wait in the task state store, which unlike XCom outlives a clear.
 _STORE_KEY = "siliconflow.waiting"
 _RETENTION = timedelta(days=31)
 
@@ -67,7 +67,7 @@ def record_wait(task_try: TaskTry, batch: Batch | None = None) -> str:
         left = {
             "batch_id": batch.id,
             "input_file_id": batch.input_file_id,
-            "generation": task_try.submitter.generation,
+            "epoch": task_try.submitter.epoch,
         }
         task_try.store.set(_STORE_KEY, left, retention=_RETENTION)
     return token
@@ -82,7 +82,7 @@ def end_wait(task_try: TaskTry) -> None:
 @dataclass(frozen=True, slots=True)
 class LeftWaiting:
     """
-    The batch of an older generation that was cleared while it waited, so that nothing waits for the batch any more.
+    The batch for which a task waited when it was cleared, so that nothing waits for the batch any more.
 
     :param batch_id: its id.
     :param input_file_id: its input file, as the service stated it.
@@ -97,16 +97,16 @@ class LeftWaiting:
 
 
 def left_waiting(task_try: TaskTry) -> LeftWaiting | None:
-    """Return the batch for which an older generation of this task waited when it was cleared, if still recorded."""
+    """Return the batch for which this task waited when it was cleared by hand, if still recorded."""
     left = None if task_try.store is None else task_try.store.get(_STORE_KEY)
     match left:
-        case {"batch_id": str(batch_id), "input_file_id": str() | None as file_id, "generation": int(older)}:
-            return LeftWaiting(batch_id, file_id) if older < task_try.submitter.generation else None
+        case {"batch_id": str(batch_id), "input_file_id": str() | None as file_id, "epoch": int(older)}:
+            return LeftWaiting(batch_id, file_id) if older < task_try.submitter.epoch else None
     return None
 
 
 def forget_left_waiting(task_try: TaskTry) -> None:
-    """Delete the record of the batch for which this or an older generation waited."""
+    """Delete the record of the batch for which this try, or one before a clear, waited."""
     if task_try.store is not None:
         task_try.store.delete(_STORE_KEY)
 

@@ -2,8 +2,7 @@
 How an error ends a task.
 
 An error that a retry cannot fix fails the task at once. Paid work is the exception: only a verdict on its batches fails
-it at once. Any other error is left to the retries, since after the last one only a manual clear remains, which pays
-again.
+it at once. Any other error is left to the retries, since after the last one only a person can clear the task.
 """
 
 from __future__ import annotations
@@ -32,10 +31,12 @@ class PaidWork:
 
     :param batch_ids: returns the ids of the batches that this try knows; only called after an error.
     :param possible: whether an earlier try may have left batches that this one does not know.
+    :param clear_pays: whether a manual clear submits everything again.
     """
 
     batch_ids: Callable[[], Sequence[str]]
     possible: bool
+    clear_pays: bool = False
 
 
 @contextlib.contextmanager
@@ -112,9 +113,10 @@ def _paid_note(error: SiliconFlowError, paid: PaidWork) -> str | None:
     if not batch_ids and not paid.possible:
         return None
     which = f"Submitted: {_named(batch_ids)}" if batch_ids else "An earlier try may have submitted batches"
+    cleared = "would pay again" if paid.clear_pays else "does the same"
     return (
         f"{which}, which are not affected. Fix the cause and let the task retry: the retry continues with them "
-        "at no extra cost. A manual clear would pay again."
+        f"at no extra cost. A manual clear {cleared}."
     )
 
 

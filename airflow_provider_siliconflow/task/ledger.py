@@ -35,16 +35,16 @@ class TaskStateLedger:
     and reads it again before and after it records an intent. A try that finds another token stops.
 
     :param store: ``context["task_state_store"]``.
-    :param generation: generation of the tries, see :class:`~.jobs.identity.Submitter`.
+    :param epoch: of the tries, see :class:`~.jobs.identity.Submitter`.
     :param owner: this try, with a fresh token.
     """
 
     #: A damaged entry is read as in doubt, and a discarded store breaks the sequence of tries.
     damaged = False
 
-    def __init__(self, store: Any, *, generation: int, owner: Owner) -> None:
+    def __init__(self, store: Any, *, epoch: int, owner: Owner) -> None:
         self._store = store
-        self._generation = generation
+        self._epoch = epoch
         self._token = owner.token
         self._known: dict[str, State] = {}
         # Write the token before anything is read: from here on an older try can record nothing more.
@@ -100,7 +100,7 @@ class TaskStateLedger:
         self._known[key] = state
         if isinstance(state, Sending):
             if not isinstance(before, Sending):
-                self._set(_LAST, {"key": key, "generation": self._generation})
+                self._set(_LAST, {"key": key, "epoch": self._epoch})
             # A newer try that began in the meantime has not seen this intent, and may be sending.
             self.check_owner()
 
@@ -127,11 +127,11 @@ class TaskStateLedger:
         return {}
 
     def earlier_work(self, key: str) -> tuple[str, State] | None:
-        """Return the last work that a try of this generation recorded, if it has another key."""
+        """Return the last work that a try since the last manual clear recorded, if it has another key."""
         from airflow_provider_siliconflow.jobs.states import decode
 
         last = self._get(_LAST)
-        if not isinstance(last, dict) or last.get("generation") != self._generation:
+        if not isinstance(last, dict) or last.get("epoch") != self._epoch:
             return None
         earlier = last.get("key")
         if not isinstance(earlier, str) or earlier == key:
@@ -180,6 +180,4 @@ def open_submission(task_try: TaskTry, client: SiliconFlowClient, ledger: Ledger
 
 def ledger_of(task_try: TaskTry) -> TaskStateLedger:
     """Return the ledger over the store of a try, which takes over the work from any other try."""
-    return TaskStateLedger(
-        task_try.store, generation=task_try.submitter.generation, owner=task_try.new_owner()
-    )
+    return TaskStateLedger(task_try.store, epoch=task_try.submitter.epoch, owner=task_try.new_owner())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass
+from datetime import UTC
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -56,19 +57,28 @@ class TaskTry:
     store: Any
 
     @classmethod
-    def of(cls, context: Context) -> TaskTry:
-        """Return the try of a context."""
+    def of(cls, context: Context, *, on_clear: str = "reuse") -> TaskTry:
+        """
+        Return the try of a context.
+
+        :param on_clear: ``"reuse"`` keeps the identity of the work over a manual clear; ``"resubmit"`` changes it.
+        """
         from airflow_provider_siliconflow.jobs.identity import Submitter
 
-        ti = context["ti"]
+        ti, run = context["ti"], context["dag_run"]
         map_index = getattr(ti, "map_index", None)
+        # A manual clear raises it, an automatic retry does not.
+        epoch = ti.max_tries or 0
         submitter = Submitter(
             dag_id=ti.dag_id,
             run_id=ti.run_id,
             task_id=ti.task_id,
             map_index=-1 if map_index is None else map_index,
-            generation=ti.max_tries or 0,
+            generation=0 if on_clear == "reuse" else epoch,
             deployment_id=conf.get("siliconflow", "deployment_id", fallback=None) or None,
+            epoch=epoch,
+            run_start=_start_of(run),
+            run_was_cleared=getattr(run, "clear_number", None) != 0,
         )
         # Even a first try searches once, since it may not be the first: `airflow tasks test` runs a live task again
         # under the same number, and a run may be deleted and created again under its id. Only the number counts, since
@@ -98,6 +108,12 @@ class TaskTry:
 def _records_in_store() -> bool:
     """Whether Airflow's store is used; ``[siliconflow] task_state_store = False`` switches it off."""
     return bool(conf.getboolean("siliconflow", "task_state_store", fallback=True))
+
+
+def _start_of(run: Any) -> str:
+    """Return when Airflow started a run, in ISO format; ``""`` if it does not say."""
+    start = getattr(run, "start_date", None)
+    return "" if start is None else str(start.astimezone(UTC).isoformat(timespec="microseconds"))
 
 
 def _earliest_start(context: Context) -> float:
@@ -134,7 +150,7 @@ def task_state(ti: Any) -> str | None:
     return None if state is None else str(getattr(state, "value", state))
 
 
-def is_ended_by_a_person(ti: Any) -> bool:
+def is_ended_by_a_person(ti: Any, *, clear_ends: bool = True) -> bool:
     """
     Whether it is certain that a running task was ended or cleared by hand.
 
@@ -143,6 +159,7 @@ def is_ended_by_a_person(ti: Any) -> bool:
     the signal is sent. A state that cannot be read in time proves nothing.
 
     :param ti: the task instance of the context.
+    :param clear_ends: whether a clear counts; not if the next try continues with the work.
     """
     found: list[str | None] = []
     errors: list[Exception] = []
@@ -164,6 +181,9 @@ def is_ended_by_a_person(ti: Any) -> bool:
             "cancelled; a retry continues with the batches.",
             why,
         )
+        return False
+    if found[0] == _CLEARED_STATE and not clear_ends:
+        log.info("The task was cleared. Nothing is cancelled; the next try continues with the batches.")
         return False
     if found[0] in ENDED_STATES or found[0] == _CLEARED_STATE:
         return True

@@ -245,7 +245,7 @@ def test_two_dags_and_two_runs_over_one_file_have_separate_batches(kills: Kills,
         assert airflow.wait_for_run(dag_id, run_id) == "success"
     ids = [airflow.xcom(dag_id, run_id, "create") for dag_id, run_id in runs]
     assert len(set(ids)) == 3
-    # A manual clear creates a new batch even after a success.
+    # With "resubmit", a manual clear creates a new batch even after a success.
     dag_id, run_id = runs[0]
     airflow.clear(dag_id, run_id, "create")
     eventually(lambda: airflow.xcom(dag_id, run_id, "create") not in (None, ids[0]), 60)

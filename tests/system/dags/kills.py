@@ -25,10 +25,10 @@ with DAG(
     default_args={"retries": 1, "retry_delay": timedelta(seconds=1)},
 ):
     for task_id in ("deferred-failed", "deferred-cleared"):
-        CreateBatchOperator(task_id=task_id, deferrable=True, **COMMON)
+        CreateBatchOperator(task_id=task_id, deferrable=True, on_clear="resubmit", **COMMON)
     CreateBatchOperator(task_id="deferred-keep", deferrable=True, **COMMON | {"cancel_on_kill": False})
     for task_id in ("running-failed", "running-cleared", "running-evicted"):
-        CreateBatchOperator(task_id=task_id, deferrable=False, **COMMON)
+        CreateBatchOperator(task_id=task_id, deferrable=False, on_clear="resubmit", **COMMON)
     CreateBatchOperator(task_id="running-keep", deferrable=False, **COMMON | {"cancel_on_kill": False})
     # The emulator holds a request of these tasks while they are marked failed.
     for task_id in ("posting-failed", "uploading-failed"):
@@ -47,5 +47,9 @@ with DAG(
 for dag_id in ("twin-1", "twin-2"):
     with DAG(dag_id, start_date=datetime(2026, 1, 1), schedule=None):
         CreateBatchOperator(
-            task_id="create", conn_id="kills", input_path="{{ dag_run.conf['rows'] }}", poll_interval=1
+            task_id="create",
+            conn_id="kills",
+            input_path="{{ dag_run.conf['rows'] }}",
+            poll_interval=1,
+            on_clear="resubmit",
         )

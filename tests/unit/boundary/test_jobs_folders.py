@@ -302,7 +302,7 @@ def test_models_that_were_changed_between_two_tries_are_named(emulator: Emulator
     job = small(emulator, tmp_path)
     _, wait = started(job)
     job.options = options(models=MODELS)
-    with pytest.raises(InvalidInputError, match="models, conn_id or output_dir") as caught:
+    with pytest.raises(InvalidInputError, match="models, conn_id, output_dir or on_clear") as caught:
         job.attempt()
     assert wait.batch_ids[0] in str(caught.value)
     assert posts(emulator) == (2, 2)
@@ -314,7 +314,7 @@ def test_a_connection_that_was_changed_between_two_tries_is_named(emulator: Emul
     started(job)
     job.conn_id = "other"
     emulator.faults.add("GET /batches/*:status=404,times=-1")
-    with pytest.raises(InvalidInputError, match="models, conn_id or output_dir"):
+    with pytest.raises(InvalidInputError, match="models, conn_id, output_dir or on_clear"):
         job.attempt()
     assert posts(emulator) == (2, 2)
 

@@ -113,7 +113,7 @@ def told_of_a_kill(mocker: MockerFixture) -> Callable[[BatchTrigger, Task, str |
 
 @pytest.fixture
 def job(make_context: MakeContext, store: Any, tmp_path: Path) -> Task:
-    def make() -> RunBatchOperator:
+    def make(**arguments: Any) -> RunBatchOperator:
         return RunBatchOperator(
             task_id="job",
             requests=["a"] * 4,
@@ -123,6 +123,7 @@ def job(make_context: MakeContext, store: Any, tmp_path: Path) -> Task:
             max_in_flight=2,
             deferrable=True,
             retries=3,
+            **arguments,
         )
 
     return Task(make, make_context, store)
@@ -194,12 +195,28 @@ def test_the_task_resumed_and_failed_before_it_waited_again(
     assert cancelled(emulator) == [], "a retry, or a person, takes it up"
 
 
+@pytest.mark.parametrize("which", ["job", "create"])
+@pytest.mark.parametrize("state", [None, "scheduled", "queued", "running", "deferred"])
+def test_a_cleared_task_continues_with_what_it_waited_for(
+    request: pytest.FixtureRequest, emulator: Emulator, told_of_a_kill: Any, which: str, state: str | None
+) -> None:
+    task: Task = request.getfixturevalue(which)
+    stale = task.defers()
+    paid = len(batches(emulator))
+    task.is_cleared()
+    told_of_a_kill(stale, task, state)
+    again = task.defers()
+    assert sorted(again.batch_id or ()) == sorted(stale.batch_id or ())
+    assert len(batches(emulator)) == paid
+    assert cancelled(emulator) == []
+
+
 @pytest.mark.parametrize("cancels", [True, False])
 def test_a_cleared_task_cancels_what_its_older_generation_waited_for(
     create: Task, emulator: Emulator, told_of_a_kill: Any, cancels: bool
 ) -> None:
     make = create._make
-    create._make = lambda: make(cancel_on_kill=cancels)
+    create._make = lambda: make(cancel_on_kill=cancels, on_clear="resubmit")
     stale = create.defers()
     (old,) = batches(emulator)
     create.is_cleared()
@@ -224,6 +241,8 @@ def test_a_task_that_resumed_before_it_was_cleared_leaves_its_batch_alone(
     create: Task, emulator: Emulator
 ) -> None:
     """It had dealt with the batch; what a person then pays for again is another one."""
+    make = create._make
+    create._make = lambda: make(on_clear="resubmit")
     create.defers()
     with pytest.raises(SiliconFlowError):
         create.resumes({"status": "timeout", "message": "m", "batch_ids": [], "retryable": True})
@@ -237,14 +256,16 @@ def test_a_task_that_resumed_before_it_was_cleared_leaves_its_batch_alone(
     "left",
     [
         "text",
-        {"batch_id": 7, "input_file_id": None, "generation": 0},
-        {"batch_id": "batch_unknown", "input_file_id": None, "generation": 0},
-        {"batch_id": "theirs", "input_file_id": "file-of-another", "generation": 0},
+        {"batch_id": 7, "input_file_id": None, "epoch": 0},
+        {"batch_id": "batch_unknown", "input_file_id": None, "epoch": 0},
+        {"batch_id": "theirs", "input_file_id": "file-of-another", "epoch": 0},
     ],
 )
 def test_what_is_not_proven_to_be_the_task_s_own_is_not_cancelled(
     create: Task, store: Any, emulator: Emulator, left: Any
 ) -> None:
+    make = create._make
+    create._make = lambda: make(on_clear="resubmit")
     create.defers()
     (theirs,) = batches(emulator)
     if isinstance(left, dict) and left["batch_id"] == "theirs":
@@ -258,6 +279,8 @@ def test_what_is_not_proven_to_be_the_task_s_own_is_not_cancelled(
 def test_a_job_that_was_cleared_cancels_what_its_older_generation_left(
     job: Task, emulator: Emulator, told_of_a_kill: Any
 ) -> None:
+    make = job._make
+    job._make = lambda: make(on_clear="resubmit")
     stale = job.defers()
     old = set(stale.batch_id or ())
     job.is_cleared()

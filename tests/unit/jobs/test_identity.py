@@ -13,6 +13,7 @@ from airflow_provider_siliconflow.jobs.identity import (
     WORK_DEPLOYMENT,
     WORK_KEY,
     WORK_LABEL,
+    WORK_RUN,
     WORK_SUBMITTER,
     BatchWork,
     Proof,
@@ -59,7 +60,10 @@ def test_an_identity_is_that_of_its_submitter_and_content_and_of_nothing_else() 
     ]
     keys = {each.key(input="x") for each in [SUBMITTER, *others]}
     assert len(keys | {SUBMITTER.key(input="y"), SUBMITTER.key(output="x")}) == len(others) + 3
-    assert len({each.mark for each in [SUBMITTER, *others]}) == len(others) + 1
+    # The mark says what a task submitted since its last clear.
+    others.append(replace(SUBMITTER, epoch=4))
+    assert len({each.mark for each in [SUBMITTER, *others]}) == len(others)
+    assert replace(SUBMITTER, epoch=4).key(input="x") == SUBMITTER.key(input="x")
     assert SUBMITTER.key(a=1, b="ü") == SUBMITTER.key(b="ü", a=1)
     # A lone surrogate may be in a run id; it has a key as well.
     assert replace(SUBMITTER, run_id="\ud800").key() != SUBMITTER.key()
@@ -75,11 +79,11 @@ def test_an_identity_stays_what_it_is_over_upgrades() -> None:
 @pytest.mark.parametrize("pairs", range(arguments.MAX_METADATA_PAIRS))
 def test_marks_go_into_the_room_that_the_author_leaves(pairs: int) -> None:
     metadata = {f"key-{number}": "x" for number in range(pairs)}
-    submitter = replace(SUBMITTER, deployment_id="p" * 600)
+    submitter = replace(SUBMITTER, deployment_id="p" * 600, run_start="2026-01-01T00:00:00+00:00")
     tagged = work(metadata=metadata, submitter=submitter).tagged_metadata
     assert tagged.items() >= metadata.items()
     room = arguments.MAX_METADATA_PAIRS - pairs
-    marks = [WORK_KEY, WORK_LABEL, WORK_SUBMITTER, WORK_DEPLOYMENT][:room]
+    marks = [WORK_KEY, WORK_LABEL, WORK_SUBMITTER, WORK_DEPLOYMENT, WORK_RUN][:room]
     assert [name for name in tagged if name not in metadata] == marks
     assert all(len(value) <= arguments.MAX_METADATA_VALUE for value in tagged.values())
 

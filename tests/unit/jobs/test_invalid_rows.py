@@ -16,6 +16,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 from airflow_provider_siliconflow.emulator.server import Emulator
 from airflow_provider_siliconflow.jobs.outcome import judge_run
 from airflow_provider_siliconflow.jobs.plan import estimate
+from tests.unit.jobs.test_cache import CachingJob
 from tests.unit.jobs.whole_job import MODELS, Job, posts, results, rows
 
 pytestmark = pytest.mark.emulator(speed=2000.0)
@@ -107,3 +108,35 @@ def test_a_row_without_a_model_is_invalid_where_rows_name_their_models(
     assert error["error"]["message"] == "line 3: the row names no model"
     planned = estimate([7, *given], name="requests", options=job.options)
     assert (planned["rows"], planned["invalid_input"]) == (2, 2)
+
+
+def test_answers_are_kept_for_their_own_questions_whatever_stands_between_them(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    """The cache and a clear read the results, which have lines of invalid rows among those of the others."""
+    model = MODELS[:1]
+    job = CachingJob(
+        emulator, tmp_path / "0", tmp_path / "cache", with_faults(9), on_invalid_row="report", models=model
+    )
+    job.attempt()
+    right = {row["custom_id"]: row["id"] for row in results(tmp_path / "0", "") if row["error"] is None}
+    again = CachingJob(
+        emulator,
+        tmp_path / "1",
+        tmp_path / "cache",
+        rows(9, lambda i: "[[emulator:once=503]]" if i == 4 else ""),
+        models=model,
+    )
+    manifest = again.attempt()
+    assert manifest["cached"]["rows"] == len(right) == 8
+    found = {row["custom_id"]: row["id"] for row in results(tmp_path / "1", "")}
+    assert right.items() <= found.items()
+    before = posts(emulator)
+    job.clear()
+    cleared = job.attempt()
+    # Of the row that failed, and not of those that are invalid.
+    assert (posts(emulator)[1], cleared["rows"]["error"], cleared["invalid_input"]) == (before[1] + 1, 3, 3)
+    kept = {row["custom_id"]: row["id"] for row in results(tmp_path / "0", "") if row["error"] is None}
+    assert right.items() <= kept.items()
+    job.clear()
+    assert job.attempt() == cleared

@@ -98,6 +98,10 @@ class Life:
         self.cache_dir: Any = None
         self.begun = self.clock.time()
         self.tries = 0
+        #: Manual clears so far.
+        self.clears = 0
+        #: Whether rows fail once, for a reason that the job itself makes no further attempt for.
+        self.some_fail = False
 
     # The job ----------------------------------------------------------------------------------------------
 
@@ -120,7 +124,7 @@ class Life:
 
     def process(self, number: int) -> BatchRun:
         """Return the job in a process of its own."""
-        submitter = Submitter("dag", "run", "task", -1, 3)
+        submitter = Submitter("dag", "run", "task", -1, 0, epoch=3 + self.clears)
         owner = Owner.new(submitter, try_number=number, try_id=str(number))
         return BatchRun(
             JobTry(
@@ -158,13 +162,14 @@ class Life:
         self.tries += 1
         number = self.tries
         run = self.process(number)
-        requests = self.requests or [
-            f"Say {i}" + (" [[emulator:once=503]]" if i == 5 else "") for i in self.rows
-        ]
+        marks = {5: " [[emulator:once=503]]"} | ({1: " [[emulator:once=400]]"} if self.some_fail else {})
+        requests = self.requests or [f"Say {i}{marks.get(i, '')}" for i in self.rows]
         wait = run.start(lambda: requests, "requests", timeout=None)
         while wait is not None:
             event = next(self.events, "none")
-            if event == "second try":
+            if event in ("second try", "cleared"):
+                # A clear ends the try in which the task waits, wherever that try is; the next one begins beside it.
+                self.clears += event == "cleared"
                 with contextlib.suppress(SiliconFlowError):
                     self.attempt()
                 with pytest.raises(JobTakenOverError):
@@ -327,6 +332,34 @@ def test_no_row_is_paid_twice_or_lost_whatever_comes_late_or_dies(
     life = Life(tmp_path_factory.mktemp("life"), script, events, arguments, rows_per_second=0.1, **service)
     # An hour after the end of a batch nothing is waited for any more: twelve tries for each that died.
     life.check(life.live(len(script) + 14 * (len(events) + 2), retry_delay))
+
+
+@settings(quickly, max_examples=100)
+@given(
+    script=st.lists(st.sampled_from(("none", *FAULTS)), max_size=30),
+    events=st.lists(st.sampled_from((*EVENTS, "cleared")), max_size=6),
+    again=st.lists(st.lists(st.sampled_from(("none", *FAULTS)), max_size=20), min_size=1, max_size=3),
+    settle=SECONDS,
+    retry_delay=st.sampled_from([0.0, 300.0]),
+)
+def test_a_row_that_was_answered_is_never_paid_again_by_a_clear(
+    tmp_path_factory: pytest.TempPathFactory,
+    script: list[str],
+    events: list[str],
+    again: list[list[str]],
+    settle: float,
+    retry_delay: float,
+) -> None:
+    """The task is cleared while it waits and after it has ended, and each of its lives has faults of its own."""
+    life = Life(tmp_path_factory.mktemp("life"), script, events, settle_seconds=settle)
+    life.some_fail = True
+    manifest = life.live(len(script) + 14 * (len(events) + 2), retry_delay)
+    assert manifest["rows"]["ok"] >= 2 * (ROWS - 1)
+    for faults in again:
+        life.clears += 1
+        life.api.script = iter(faults)
+        manifest = life.live(len(faults) + 14, retry_delay)
+    life.check(manifest)
 
 
 @pytest.mark.parametrize("typed", [False, True])

@@ -72,6 +72,11 @@ class Job:
         self.tries = 0
         self.map_index = -1
         self.generation = 5
+        #: Manual clears so far that reuse the work.
+        self.clears = 0
+        self.run_start = ""
+        self.run_was_cleared = False
+        self.cache_dir: Path | None = None
         self.run_id = "run"
         self.conn_id = "c"
         self.cancel_on_kill = True
@@ -97,6 +102,10 @@ class Job:
         run = self.next_try()
         return self.carry_out(run, run.start(lambda: self.requests, "requests", timeout=self.timeout))
 
+    def clear(self) -> None:
+        """Clear the task by hand."""
+        self.clears += 1
+
     def next_try(self) -> BatchRun:
         """Return the job of another try, in a process of its own."""
         self.tries += 1
@@ -114,7 +123,16 @@ class Job:
             tries: Search = "none" if self.tries == 1 else "patiently"
             return Submission(client, ledger=ledger, earlier_tries=tries, since=0.0, clock=self.clock)
 
-        submitter = Submitter("dag", self.run_id, "task", self.map_index, self.generation)
+        submitter = Submitter(
+            "dag",
+            self.run_id,
+            "task",
+            self.map_index,
+            self.generation,
+            epoch=self.generation + self.clears,
+            run_start=self.run_start,
+            run_was_cleared=self.run_was_cleared,
+        )
         owner = Owner.new(submitter, try_number=self.tries, try_id=try_id or str(self.tries))
         return BatchRun(
             JobTry(
@@ -128,6 +146,7 @@ class Job:
                 owner=replace(owner, at=self.clock.time()),
                 cancel_on_kill=self.cancel_on_kill,
                 clock=self.clock,
+                cache_dir=self.cache_dir,
             )
         )
 

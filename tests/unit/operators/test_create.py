@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,24 +175,28 @@ def test_a_kill_cancels_unless_the_author_says_otherwise(
     assert emulator.request_counts.get("POST /batches/*/cancel", 0) == int(cancel)
 
 
+@pytest.mark.parametrize("on_clear", ["reuse", "resubmit"])
 @pytest.mark.usefixtures("siliconflow_connection", "no_pauses")
-def test_a_retry_adopts_what_the_first_try_made_and_a_clear_does_not(
-    make_context: MakeContext, make_input: MakeInput, emulator: Emulator
+def test_a_retry_adopts_what_the_first_try_made_and_a_clear_does_if_it_reuses(
+    make_context: MakeContext, make_input: MakeInput, emulator: Emulator, on_clear: Any
 ) -> None:
     path = make_input("Hi")
 
     def run(**ti: Any) -> str:
-        create = CreateBatchOperator(task_id="t", input_path=path, retries=2)
+        create = CreateBatchOperator(task_id="t", input_path=path, retries=2, on_clear=on_clear)
         made: str = create.execute(make_context(create, **ti))
         return made
 
     first = run(try_number=1, max_tries=2)
     assert run(try_number=2, max_tries=2) == first
     assert run(try_number=1, max_tries=2, map_index=1) != first
-    assert run(try_number=3, max_tries=4) != first
-    assert len(batches(emulator)) == 3
+    cleared = run(try_number=3, max_tries=4)
+    assert (cleared == first) == (on_clear == "reuse")
+    assert run(try_number=4, max_tries=5) == cleared or on_clear == "resubmit"
+    assert len(batches(emulator)) == (2 if on_clear == "reuse" else 4)
 
 
+@pytest.mark.parametrize("on_clear", ["reuse", "resubmit"])
 @pytest.mark.parametrize("there_from_the_start", [True, False])
 @pytest.mark.usefixtures("siliconflow_connection", "no_pauses")
 def test_a_store_that_came_between_two_tries_pays_nothing_again(
@@ -201,11 +205,12 @@ def test_a_store_that_came_between_two_tries_pays_nothing_again(
     store: Any,
     emulator: Emulator,
     there_from_the_start: bool,
+    on_clear: Any,
 ) -> None:
     path = make_input("Hi")
 
     def run(stored: bool, **ti: Any) -> str:
-        create = CreateBatchOperator(task_id="t", input_path=path, retries=2)
+        create = CreateBatchOperator(task_id="t", input_path=path, retries=2, on_clear=on_clear)
         context = make_context(create, **ti) | ({"task_state_store": store} if stored else {})
         made: str = create.execute(context)
         return made
@@ -213,9 +218,11 @@ def test_a_store_that_came_between_two_tries_pays_nothing_again(
     first = run(there_from_the_start, try_number=1, max_tries=2)
     assert run(True, try_number=2, max_tries=2) == first
     assert run(True, try_number=3, max_tries=2) == first
-    # A person's clear: on 3.3.2 what the store holds outlives it.
-    assert run(True, try_number=4, max_tries=5) != first
-    assert len(batches(emulator)) == 2
+    # A manual clear: on 3.3.2 what the store holds outlives it, later versions discard it.
+    assert (run(True, try_number=4, max_tries=5) == first) == (on_clear == "reuse")
+    store.entries.clear()
+    assert (run(True, try_number=5, max_tries=6) == first) == (on_clear == "reuse")
+    assert len(batches(emulator)) == (1 if on_clear == "reuse" else 3)
     (kept,) = store.retentions
     assert kept > timedelta(days=30), "an entry outlives the longest batch"
 
@@ -244,6 +251,7 @@ def test_a_retry_that_cannot_reach_its_paid_batch_leaves_another_retry(
     ["running", "up_for_retry", "queued", "deferred", "failed", "success", "skipped", "restarting", None],
 )
 @pytest.mark.parametrize("durable", [True, False])
+@pytest.mark.parametrize("on_clear", ["reuse", "resubmit"])
 @pytest.mark.usefixtures("siliconflow_connection")
 def test_the_end_of_a_worker_cancels_nothing_that_a_retry_takes_up(
     make_context: MakeContext,
@@ -252,13 +260,16 @@ def test_the_end_of_a_worker_cancels_nothing_that_a_retry_takes_up(
     set_state: Callable[[str | None], Any],
     state: str | None,
     durable: bool,
+    on_clear: Any,
 ) -> None:
     set_state(state)
-    create = CreateBatchOperator(task_id="t", input_path=make_input("Hi"), durable=durable)
+    create = CreateBatchOperator(task_id="t", input_path=make_input("Hi"), durable=durable, on_clear=on_clear)
     create.execute(make_context(create))
     create.on_kill()
     assert emulator.request_counts.get("POST /batches/*/cancel", 0) == int(
-        state in ("failed", "success", "skipped", "restarting") or not durable
+        state in ("failed", "success", "skipped")
+        or (state == "restarting" and on_clear == "resubmit")
+        or not durable
     )
 
 
@@ -366,3 +377,112 @@ def test_an_input_that_changed_between_two_tries_pays_for_nothing_but_with_durab
         assert len(batches(emulator)) == 1
     else:
         assert run("Ho", try_number=2) != paid
+
+
+# Clears -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.usefixtures("siliconflow_connection", "no_pauses")
+def test_a_batch_without_a_single_answer_is_replaced_by_a_clear_and_by_no_retry(
+    make_context: MakeContext, make_input: MakeInput, store: Any, emulator: Emulator, stored: bool
+) -> None:
+    path = make_input("a [[emulator:once=400]]", "b [[emulator:once=400]]")
+
+    def run(**ti: Any) -> str:
+        create = CreateBatchOperator(
+            task_id="t", input_path=path, wait_for_completion=True, poll_interval=0.05, allow_all_failed=True
+        )
+        made: str = create.execute(
+            make_context(create, **ti) | ({"task_state_store": store} if stored else {})
+        )
+        return made
+
+    first = run(try_number=1, max_tries=2)
+    assert run(try_number=2, max_tries=2) == first
+    second = run(try_number=3, max_tries=4)
+    assert second != first
+    # It has answers, and is kept; also by a retry that finds both in the account.
+    assert run(try_number=4, max_tries=4) == second
+    assert run(try_number=5, max_tries=6) == second
+    assert len(batches(emulator)) == 2
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.usefixtures("siliconflow_connection", "no_pauses")
+def test_an_input_that_was_changed_before_a_clear_is_new_work_and_between_retries_an_error(
+    make_context: MakeContext, make_input: MakeInput, store: Any, emulator: Emulator, stored: bool
+) -> None:
+    def run(text: str, **ti: Any) -> str:
+        create = CreateBatchOperator(task_id="t", input_path=make_input(text), retries=2)
+        made: str = create.execute(
+            make_context(create, **ti) | ({"task_state_store": store} if stored else {})
+        )
+        return made
+
+    first = run("a", try_number=1, max_tries=2)
+    with pytest.raises(InvalidInputError, match="was changed between two tries"):
+        run("b", try_number=2, max_tries=2)
+    second = run("b", try_number=3, max_tries=4)
+    assert second != first
+    with pytest.raises(InvalidInputError, match="was changed between two tries"):
+        run("c", try_number=4, max_tries=4)
+    assert run("a", try_number=5, max_tries=6) == first, "what was paid for before is still there"
+    assert len(batches(emulator)) == 2
+
+
+@pytest.mark.parametrize("cancels", [True, False])
+@pytest.mark.parametrize("changed", [True, False])
+@pytest.mark.emulator(speed=0.001)
+@pytest.mark.usefixtures("siliconflow_connection", "no_pauses")
+def test_a_clear_while_deferred_cancels_only_what_is_not_wanted_any_more(
+    make_context: MakeContext,
+    make_input: MakeInput,
+    store: Any,
+    emulator: Emulator,
+    changed: bool,
+    cancels: bool,
+) -> None:
+    def run(text: str, **ti: Any) -> None:
+        create = CreateBatchOperator(
+            task_id="t",
+            input_path=make_input(text),
+            wait_for_completion=True,
+            deferrable=True,
+            cancel_on_kill=cancels,
+        )
+        with pytest.raises(TaskDeferred):
+            create.execute(make_context(create, **ti) | {"task_state_store": store})
+
+    run("a", try_number=1, max_tries=2)
+    run("b" if changed else "a", try_number=2, max_tries=3)
+    statuses = [batch["status"] for batch in batches(emulator)]
+    assert statuses == [
+        "cancelling" if changed and cancels else "in_queue",
+        *(["in_queue"] if changed else []),
+    ]
+
+
+@pytest.mark.usefixtures("siliconflow_connection", "no_pauses")
+def test_a_run_that_was_deleted_and_made_again_is_new_work(
+    make_context: MakeContext, make_input: MakeInput, emulator: Emulator
+) -> None:
+    """Without a task state store; Airflow deletes that of a run with the run."""
+    path = make_input("Hi")
+    began = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def run(start: datetime, *, cleared: int = 0, **ti: Any) -> str:
+        create = CreateBatchOperator(task_id="t", input_path=path, retries=2)
+        context = make_context(create, **{"max_tries": 2, **ti})
+        context["dag_run"].start_date, context["dag_run"].clear_number = start, cleared
+        made: str = create.execute(context)
+        return made
+
+    first = run(began)
+    assert run(began) == first, "`airflow tasks test` has the same run"
+    again = run(began + timedelta(days=1))
+    assert again != first
+    assert run(began + timedelta(days=1), try_number=2) == again
+    # A clear moves the start of the run, and the batch of the later run is the one.
+    assert run(began + timedelta(days=2), cleared=1, try_number=3, max_tries=5) == again
+    assert len(batches(emulator)) == 2

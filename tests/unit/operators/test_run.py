@@ -164,6 +164,7 @@ def test_a_batch_whose_answer_comes_after_the_kill_is_cancelled(
     mocker.patch("airflow_provider_siliconflow.operators.base.airflow_version", return_value=(3, 0))
     task = RunBatchOperator(
         task_id="t",
+        on_clear="resubmit",
         requests=["a", "b"],
         output_dir=str(tmp_path),
         model="Qwen/Qwen3-8B",

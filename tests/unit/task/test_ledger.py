@@ -25,10 +25,10 @@ from airflow_provider_siliconflow.task.ledger import TaskStateLedger
 KEY, OTHER = "a" * 32, "b" * 32
 
 
-def open_ledger(store: Any, try_number: int, *, generation: int = 0) -> TaskStateLedger:
+def open_ledger(store: Any, try_number: int, *, epoch: int = 0) -> TaskStateLedger:
     """The ledger of a try that begins now."""
-    submitter = Submitter("dag", "run", "task", -1, generation)
-    return TaskStateLedger(store, generation=generation, owner=Owner.new(submitter, try_number=try_number))
+    submitter = Submitter("dag", "run", "task", -1, epoch)
+    return TaskStateLedger(store, epoch=epoch, owner=Owner.new(submitter, try_number=try_number))
 
 
 def test_what_is_recorded_is_there_for_the_next_try(store: Any) -> None:
@@ -117,7 +117,7 @@ def test_work_whose_input_changed_is_found_in_its_generation_only(store: Any) ->
     second = open_ledger(store, 2)
     assert second.earlier_work(OTHER) == (KEY, Sent("batch_1", 1))
     assert second.earlier_work(KEY) is None
-    assert open_ledger(store, 3, generation=4).earlier_work(OTHER) is None
+    assert open_ledger(store, 3, epoch=4).earlier_work(OTHER) is None
 
 
 def test_batches_that_died_are_kept_in_order_and_not_without_end(store: Any) -> None:
@@ -145,7 +145,7 @@ def test_work_that_was_not_sent_leaves_no_batch_that_died(store: Any) -> None:
 
 def test_what_an_earlier_version_of_ours_left_is_found_under_its_name(store: Any) -> None:
     store.set("siliconflow.try", {"number": 1, "complete": True})
-    store.set("siliconflow.last", {"key": OTHER, "generation": 0})
+    store.set("siliconflow.last", {"key": OTHER, "epoch": 0})
     store.set(
         f"siliconflow.{OTHER}", {"state": "sent", "batch_id": "batch_1", "number": 1, "terminal_since": 0.0}
     )

@@ -32,7 +32,12 @@ def test_who_submits_and_since_when(
     # The run's own start moves when somebody clears another task of it.
     context["dag_run"].logical_date = early
     found = TaskTry.of(context)
-    assert (found.submitter.label, found.submitter.generation) == ("dag/t[2]/run", 5)
+    assert (found.submitter.label, found.submitter.generation, found.submitter.epoch) == (
+        "dag/t[2]/run",
+        0,
+        5,
+    )
+    assert TaskTry.of(context, on_clear="resubmit").submitter.generation == 5
     assert (found.number, found.search, found.since, found.store) == (
         3,
         "patiently",
