@@ -85,22 +85,17 @@ def write_input(folder: Path, options: argparse.Namespace) -> None:
 
 def ours(folder: Path, out: Path) -> dict[str, float]:
     from airflow_provider_siliconflow.jobs.cache import find_answers
+    from airflow_provider_siliconflow.jobs.identity import Submitter
     from airflow_provider_siliconflow.jobs.options import RunOptions
-    from airflow_provider_siliconflow.jobs.plan import plan
+    from airflow_provider_siliconflow.jobs.plan import Plan, PlanFolder, plan
 
     options = RunOptions(models=(MODEL,))
     split = plan(folder / "requests.jsonl", out / "round-0", name="requests", options=options)
-    sources = [out / "round-0" / shard.name for shard in split.shards]
+    submitter = Submitter("dag", "run", "task", -1, 0)
+    limits = options.max_rows, options.max_bytes
+    made = Plan(split, "24h", {}, submitter, "c", options.models, *limits, "", None, complete=True)
     start, cpu = time.perf_counter(), time.process_time()
-    reuse = find_answers(
-        folder / "cache",
-        out,
-        split,
-        sources,
-        models=options.replacements,
-        max_rows=options.max_rows,
-        max_bytes=options.max_bytes,
-    )
+    reuse = find_answers(folder / "cache", PlanFolder(out), made, options)
     found = sum(reuse.cached[0]) if reuse else 0
     return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu, "found": found}
 

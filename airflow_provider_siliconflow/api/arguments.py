@@ -126,7 +126,7 @@ def check_models(model: Any, models: Any) -> tuple[str, ...]:
     Return the models that a job runs over; empty if the rows name theirs.
 
     :param model: one model, or ``None``.
-    :param models: several, or ``None``.
+    :param models: several, as a list or as the keys of a mapping; or ``None``.
     :raises InvalidInputError: both are given, a list is empty or names a model twice, or a name is none.
     """
     if model is not None and models is not None:
@@ -135,8 +135,10 @@ def check_models(model: Any, models: Any) -> tuple[str, ...]:
         return (_model_name("model", model),)
     if models is None:
         return ()
-    if isinstance(models, str | bytes) or not isinstance(models, Sequence):
-        raise InvalidInputError(f"models must be a list of model names; got {models!r}")
+    if isinstance(models, str | bytes) or not isinstance(models, Sequence | Mapping):
+        raise InvalidInputError(
+            f"models must be a list of model names, or a mapping of them to body parameters; got {models!r}"
+        )
     if not models:
         raise InvalidInputError("models is empty; leave it out if the rows name their models")
     names = tuple(_model_name(f"models[{number}]", name) for number, name in enumerate(models))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -20,6 +21,25 @@ class _Message(msgspec.Struct, gc=False):
 
 _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_message = msgspec.json.Decoder(_Message).decode
+
+
+def with_defaults(line: bytes, defaults: Mapping[str, msgspec.Raw]) -> bytes:
+    """
+    Return a request line with body parameters that it lacks.
+
+    :param line: a request line that was checked.
+    """
+    fields = decode_fields(line)
+    body = decode_fields(fields["body"])
+    lacking = {key: value for key, value in defaults.items() if key not in body}
+    if not lacking:
+        return line
+    return msgspec.json.encode({**fields, "body": msgspec.Raw(msgspec.json.encode({**body, **lacking}))})
+
+
+def raw_parameters(parameters: Mapping[str, Any]) -> dict[str, msgspec.Raw]:
+    """Return body parameters as they are written into lines."""
+    return {key: msgspec.Raw(to_json(value)) for key, value in parameters.items()}
 
 
 def with_instruction(messages: msgspec.Raw, instruction: str) -> msgspec.Raw:

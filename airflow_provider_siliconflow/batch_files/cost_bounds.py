@@ -9,7 +9,7 @@ model's chat template adds. The answer has at most ``max_tokens``. Thinking come
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
@@ -20,6 +20,7 @@ import msgspec
 from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError, InvalidInputError
 from airflow_provider_siliconflow.api.sources import Source
 from airflow_provider_siliconflow.batch_files.atomic_files import open_own
+from airflow_provider_siliconflow.batch_files.bodies import raw_parameters, with_defaults
 from airflow_provider_siliconflow.batch_files.decimals import exact
 from airflow_provider_siliconflow.batch_files.lines import LineReader
 from airflow_provider_siliconflow.batch_files.prices import CACHED, THINKING, Price, price_of
@@ -200,6 +201,7 @@ class Tariff:
     :param max_cost: CNY.
     :param sent_again: what turns the request line of a row into that of its next attempt; ``None`` if it stays as it
         is.
+    :param variants: for each model, body parameters that rows get if they lack them; empty if no model has any.
     """
 
     def __init__(
@@ -207,10 +209,15 @@ class Tariff:
         models: tuple[str, ...],
         prices: Mapping[str, Price] | None,
         max_cost: Fraction,
+        *,
         sent_again: Callable[[bytes], bytes] | None = None,
+        variants: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.models = models
         self._sent_again = sent_again
+        self._variants = [
+            (model, raw_parameters(params)) for model, params in zip(models, variants, strict=False)
+        ]
         self.max_cost = max_cost
         self._prices = prices or {}
         # Whole numbers for the loop over the rows: a price times this is one.
@@ -255,6 +262,11 @@ class Tariff:
         :raises UnboundedRowError: there is no bound.
         :raises InvalidInputError: its model has no price.
         """
+        if self._variants:
+            return max(
+                self.rates(model).cost(bound_row(with_defaults(line, params))[1])
+                for model, params in self._variants
+            )
         own, bound = bound_row(line)
         return max(self.rates(model).cost(bound) for model in self.models or (own,))
 

@@ -56,6 +56,25 @@ def check_retry_parameters(name: str, parameters: Any) -> None:
         )
 
 
+def check_model_parameters(name: str, models: Any) -> None:
+    """
+    Check the body parameters that single models get.
+
+    :param models: a mapping of models to body parameters; a list of models, or ``None``, has none.
+    :raises InvalidInputError: they are not body parameters, or name a model.
+    """
+    for model, parameters in models.items() if isinstance(models, Mapping) else ():
+        argument = f"{name}[{model!r}]"
+        if not isinstance(parameters, Mapping):
+            raise InvalidInputError(
+                f"{argument} must be a mapping of body parameters such as {{'enable_thinking': False}}, or {{}}; got "
+                f"{type(parameters).__name__}"
+            )
+        check_parameters(argument, parameters)
+        if "model" in parameters:
+            raise InvalidInputError(f"{argument} must not contain 'model'")
+
+
 def to_json(value: Any) -> bytes:
     """
     Return compact JSON.

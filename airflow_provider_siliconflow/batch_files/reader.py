@@ -14,7 +14,7 @@ from msgspec import UNSET
 
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError, LineProblem
 from airflow_provider_siliconflow.api.sources import ByteReader, Source
-from airflow_provider_siliconflow.batch_files.bodies import with_instruction
+from airflow_provider_siliconflow.batch_files.bodies import raw_parameters, with_instruction
 from airflow_provider_siliconflow.batch_files.custom_ids import CustomIdSet, numbered_id
 from airflow_provider_siliconflow.batch_files.lines import LONGEST_LINE, LineReader
 from airflow_provider_siliconflow.batch_files.parameters import check_parameters, to_json
@@ -282,7 +282,7 @@ class _Completer:
 
     def __init__(self, defaults: Mapping[str, Any] | None, name: str, instruction: str | None = None) -> None:
         check_parameters(name, defaults)
-        self._defaults = {key: msgspec.Raw(to_json(value)) for key, value in (defaults or {}).items()}
+        self._defaults = raw_parameters(defaults or {})
         self._default_model = (defaults or {}).get("model")
         self._instruction = instruction
         #: Whether a full line may still lack something.

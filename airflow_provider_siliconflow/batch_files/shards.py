@@ -23,6 +23,7 @@ from airflow_provider_siliconflow.batch_files.atomic_files import (
     sync,
     temporary_folder,
 )
+from airflow_provider_siliconflow.batch_files.bodies import raw_parameters, with_defaults
 from airflow_provider_siliconflow.batch_files.cost_bounds import Tariff, UnboundedRowError
 from airflow_provider_siliconflow.batch_files.custom_ids import CustomIdSet, LineId
 from airflow_provider_siliconflow.batch_files.duplicates import Duplicates
@@ -177,6 +178,7 @@ def split_requests(
     needs_model: bool = False,
     tariff: Tariff | None = None,
     rows_per_shard: Sequence[int] = (),
+    reserved_bytes: int = 0,
 ) -> Split:
     """
     Turn rows into request lines and write them as shards, in one pass and in bounded memory.
@@ -196,6 +198,7 @@ def split_requests(
     :param needs_model: whether a row without a model is invalid too, if invalid rows are reported.
     :param tariff: limits what the rows of a shard can cost; a row without such a limit is an error in any case.
     :param rows_per_shard: rows of the first shards, to split as before; the limits hold for the others.
+    :param reserved_bytes: bytes by which each line may grow without its shard becoming larger than ``max_bytes``.
     :raises InvalidRequestFileError: rows are invalid, or share a ``custom_id``; with ``report_invalid``, all are. Or a
         row can cost any sum.
     :raises InvalidInputError: there are no rows, or an argument is wrong.
@@ -208,7 +211,9 @@ def split_requests(
         max_bytes=max_bytes,
         tariff=tariff,
         rows_per_shard=rows_per_shard,
+        reserved_bytes=reserved_bytes,
     )
+    max_bytes -= reserved_bytes
     unbounded = Problems(name)
     read = partial(
         read_rows,
@@ -366,6 +371,28 @@ def iter_rows(shard: Source, kind: type[T]) -> Iterator[T]:
             yield row
 
 
+def write_variant(
+    shards: Sequence[Shard], sources: Sequence[Source], work_dir: Directory, defaults: Mapping[str, Any]
+) -> tuple[Shard, ...]:
+    """
+    Write shards once more, with body parameters for the rows that lack them.
+
+    :param sources: the files of the shards.
+    :param work_dir: folder for the new ones, which have the same rows.
+    """
+    params = raw_parameters(defaults)
+    rows = [shard.rows for shard in shards]
+    with ShardWriter(work_dir, max_rows=MAX_ROWS, max_bytes=MAX_BYTES, rows_per_shard=rows) as writer:
+        for source in sources:
+            with open_own(source) as stream:
+                for line in LineReader(stream):
+                    if line is not None:
+                        writer.add(with_defaults(line, params))
+    if [shard.rows for shard in writer.shards] != rows:
+        raise IncompleteResultsError(f"the request files in {work_dir} are damaged. Nothing was sent")
+    return writer.shards
+
+
 def select_rows(
     shards: Sequence[Source],
     chosen: Sequence[Collection[int]],
@@ -412,6 +439,7 @@ class ShardWriter:
     :param max_bytes: bytes of the largest file.
     :param tariff: limits what the rows of a file can cost.
     :param rows_per_shard: lines of the first files.
+    :param reserved_bytes: bytes by which each line may grow.
     """
 
     def __init__(
@@ -422,6 +450,7 @@ class ShardWriter:
         max_bytes: int,
         tariff: Tariff | None = None,
         rows_per_shard: Sequence[int] = (),
+        reserved_bytes: int = 0,
     ) -> None:
         if max_rows < 1 or max_bytes < 1:
             raise InvalidInputError(
@@ -431,6 +460,7 @@ class ShardWriter:
         self._most_rows = max_rows
         self._rows_per_shard = iter(rows_per_shard)
         self._max_bytes = max_bytes
+        self._reserved = reserved_bytes
         self._tariff = tariff
         self._shards: list[Shard] = []
         self._first_row = 0
@@ -452,7 +482,7 @@ class ShardWriter:
         size = len(line) + 1
         tariff = self._tariff
         weight = 0 if tariff is None else tariff.weigh(line)
-        is_full = self._rows == self._max_rows or (self._rows and self._bytes + size > self._max_bytes)
+        is_full = self._rows == self._max_rows or (self._rows and self._size_with(1, size) > self._max_bytes)
         if is_full or (tariff and self._rows and self._weight + weight > tariff.most_per_batch):
             self._finish()
         self._weight += weight
@@ -471,7 +501,7 @@ class ShardWriter:
         if (
             self._tariff is None
             and self._rows + len(lines) <= self._max_rows
-            and self._bytes + size <= self._max_bytes
+            and self._size_with(len(lines), size) <= self._max_bytes
         ):
             self._block += lines
             self._rows += len(lines)
@@ -487,6 +517,10 @@ class ShardWriter:
     def weighs(self) -> bool:
         """Whether the cost of the rows is limited."""
         return self._tariff is not None
+
+    def _size_with(self, lines: int, size: int) -> int:
+        """Return the size that the shard may grow to with more lines."""
+        return self._bytes + size + self._reserved * (self._rows + lines)
 
     def stop_weighing(self) -> None:
         """Write shards as large as they may be, whatever they cost."""

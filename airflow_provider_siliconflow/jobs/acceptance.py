@@ -18,7 +18,7 @@ from airflow_provider_siliconflow.api.answer_texts import without_thinking
 from airflow_provider_siliconflow.api.models import BatchResult
 from airflow_provider_siliconflow.api.redaction import valid_text
 from airflow_provider_siliconflow.api.sources import Source
-from airflow_provider_siliconflow.batch_files.bodies import sent_again
+from airflow_provider_siliconflow.batch_files.bodies import raw_parameters, sent_again
 from airflow_provider_siliconflow.batch_files.custom_ids import custom_id_of
 from airflow_provider_siliconflow.batch_files.lines import LONGEST_LINE
 from airflow_provider_siliconflow.batch_files.output_types import (
@@ -153,12 +153,8 @@ class Acceptance:
         """What gives a request line the ``retry_params``; ``None`` if there are none."""
         if not self.retry_params:
             return None
-        params = self._raw_params
+        params = raw_parameters(self.retry_params)
         return lambda line: sent_again(line, params, None) or line
-
-    @property
-    def _raw_params(self) -> dict[str, msgspec.Raw]:
-        return {key: msgspec.Raw(to_json(value)) for key, value in (self.retry_params or {}).items()}
 
     def next_attempt(self, errors: Source, max_bytes: int) -> Callable[[bytes], bytes] | None:
         """
@@ -172,7 +168,7 @@ class Acceptance:
         if self.output_type is None and not self.retry_params:
             return None
         return _NextAttempt(
-            self._raw_params,
+            raw_parameters(self.retry_params or {}),
             # Lines that only a judge could read have nothing to show.
             None if self.output_type is None else read_results(errors, on_unreadable=lambda problem: None),
             min(max_bytes, LONGEST_LINE),

@@ -14,8 +14,7 @@ import hashlib
 import logging
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -31,7 +30,6 @@ from airflow_provider_siliconflow.batch_files.atomic_files import (
     write_whole,
 )
 from airflow_provider_siliconflow.batch_files.buckets import BUCKETS, Buckets
-from airflow_provider_siliconflow.batch_files.cost_bounds import Tariff
 from airflow_provider_siliconflow.batch_files.invalid_rows import InvalidLines, of_valid_rows
 from airflow_provider_siliconflow.batch_files.lines import LineReader
 from airflow_provider_siliconflow.batch_files.merge import BatchFiles
@@ -52,6 +50,8 @@ from airflow_provider_siliconflow.batch_files.verdicts import (
     Verdict,
     read_verdict,
 )
+from airflow_provider_siliconflow.jobs.options import RunOptions
+from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, Plan, PlanFolder, Reuse
 
 log = logging.getLogger(__name__)
 
@@ -63,68 +63,6 @@ _NO_KEY = bytes(KEY_BYTES)
 _HITS_AT_ONCE = 1000
 
 
-# The decision -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Reuse:
-    """
-    What a job takes from the cache.
-
-    :param to_send: by model, the shards of the first round: those of the plan if nothing is cached, else shards of the
-        rows without an answer. Models that lack the same rows have the same shards, and so one upload.
-    :param cached: by model, the number of cached answers for each shard of the plan.
-    """
-
-    to_send: Mapping[int, tuple[Shard, ...]]
-    cached: Mapping[int, tuple[int, ...]]
-
-    def folder(self, model: int) -> str | None:
-        """
-        Return the folder of a model's shards in that of the first round; ``None`` if they are those of the plan.
-        """
-        shards = self.to_send[model]
-        if not shards or not shards[0].sources:
-            return None
-        return _folder(next(other for other, theirs in sorted(self.to_send.items()) if theirs == shards))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the decision as JSON types."""
-        return {
-            "to_send": {
-                str(model): [each.to_dict() for each in shards] for model, shards in self.to_send.items()
-            },
-            "cached": {str(model): list(counts) for model, counts in self.cached.items()},
-        }
-
-    @classmethod
-    def from_dict(cls, data: Any, split: Split, models: int) -> Reuse:
-        """
-        Return the decision that :meth:`to_dict` encoded.
-
-        :param split: the shards of the plan.
-        :param models: number of models.
-        :raises ValueError: it is damaged.
-        """
-        to_send = {int(m): tuple(map(Shard.from_dict, shards)) for m, shards in data["to_send"].items()}
-        cached = {int(model): tuple(map(int, counts)) for model, counts in data["cached"].items()}
-        if set(to_send) != set(range(models)) or set(cached) != set(to_send):
-            raise ValueError("it reuses answers for other models")
-        for model, counts in cached.items():
-            sent = sum(shard.rows for shard in to_send[model])
-            if len(counts) != len(split.shards) or min(counts) < 0 or sent + sum(counts) != split.rows:
-                raise ValueError("it reuses answers of other rows")
-            if any(source >= len(split.shards) for shard in to_send[model] for source in shard.sources):
-                raise ValueError("it sends rows of other shards")
-            if not all(shard.sources for shard in to_send[model]) and to_send[model] != split.shards:
-                raise ValueError("it sends other shards")
-        return cls(to_send, cached)
-
-
-def _folder(model: int) -> str:
-    return f"unanswered-{model}"
-
-
 def _cached_path(folder: Any, model: int, shard: Shard) -> Any:
     return folder / "cached" / str(model) / shard.name
 
@@ -132,30 +70,15 @@ def _cached_path(folder: Any, model: int, shard: Shard) -> Any:
 # Planning ---------------------------------------------------------------------------------------------------
 
 
-def find_answers(
-    cache_dir: Any,
-    folder: Any,
-    split: Split,
-    sources: Sequence[Any],
-    *,
-    models: Sequence[str | None],
-    max_rows: int,
-    max_bytes: int,
-    judge: Judge | None = None,
-    tariff: Tariff | None = None,
-) -> Reuse | None:
+def find_answers(cache_dir: Any, plans: PlanFolder, plan: Plan, options: RunOptions) -> Reuse | None:
     """
     Decide which rows of a job need not be sent, and write their answers into the job's folder.
 
+    A row is sent if its cached answer does not satisfy what the job asks of its answers.
+
     :param cache_dir: the cache.
-    :param folder: folder of the job; the shards of the other rows go to its folder for the first round.
-    :param split: the rows.
-    :param sources: its shards.
-    :param models: the models; ``None`` for those that the rows name.
-    :param max_rows: most rows of a shard.
-    :param max_bytes: most bytes of a shard.
-    :param judge: what answers must satisfy; a row whose cached answer does not is sent.
-    :param tariff: limits what the rows of a shard can cost.
+    :param plans: folder of the job; the shards of the other rows go to its folder for the first round.
+    :param plan: the plan, without this decision.
     :returns: ``None`` if nothing is cached.
     :raises InvalidInputError: the cache is not ours alone, or cannot be created.
     """
@@ -163,27 +86,42 @@ def find_answers(
     if not segments:
         log.info("%s has no answers yet", cache_dir)
         return None
+    split, tariff = plan.split, options.tariff()
     to_send: dict[int, tuple[Shard, ...]] = {}
     cached: dict[int, tuple[int, ...]] = {}
-    known: dict[bytes, tuple[Shard, ...]] = {}
-    first_round = sources[0].parent
-    with Segments(segments) as opened, _Digests.of(sources, own_model=models[0] is None) as digests:
-        for number, model in enumerate(models):
-            missing = [bytearray(b"\1") * shard.rows for shard in split.shards]
+    known: dict[tuple[tuple[Shard, ...], bytes], tuple[Shard, ...]] = {}
+    digests_of: dict[tuple[Shard, ...], _Digests] = {}
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(Segments(segments))
+        for number, model in enumerate(options.replacements):
+            shards, sources = plan.shards_of(number), plans.sources(plan, number)
+            digests = digests_of.get(shards)
+            if digests is None:
+                digests = stack.enter_context(_Digests.of(sources, own_model=model is None))
+                digests_of[shards] = digests
+            missing = [bytearray(b"\1") * shard.rows for shard in shards]
             with Buckets() as found:
                 _look_up(opened, digests, model, found, split.rows)
-                cached[number] = tuple(_take(opened, found, number, split, sources, folder, missing, judge))
+                taken = _take(
+                    opened, found, number, split, sources, plans.path, missing, options.acceptance.judge
+                )
+                cached[number] = tuple(taken)
             rows = sum(cached[number])
             log.info("%s: %d of %d rows have a cached answer", model or "All models", rows, split.rows)
-            pattern = hashlib.sha256(b"".join(hashlib.sha256(each).digest() for each in missing)).digest()
+            rows_missing = b"".join(hashlib.sha256(each).digest() for each in missing)
+            pattern = shards, hashlib.sha256(rows_missing).digest()
             if not rows:
-                to_send[number] = split.shards
+                to_send[number] = shards
             elif pattern in known:
                 to_send[number] = known[pattern]
             else:
-                target = first_round / _folder(number)
                 known[pattern] = to_send[number] = select_rows(
-                    sources, missing, target, max_rows=max_rows, max_bytes=max_bytes, tariff=tariff
+                    sources,
+                    missing,
+                    plans.path / FIRST_ROUND / Reuse.folder_of(number),
+                    max_rows=options.max_rows,
+                    max_bytes=options.max_bytes,
+                    tariff=tariff,
                 )
     return Reuse(to_send, cached) if any(map(any, cached.values())) else None
 

@@ -253,11 +253,10 @@ class Collector:
         if not any(any(chosen) for model, chosen in collected.retries.items() if model not in refused):
             return None
         tariff = job.options.tariff()
-        sources = [job.planned(shard) for shard in job.plan.split.shards]
         try:
             return {
                 model: select_rows(
-                    sources,
+                    job.plans.sources(job.plan, model),
                     chosen,
                     job.plans.path / f"round-{number}" / str(model),
                     max_rows=job.options.max_rows,
@@ -545,7 +544,7 @@ class Collector:
                     cache_dir,
                     key,
                     model,
-                    [job.planned(shard) for shard in job.plan.split.shards],
+                    job.plans.sources(job.plan, model),
                     self._model_folder(model) / "results.jsonl",
                     collected.fresh[model],
                     job.plans.invalid_lines(job.plan.split),

@@ -40,7 +40,7 @@ from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 from airflow_provider_siliconflow.batch_files.verdicts import Judge, Verdict, read_verdict
 from airflow_provider_siliconflow.jobs.folder import read_json
 from airflow_provider_siliconflow.jobs.options import RunOptions
-from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, InputMark, Plan, PlanFolder
+from airflow_provider_siliconflow.jobs.plan import InputMark, Plan, PlanFolder
 
 log = logging.getLogger(__name__)
 
@@ -127,11 +127,11 @@ def take_over(
     :param plan: the new job's plan over the same rows.
     :returns: whether the results were usable; otherwise nothing is kept.
     """
-    sources = [OwnFile(plans.path / FIRST_ROUND / shard.name) for shard in plan.split.shards]
     rounds: dict[int, tuple[Shard, ...]] = {}
     tariff = options.tariff()
     try:
         for model, path in enumerate(_result_paths(output_dir, options)):
+            sources = plans.sources(plan, model)
             chosen = [bytearray(shard.rows) for shard in plan.split.shards]
             with open_own(path) as stream:
                 lines = read_lines(

@@ -54,7 +54,7 @@ class OpenJob:
         self.submitter: Submitter = plan.submitter
         # Without the host: the same service under another name is the same work, and must not be paid for again.
         self._where = {"conn_id": plan.conn_id}
-        first = plan.reuse.to_send if plan.reuse else dict.fromkeys(self.models, plan.split.shards)
+        first = plan.reuse.to_send if plan.reuse else {model: plan.shards_of(model) for model in self.models}
         self.rounds: list[list[Piece]] = [[] for _ in range(plan.kept_rounds)] or [self._pieces(0, first)]
         while (shards := plans.read_round(len(self.rounds), self.models)) is not None:
             self.rounds.append(self._pieces(len(self.rounds), shards))
@@ -112,7 +112,7 @@ class OpenJob:
         if number:
             return f"round-{number}/{model}"
         unanswered = self.plan.reuse.folder(model) if self.plan.reuse else None
-        return FIRST_ROUND if unanswered is None else f"{FIRST_ROUND}/{unanswered}"
+        return self.plan.folder_of(model) if unanswered is None else f"{FIRST_ROUND}/{unanswered}"
 
     def _piece(
         self, number: int, model: int, shard: Shard, *, folder: str, rest_of: str | None = None
@@ -174,7 +174,7 @@ class OpenJob:
         return OwnFile(self.plans.path / piece.path)
 
     def planned(self, shard: Shard) -> OwnFile:
-        """Return a shard of the plan: rows in their order, whether or not they are sent."""
+        """Return a shard of the plan: rows in their order, whatever the model, and whether or not they are sent."""
         return OwnFile(self.plans.path / FIRST_ROUND / shard.name)
 
     def work(self, piece: Piece, send: Callable[[str], UploadedFile]) -> BatchWork:

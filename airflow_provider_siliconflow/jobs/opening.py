@@ -22,8 +22,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     SiliconFlowError,
 )
 from airflow_provider_siliconflow.batch_files.atomic_files import make_private_folder, temporary_folder
-from airflow_provider_siliconflow.batch_files.shards import Split
-from airflow_provider_siliconflow.jobs.cache import Reuse, find_answers
+from airflow_provider_siliconflow.jobs.cache import find_answers
 from airflow_provider_siliconflow.jobs.cancelling import cancel
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
 from airflow_provider_siliconflow.jobs.finished import Finished, take_over
@@ -38,6 +37,7 @@ from airflow_provider_siliconflow.jobs.plan import (
     Plan,
     PlanFolder,
     digest_of,
+    model_params_of,
     plan,
     source_version,
 )
@@ -328,8 +328,10 @@ class Opening:
         :raises InvalidInputError: the new rows are wrong; nothing was changed.
         """
         with temporary_folder() as folder:
-            split = plan(requests(), folder, name=name, options=self._try.options)
-        wanted = {shard.sha256 for shard in split.shards}
+            options = self._try.options
+            split = plan(requests(), folder / FIRST_ROUND, name=name, options=options)
+            variants, _ = PlanFolder(folder).write_variants(split, options)
+        wanted = {shard.sha256 for shards in (split.shards, *variants) for shard in shards}
         log.warning("%s was changed before the task was cleared; the changed rows are new work", name)
         job.ledger.claim(self._try.owner)
         unwanted = [piece for piece in job.pieces if piece.round or piece.shard.sha256 not in wanted]
@@ -394,8 +396,11 @@ class Opening:
             version,
             # An earlier try may have sent batches that this folder does not know.
             complete=not self._try.earlier_tries,
+            model_params=model_params_of(options),
         )
         try:
+            variants, variant_of = self.plans.write_variants(split, options)
+            stored = replace(stored, variants=variants, variant_of=variant_of)
             stored = self._with_answers(stored, requests, name)
             self._check_spend(self._open(stored))
         except Exception:
@@ -421,7 +426,7 @@ class Opening:
         finished = self._finished
         if finished is not None:
             mark, mine = finished.input, planned.input
-            same = mark is None or mark.digest == mine.digest
+            same = mark is None or (mark.digest, mark.model_params) == (mine.digest, mine.model_params)
             if mark is not None and mark.shard_rows != mine.shard_rows:
                 same = mark.is_of(requests(), self._try.options, name=name)
             kept = replace(planned, kept_rounds=finished.rounds)
@@ -429,24 +434,10 @@ class Opening:
                 log.warning("The rows were changed since the job finished; they are new work")
             elif take_over(finished, self.plans, kept, self._try.output_dir, self._try.options):
                 return kept
-        return replace(planned, reuse=self._reuse(planned.split))
-
-    def _reuse(self, split: Split) -> Reuse | None:
         if self._try.cache_dir is None:
-            return None
-        options = self._try.options
-        sources = [self.plans.path / FIRST_ROUND / shard.name for shard in split.shards]
-        return find_answers(
-            self._try.cache_dir,
-            self.plans.path,
-            split,
-            sources,
-            models=options.replacements,
-            max_rows=options.max_rows,
-            max_bytes=options.max_bytes,
-            judge=options.acceptance.judge,
-            tariff=options.tariff(),
-        )
+            return planned
+        reuse = find_answers(self._try.cache_dir, self.plans, planned, self._try.options)
+        return replace(planned, reuse=reuse)
 
     def _check_spend(self, job: OpenJob) -> None:
         """

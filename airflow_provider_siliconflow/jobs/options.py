@@ -10,7 +10,7 @@ from typing import Any
 from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.batch_files.cost_bounds import Tariff
 from airflow_provider_siliconflow.batch_files.decimals import exact
-from airflow_provider_siliconflow.batch_files.parameters import check_parameters
+from airflow_provider_siliconflow.batch_files.parameters import check_model_parameters, check_parameters
 from airflow_provider_siliconflow.batch_files.prices import Price, check_max_cost, check_prices
 from airflow_provider_siliconflow.jobs.acceptance import Acceptance, check_acceptance
 
@@ -30,6 +30,7 @@ class RunOptions:
     :param max_row_attempts: how often a row is sent at most.
     :param max_error_rate: share of rows (0 to 1) that may fail; ``None`` for no limit.
     :param request_params: body parameters for rows that lack them.
+    :param model_params: body parameters of each model, for rows that lack them: before those of ``request_params``.
     :param acceptance: which answers are accepted, and what a row gets that is sent again.
     :param max_cost: the most that the job may cost, in CNY; ``None`` for no limit.
     :param reports_invalid: whether an invalid row becomes an error row; otherwise it fails the job.
@@ -47,19 +48,37 @@ class RunOptions:
     allow_all_failed: bool = False
     prices: Mapping[str, Price] | None = None
     request_params: Mapping[str, Any] | None = None
+    model_params: tuple[Mapping[str, Any], ...] = ()
     reports_invalid: bool = False
     max_cost: Fraction | None = None
     acceptance: Acceptance = field(default_factory=Acceptance)
 
     @property
     def body_defaults(self) -> Mapping[str, Any]:
-        """Body parameters for rows that lack them."""
+        """Body parameters for rows that lack them, whatever the model."""
+        return {key: value for key, value in self._defaults.items() if key not in self._of_models}
+
+    @property
+    def _defaults(self) -> dict[str, Any]:
         return {**self.acceptance.defaults, **(self.request_params or {})}
+
+    @property
+    def _of_models(self) -> set[str]:
+        return {key for params in self.model_params for key in params}
+
+    @property
+    def variants(self) -> tuple[Mapping[str, Any], ...]:
+        """Further body parameters for rows that lack them, for each model; empty if no model has its own."""
+        if not self._of_models:
+            return ()
+        common = {key: value for key, value in self._defaults.items() if key in self._of_models}
+        return tuple({**common, **params} for params in self.model_params)
 
     @property
     def body_content(self) -> Mapping[str, Any]:
         """Everything that a job puts into the bodies of its rows, as JSON types."""
-        return {**(self.request_params or {}), **self.acceptance.content}
+        own = {"of models": list(self.variants)} if self.variants else {}
+        return {**(self.request_params or {}), **self.acceptance.content, **own}
 
     @property
     def replacements(self) -> tuple[str | None, ...]:
@@ -74,7 +93,13 @@ class RunOptions:
         """
         if self.max_cost is None:
             return None
-        return Tariff(self.models, self.prices, self.max_cost, self.acceptance.with_retry_params)
+        return Tariff(
+            self.models,
+            self.prices,
+            self.max_cost,
+            sent_again=self.acceptance.with_retry_params,
+            variants=self.variants,
+        )
 
 
 def check_options(
@@ -111,6 +136,7 @@ def check_options(
         max_error_rate=max_error_rate,
     )
     check_parameters("request_params", request_params)
+    check_model_parameters("models", models)
     check_prices(prices)
     check_max_cost(max_cost)
     options = RunOptions(
@@ -124,6 +150,7 @@ def check_options(
         max_error_rate=max_error_rate,
         prices=prices,
         request_params=request_params,
+        model_params=tuple(models.values()) if isinstance(models, Mapping) else (),
         acceptance=check_acceptance(
             output_type=output_type,
             accept=accept,

@@ -29,10 +29,10 @@ from airflow_provider_siliconflow.batch_files.atomic_files import (
     write_json,
 )
 from airflow_provider_siliconflow.batch_files.invalid_rows import INVALID_ROWS, InvalidLines
+from airflow_provider_siliconflow.batch_files.parameters import to_json
 from airflow_provider_siliconflow.batch_files.prices import cost, price_of, rounded
-from airflow_provider_siliconflow.batch_files.shards import Shard, Split, split_requests
+from airflow_provider_siliconflow.batch_files.shards import Shard, Split, split_requests, write_variant
 from airflow_provider_siliconflow.batch_files.tally import ModelTally
-from airflow_provider_siliconflow.jobs.cache import Reuse
 from airflow_provider_siliconflow.jobs.folder import names_in, read_json, remove_file
 from airflow_provider_siliconflow.jobs.identity import Submitter
 from airflow_provider_siliconflow.jobs.options import RunOptions
@@ -108,6 +108,68 @@ class Rest:
 
 
 @dataclass(frozen=True, slots=True)
+class Reuse:
+    """
+    What a job takes from the cache.
+
+    :param to_send: by model, the shards of the first round: those of the plan if nothing is cached, else shards of the
+        rows without an answer. Models that lack the same rows have the same shards, and so one upload.
+    :param cached: by model, the number of cached answers for each shard of the plan.
+    """
+
+    to_send: Mapping[int, tuple[Shard, ...]]
+    cached: Mapping[int, tuple[int, ...]]
+
+    def folder(self, model: int) -> str | None:
+        """
+        Return the folder of a model's shards in that of the first round; ``None`` if they are those of the plan.
+        """
+        shards = self.to_send[model]
+        if not shards or not shards[0].sources:
+            return None
+        return self.folder_of(
+            next(other for other, theirs in sorted(self.to_send.items()) if theirs == shards)
+        )
+
+    @staticmethod
+    def folder_of(model: int) -> str:
+        """Return the folder of shards that were first written for a model."""
+        return f"unanswered-{model}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the decision as JSON types."""
+        return {
+            "to_send": {
+                str(model): [each.to_dict() for each in shards] for model, shards in self.to_send.items()
+            },
+            "cached": {str(model): list(counts) for model, counts in self.cached.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any, split: Split, shards: Sequence[tuple[Shard, ...]]) -> Reuse:
+        """
+        Return the decision that :meth:`to_dict` encoded.
+
+        :param split: the shards of the plan.
+        :param shards: for each model, these shards with what the model gets.
+        :raises ValueError: it is damaged.
+        """
+        to_send = {int(m): tuple(map(Shard.from_dict, shards)) for m, shards in data["to_send"].items()}
+        cached = {int(model): tuple(map(int, counts)) for model, counts in data["cached"].items()}
+        if set(to_send) != set(range(len(shards))) or set(cached) != set(to_send):
+            raise ValueError("it reuses answers for other models")
+        for model, counts in cached.items():
+            sent = sum(shard.rows for shard in to_send[model])
+            if len(counts) != len(split.shards) or min(counts) < 0 or sent + sum(counts) != split.rows:
+                raise ValueError("it reuses answers of other rows")
+            if any(source >= len(split.shards) for shard in to_send[model] for source in shard.sources):
+                raise ValueError("it sends rows of other shards")
+            if not all(shard.sources for shard in to_send[model]) and to_send[model] != shards[model]:
+                raise ValueError("it sends other shards")
+        return cls(to_send, cached)
+
+
+@dataclass(frozen=True, slots=True)
 class InputMark:
     """
     What identifies the rows of a job, so that they can be compared without being kept.
@@ -115,12 +177,14 @@ class InputMark:
     :param digest: over the shards, see :attr:`Plan.input`.
     :param params: digest of the body parameters that were put into the rows.
     :param source: version of the input when it was read, see :func:`source_version`.
+    :param model_params: digest of the body parameters that only some models get, see :func:`model_params_of`.
     :param shard_rows: rows of each shard.
     :param max_bytes: most bytes per shard, as used for the split.
     """
 
     digest: str
     params: str
+    model_params: str
     source: str | None
     shard_rows: tuple[int, ...]
     max_bytes: int
@@ -137,6 +201,7 @@ class InputMark:
             return cls(
                 str(data["digest"]),
                 str(data["params"]),
+                str(data["model_params"]),
                 None if source is None else str(source),
                 tuple(min(max(int(rows), 1), MAX_FILE_LINES) for rows in data["shard_rows"]),
                 min(max(int(data["max_bytes"]), 1), MAX_FILE_BYTES),
@@ -153,6 +218,8 @@ class InputMark:
 
         :param requests: a file (something that opens) or rows.
         """
+        if self.model_params != model_params_of(options):
+            return False
         same_params = self.params == digest_of(options.body_content)
         if same_params and self.source is not None and self.source == source_version(requests):
             return True
@@ -189,6 +256,10 @@ class Plan:
     :param reuse: which rows are answered by the cache and not sent; ``None`` if all are sent.
     :param kept_rounds: rounds of the finished job whose answers this one keeps: it sends no first round, but a round
         with this number, of the rows that are not ok. See :mod:`~.jobs.finished`.
+    :param model_params: digest of the body parameters that only some models get, see :func:`model_params_of`.
+    :param variants: the shards once more for each set of body parameters that only some models get.
+    :param variant_of: for each model the number of its variant, counted from 1, or 0 for the shards of the split; empty
+        if no model has parameters of its own.
     """
 
     split: Split
@@ -204,6 +275,22 @@ class Plan:
     complete: bool
     reuse: Reuse | None = None
     kept_rounds: int = 0
+    model_params: str = ""
+    variants: tuple[tuple[Shard, ...], ...] = ()
+    variant_of: tuple[int, ...] = ()
+
+    def shards_of(self, model: int) -> tuple[Shard, ...]:
+        """Return the shards of a model: all rows, with what the model gets in their bodies."""
+        number = self._variant_of(model)
+        return self.variants[number - 1] if number else self.split.shards
+
+    def folder_of(self, model: int) -> str:
+        """Return the folder of these shards, relative to the job's folder."""
+        number = self._variant_of(model)
+        return f"{FIRST_ROUND}/params-{number}" if number else FIRST_ROUND
+
+    def _variant_of(self, model: int) -> int:
+        return self.variant_of[model] if self.variant_of else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON types."""
@@ -221,6 +308,9 @@ class Plan:
             "complete": self.complete,
             "reuse": self.reuse and self.reuse.to_dict(),
             "kept_rounds": self.kept_rounds,
+            "model_params": self.model_params,
+            "variants": [[shard.to_dict() for shard in shards] for shards in self.variants],
+            "variant_of": list(self.variant_of),
         }
 
     @classmethod
@@ -233,7 +323,8 @@ class Plan:
         split = Split.from_dict(data["split"])
         models = tuple(str(model) for model in data["models"])
         reuse = data.get("reuse")
-        return cls(
+        variants = _variants(data, split, models)
+        planned = cls(
             split=split,
             completion_window=check_completion_window(data["completion_window"]),
             metadata=check_metadata(data["metadata"], identified=True),
@@ -245,16 +336,22 @@ class Plan:
             params=str(data["params"]),
             source=None if data["source"] is None else str(data["source"]),
             complete=data["complete"] is True,
-            reuse=None if reuse is None else Reuse.from_dict(reuse, split, len(models) or 1),
             kept_rounds=_checked_rounds(data.get("kept_rounds", 0)),
+            model_params=str(data.get("model_params", "")),
+            variants=variants,
+            variant_of=tuple(int(number) for number in data.get("variant_of", ())),
         )
+        if reuse is None:
+            return planned
+        shards = [planned.shards_of(model) for model in range(len(models) or 1)]
+        return replace(planned, reuse=Reuse.from_dict(reuse, split, shards))
 
     @property
     def input(self) -> InputMark:
         """What identifies the rows of the plan."""
         digest = _digest_of_content(self.split)
         rows = tuple(shard.rows for shard in self.split.shards)
-        return InputMark(digest, self.params, self.source, rows, self.max_bytes)
+        return InputMark(digest, self.params, self.model_params, self.source, rows, self.max_bytes)
 
     def is_of(self, requests: Any, options: RunOptions, *, name: str) -> bool:
         """Whether the plan was made from these rows, see :meth:`InputMark.is_of`."""
@@ -266,13 +363,29 @@ def _digest_of_content(split: Split) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+def _variants(data: Mapping[str, Any], split: Split, models: Sequence[str]) -> tuple[tuple[Shard, ...], ...]:
+    variants = tuple(tuple(map(Shard.from_dict, shards)) for shards in data.get("variants", ()))
+    for shards in variants:
+        if [(each.index, each.rows) for each in shards] != [(each.index, each.rows) for each in split.shards]:
+            raise ValueError("it has shards of other rows for a model")
+    numbers = data.get("variant_of", ())
+    if numbers and (len(numbers) != len(models) or not all(0 <= each <= len(variants) for each in numbers)):
+        raise ValueError("it has body parameters for other models")
+    return variants
+
+
 def _checked_rounds(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_ROUNDS:
         raise ValueError("it does not say how many rounds are kept")
     return value
 
 
-def digest_of(params: Mapping[str, Any] | None) -> str:
+def model_params_of(options: RunOptions) -> str:
+    """Return a digest of the body parameters that only some models get; empty if there are none."""
+    return digest_of(options.variants) if options.variants else ""
+
+
+def digest_of(params: Any) -> str:
     """Return a digest of body parameters."""
     text = json.dumps(params or {}, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -313,6 +426,30 @@ class PlanFolder:
     def __str__(self) -> str:
         """Return the path."""
         return str(self.path)
+
+    def sources(self, plan: Plan, model: int) -> list[OwnFile]:
+        """Return the files of a model's shards, see :meth:`Plan.shards_of`."""
+        folder = self.path / plan.folder_of(model)
+        return [OwnFile(folder / shard.name) for shard in plan.split.shards]
+
+    def write_variants(
+        self, split: Split, options: RunOptions
+    ) -> tuple[tuple[tuple[Shard, ...], ...], tuple[int, ...]]:
+        """
+        Write the shards of models that get body parameters of their own.
+
+        :returns: :attr:`Plan.variants` and :attr:`Plan.variant_of`.
+        """
+        folder = self.path / FIRST_ROUND
+        sources = [OwnFile(folder / shard.name) for shard in split.shards]
+        written: dict[str, tuple[Shard, ...]] = {}
+        for params in filter(None, options.variants):
+            if (key := digest_of(params)) not in written:
+                target = folder / f"params-{len(written) + 1}"
+                written[key] = write_variant(split.shards, sources, target, params)
+        numbers = {key: number for number, key in enumerate(written, 1)}
+        variant_of = tuple(numbers[digest_of(params)] if params else 0 for params in options.variants)
+        return tuple(written.values()), variant_of
 
     def invalid_lines(self, split: Split, tally: ModelTally | None = None) -> InvalidLines:
         """
@@ -425,6 +562,7 @@ def plan(
         needs_model=not options.models,
         tariff=options.tariff(),
         rows_per_shard=rows_per_shard,
+        reserved_bytes=max((len(to_json(params)) for params in options.variants), default=0),
     )
     if split.rows_without_model and not options.models:
         raise InvalidInputError(

@@ -86,7 +86,8 @@ class RunBatchOperator(SubmittingOperator):
     :param output_dir: path or URI of a folder for ``results.jsonl``, ``errors.jsonl`` and ``manifest.json``; with
         several models, each has its own folder in it. (templated)
     :param model: the model for all rows; without it and ``models``, the rows name their models. (templated)
-    :param models: several models to run the same rows over. (templated)
+    :param models: several models to run the same rows over: a list, or a mapping of them to body parameters for rows
+        that lack them, such as ``{"Qwen/Qwen3-32B": {"enable_thinking": False}}``. (templated)
     :param request_params: body parameters for rows that lack them, such as ``{"temperature": 0}``. (templated)
     :param conn_id: the connection. (templated)
     :param completion_window: ``"24h"`` to ``"336h"``, a number of hours or a ``timedelta``. (templated)
@@ -134,6 +135,7 @@ class RunBatchOperator(SubmittingOperator):
 
     template_fields: Sequence[str] = ("requests", *_READERS)
     template_fields_renderers: ClassVar[dict[str, str]] = {
+        "models": "json",
         "request_params": "json",
         "metadata": "json",
         "prices": "json",
@@ -152,7 +154,7 @@ class RunBatchOperator(SubmittingOperator):
         requests: Any,
         output_dir: str,
         model: str | None = None,
-        models: Sequence[str] | None = None,
+        models: Sequence[str] | Mapping[str, Mapping[str, Any]] | str | None = None,
         request_params: dict[str, Any] | str | None = None,
         conn_id: str = "siliconflow_default",
         completion_window: str | int | timedelta = "24h",

@@ -18,7 +18,11 @@ from airflow_provider_siliconflow.batch_files.output_types import (
     check_accept,
     check_structured_output,
 )
-from airflow_provider_siliconflow.batch_files.parameters import check_parameters, check_retry_parameters
+from airflow_provider_siliconflow.batch_files.parameters import (
+    check_model_parameters,
+    check_parameters,
+    check_retry_parameters,
+)
 from airflow_provider_siliconflow.batch_files.prices import check_max_cost, check_prices
 from airflow_provider_siliconflow.task.templating import (
     is_templated,
@@ -221,9 +225,14 @@ def model(name: str, value: Any) -> str | None:
     return found[0] if found else None
 
 
-def models(name: str, value: Any) -> tuple[str, ...] | None:
-    """Read several models."""
-    return checks.check_models(None, rendered_list(value)) or None
+def models(name: str, value: Any) -> tuple[str, ...] | dict[str, Any] | None:
+    """Read several models: a list of them, or a mapping of them to body parameters."""
+    found = rendered_mapping(rendered_list(value))
+    names = checks.check_models(None, found)
+    if not isinstance(found, Mapping):
+        return names or None
+    check_model_parameters(name, found)
+    return dict(zip(names, found.values(), strict=True))
 
 
 def choice(*choices: str) -> Reader:

@@ -20,8 +20,9 @@ from airflow_provider_siliconflow.batch_files import atomic_files
 from airflow_provider_siliconflow.batch_files.segments import SEGMENTS_FOLDER, read_segments, segments_folder
 from airflow_provider_siliconflow.emulator import Emulator
 from airflow_provider_siliconflow.jobs import cache
-from airflow_provider_siliconflow.jobs.cache import Reuse, find_answers
-from airflow_provider_siliconflow.jobs.plan import PlanFolder
+from airflow_provider_siliconflow.jobs.cache import find_answers
+from airflow_provider_siliconflow.jobs.options import RunOptions
+from airflow_provider_siliconflow.jobs.plan import PlanFolder, Reuse
 from airflow_provider_siliconflow.jobs.run import BatchRun
 from tests.unit.batch_files.samples import answer
 from tests.unit.jobs.faulty import FAULTS, Crash
@@ -452,11 +453,8 @@ def test_a_damaged_decision_spoils_its_plan(tmp_path: Path, change: dict[str, An
 
 def test_a_cache_without_answers_changes_nothing(tmp_path: Path) -> None:
     made = make(tmp_path / "job")
-    sources = [tmp_path / "job" / "round-0" / shard.name for shard in made.split.shards]
-    found = find_answers(
-        tmp_path / "cache", tmp_path / "job", made.split, sources, models=("a",), max_rows=2, max_bytes=10_000
-    )
-    assert found is None
+    options = RunOptions(models=("a",), max_rows=2)
+    assert find_answers(tmp_path / "cache", PlanFolder(tmp_path / "job"), made, options) is None
 
 
 # Crashes ------------------------------------------------------------------------------------------------------

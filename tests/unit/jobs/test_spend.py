@@ -137,7 +137,9 @@ def requests(draw: st.DrawFn) -> list[Any]:
     ),
     options=st.fixed_dictionaries(
         {
-            "models": st.sampled_from([None, [V3], [V3, R1], [QWEN, V3]]),
+            "models": st.sampled_from(
+                [None, [V3], [V3, R1], [QWEN, V3], {V3: {"max_tokens": 40}, QWEN: {"n": 2, "seed": 1}}]
+            ),
             "max_row_attempts": st.integers(1, 3),
             "max_rows_per_batch": st.integers(1, 5),
             "max_in_flight": st.sampled_from([None, 2]),
