@@ -43,6 +43,7 @@ EVENTS = ("none", "console", "cancelled", "failed", "second try", "deferred")
 TYPED = {
     "output_type": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]},
     "retry_params": {"seed": 1},
+    "max_row_attempts": 4,
 }
 WRONG = {"invalid_rate": 0.3, "truncated_rate": 0.1, "empty_rate": 0.1}
 
