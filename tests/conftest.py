@@ -25,6 +25,13 @@ sys.path.insert(0, str(ROOT))
 # Seconds per test, in place of the limit in pyproject.toml: less for unit tests, more for the long system tests.
 TIMEOUTS = {"unit": 120} | ({"system": 3600} if os.environ.get("EXHAUSTIVE") else {})
 
+# Temporary files go to memory where it has room for them: most of these tests write and delete many small ones, and
+# Airflow's database syncs each commit to the disk.
+_MEMORY = Path("/dev/shm")
+if "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4 << 30:
+    os.environ["TMPDIR"] = str(_MEMORY)
+    tempfile.tempdir = None
+
 # Set before anything imports Airflow, which writes its configuration and database below its home. A test run must not
 # depend on the user's own Airflow or change it.
 _HOME = tempfile.mkdtemp(prefix="airflow-tests-")
@@ -56,12 +63,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", line)
 
 
+# Before pytest-xdist, which looks for groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = ["unit", "integration", "system"]
     places = {item: item.path.relative_to(ROOT / "tests").parts[0] for item in items}
     for item, folder in places.items():
         if folder in order:
             item.add_marker(folder)
+        if folder == "system":
+            # They share a live Airflow, and the last of them searches what the others left.
+            item.add_marker(pytest.mark.xdist_group(folder))
         if folder in TIMEOUTS and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIMEOUTS[folder]))
     if examples := os.environ.get("MAX_EXAMPLES"):
