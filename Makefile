@@ -7,7 +7,7 @@ VERSIONS := 2.11 3.0 3.1 3.2 3.3
 PYTEST_ARGS ?=
 MUTATION_ARGS ?=
 # The system tests run one after another in one of the processes (tests/conftest.py): they mostly wait.
-PARALLEL := -n auto --dist loadgroup
+PARALLEL := -n auto --dist loadscope
 # Fewer Hypothesis examples than the tests ask for themselves.
 FEWER := MAX_EXAMPLES=25
 

@@ -63,23 +63,37 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", line)
 
 
-# Before pytest-xdist, which looks for groups.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = ["unit", "integration", "system"]
     places = {item: item.path.relative_to(ROOT / "tests").parts[0] for item in items}
     for item, folder in places.items():
         if folder in order:
             item.add_marker(folder)
-        if folder == "system":
-            # They share a live Airflow, and the last of them searches what the others left.
-            item.add_marker(pytest.mark.xdist_group(folder))
         if folder in TIMEOUTS and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIMEOUTS[folder]))
     if examples := os.environ.get("MAX_EXAMPLES"):
         _limit_examples(items, int(examples))
     # Fast tests first. The system tests come last, so that the live Airflow runs only during them.
     items.sort(key=lambda item: order.index(places[item]) if places[item] in order else -1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """
+    With ``--dist loadscope`` all system tests run in one process, and each other test in whichever is free.
+
+    The system tests share a live Airflow, and the last one searches what the others left. They are the largest scope,
+    with which pytest-xdist begins.
+    """
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "system" if nodeid.startswith("tests/system/") else nodeid
+
+    return Scheduling(config, log)
 
 
 def _limit_examples(items: list[pytest.Item], most: int) -> None:
