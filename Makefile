@@ -7,7 +7,7 @@ VERSIONS := 2.11 3.0 3.1 3.2 3.3
 PYTEST_ARGS ?=
 MUTATION_ARGS ?=
 # The system tests run one after another in one of the processes (tests/conftest.py): they mostly wait.
-PARALLEL := -n auto --dist loadscope
+PARALLEL := -n logical --dist loadscope
 # Fewer Hypothesis examples than the tests ask for themselves.
 FEWER := MAX_EXAMPLES=25
 
@@ -48,7 +48,7 @@ format:
 
 unit:
 	@$(call environment,$(NEWEST),dev)
-	$(FEWER) $(newest) -m pytest tests/unit -n auto --dist worksteal $(PYTEST_ARGS)
+	$(FEWER) $(newest) -m pytest tests/unit -n logical --dist worksteal $(PYTEST_ARGS)
 
 test-newest:
 	@$(call environment,$(NEWEST),dev)
