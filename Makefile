@@ -6,7 +6,10 @@ OLDEST := 2.11
 VERSIONS := 2.11 3.0 3.1 3.2 3.3
 PYTEST_ARGS ?=
 MUTATION_ARGS ?=
-XDIST := -n auto --dist worksteal
+# The system tests run one after another in one of the processes (tests/conftest.py): they mostly wait.
+PARALLEL := -n logical --dist loadscope
+# Fewer Hypothesis examples than the tests ask for themselves.
+FEWER := MAX_EXAMPLES=25
 
 environment = $(PYTHON) scripts/environment.py --airflow $(1) --venv .test/airflow-$(1) --groups $(2)
 python = .test/airflow-$(1)/bin/python
@@ -45,11 +48,11 @@ format:
 
 unit:
 	@$(call environment,$(NEWEST),dev)
-	MAX_EXAMPLES=25 $(newest) -m pytest tests/unit $(XDIST) $(PYTEST_ARGS)
+	$(FEWER) $(newest) -m pytest tests/unit -n logical --dist worksteal $(PYTEST_ARGS)
 
 test-newest:
 	@$(call environment,$(NEWEST),dev)
-	$(newest) -m pytest $(PYTEST_ARGS)
+	$(newest) -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-oldest: matrix-$(OLDEST)
 
@@ -57,7 +60,7 @@ matrix: $(VERSIONS:%=matrix-%)
 
 $(VERSIONS:%=matrix-%): matrix-%:
 	@$(call environment,$*,test)
-	$(call python,$*) -m pytest -m "unit or every_airflow" $(PYTEST_ARGS)
+	$(FEWER) $(call python,$*) -m pytest -m "unit or every_airflow" $(PARALLEL) $(PYTEST_ARGS)
 
 cluster:
 	@$(PYTHON) scripts/environment.py --airflow $(NEWEST) --venv .test/cluster --groups test,cluster

@@ -25,6 +25,13 @@ sys.path.insert(0, str(ROOT))
 # Seconds per test, in place of the limit in pyproject.toml: less for unit tests, more for the long system tests.
 TIMEOUTS = {"unit": 120} | ({"system": 3600} if os.environ.get("EXHAUSTIVE") else {})
 
+# Temporary files go to memory where it has room for them: most of these tests write and delete many small ones, and
+# Airflow's database syncs each commit to the disk.
+_MEMORY = Path("/dev/shm")
+if "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4 << 30:
+    os.environ["TMPDIR"] = str(_MEMORY)
+    tempfile.tempdir = None
+
 # Set before anything imports Airflow, which writes its configuration and database below its home. A test run must not
 # depend on the user's own Airflow or change it.
 _HOME = tempfile.mkdtemp(prefix="airflow-tests-")
@@ -68,6 +75,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         _limit_examples(items, int(examples))
     # Fast tests first. The system tests come last, so that the live Airflow runs only during them.
     items.sort(key=lambda item: order.index(places[item]) if places[item] in order else -1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """
+    With ``--dist loadscope`` all system tests run in one process, and each other test in whichever is free.
+
+    The system tests share a live Airflow, and the last one searches what the others left. They are the largest scope,
+    with which pytest-xdist begins.
+    """
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "system" if nodeid.startswith("tests/system/") else nodeid
+
+    return Scheduling(config, log)
 
 
 def _limit_examples(items: list[pytest.Item], most: int) -> None:

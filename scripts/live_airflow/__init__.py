@@ -4,9 +4,9 @@
         run_id = airflow.trigger("my_dag")
         assert airflow.wait_for_run("my_dag", run_id) == "success"
 
-Airflow 3: api-server, scheduler (LocalExecutor), dag-processor, triggerer. Airflow 2.11: scheduler
-(LocalExecutor, which sqlite bears here: few writers, and a write-ahead log) and triggerer. The intervals at
-which Airflow polls are set low, so that a test waits for its own work and not for Airflow's clocks.
+Airflow 3: api-server, another one for the tasks, scheduler (LocalExecutor), dag-processor, triggerer. Airflow
+2.11: scheduler (LocalExecutor, which sqlite bears here: few writers, and a write-ahead log) and triggerer. The
+intervals at which Airflow polls are set low, so that a test waits for its own work and not for Airflow's clocks.
 
     processes   the operating system's side: components, and a family of processes that leaves none behind
     settings    the environment variables that Airflow's components run with

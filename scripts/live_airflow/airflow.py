@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -63,13 +64,14 @@ class LiveAirflow(AirflowRecords):
         self.python = str(python)
         self.version = airflow_version(python)
         self.start_timeout = start_timeout
-        self.port = free_port()
+        self.port, self._execution_port = free_port(), free_port()
         self._family = ProcessFamily()
         database = database or Sqlite(home / "airflow.db", cache)
         environment = clean_environment() | base_settings(python, home, self.dags, self.version)
         environment |= live_settings(
             self.version,
             self.port,
+            self._execution_port,
             parallelism=parallelism,
             task_heartbeat_timeout=task_heartbeat_timeout,
             triggerer_timeout=triggerer_timeout,
@@ -82,7 +84,12 @@ class LiveAirflow(AirflowRecords):
         self._add("scheduler", "scheduler", "--skip-serve-logs")
         self._add("triggerer", "triggerer", "--skip-serve-logs")
         if not self.is_airflow_2:
-            self._add("api-server", "api-server")
+            # Two servers, because in one they block each other on sqlite for as long as it is patient. Airflow writes
+            # its audit log on the server's event loop; a task's request which holds the database's lock at that moment
+            # cannot commit without that loop. Here, whoever holds the lock is in another process and goes on.
+            self._add("api-server", "api-server", "--apps", "core")
+            port = str(self._execution_port)
+            self._add("execution-api", "api-server", "--apps", "execution", "--port", port)
             self._add("dag-processor", "dag-processor")
 
     @property
@@ -200,6 +207,13 @@ class LiveAirflow(AirflowRecords):
             except (LiveAirflowError, OSError):
                 return False
             return True
+        if part.name == "execution-api":
+            url = f"http://localhost:{self._execution_port}/execution/health"
+            try:
+                with urllib.request.urlopen(url, timeout=10):
+                    return True
+            except OSError:
+                return False
         # `triggerer-2` is a triggerer.
         job = _JOB_TYPES.get(part.name.rstrip("-0123456789"), "TriggererJob")
         # Only a row made since: a killed component's row goes on saying `running`.

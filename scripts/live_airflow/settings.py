@@ -53,9 +53,19 @@ def base_settings(python: Path | str, home: Path, dags: Path, version: str) -> d
 
 
 def live_settings(
-    version: str, port: int, *, parallelism: int, task_heartbeat_timeout: int, triggerer_timeout: int
+    version: str,
+    port: int,
+    execution_port: int,
+    *,
+    parallelism: int,
+    task_heartbeat_timeout: int,
+    triggerer_timeout: int,
 ) -> dict[str, str]:
-    """What the components of a live Airflow need beyond `base_settings`: quick clocks, and one another."""
+    """What the components of a live Airflow need beyond `base_settings`: quick clocks, and one another.
+
+    :param port: of the web interface and its API
+    :param execution_port: of the API for tasks
+    """
     settings = {
         "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
         "AIRFLOW__CORE__PARALLELISM": str(parallelism),
@@ -81,7 +91,7 @@ def live_settings(
         }
     return settings | {
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
-        "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://localhost:{port}/execution/",
+        "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://localhost:{execution_port}/execution/",
         "AIRFLOW__API__HOST": "127.0.0.1",
         "AIRFLOW__API__PORT": str(port),
         "AIRFLOW__API__BASE_URL": f"http://localhost:{port}",

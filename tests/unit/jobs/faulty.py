@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -167,6 +168,21 @@ class FaultyAPI:
     def met(self) -> int:
         """Boundaries so far."""
         return len(self.possible)
+
+    def crashes(self, since: int = 0) -> list[tuple[int, str]]:
+        """
+        Return where a process can die since a boundary: at how many more, and before or after.
+
+        All of it, or as many of these, evenly spread, as ``MAX_EXAMPLES`` allows.
+        """
+        found: list[tuple[int, str]] = [
+            (point, crash)
+            for point, possible in enumerate(self.possible[since:])
+            for crash in ("crash-before", "crash-after")
+            if crash in possible
+        ]
+        most = int(os.environ.get("MAX_EXAMPLES") or len(found))
+        return found[:: -(-len(found) // most)]
 
     def _run(self, name: str, work: Any) -> Any:
         self.calls.append(name)
