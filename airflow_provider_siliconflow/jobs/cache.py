@@ -31,12 +31,15 @@ from airflow_provider_siliconflow.batch_files.atomic_files import (
     write_whole,
 )
 from airflow_provider_siliconflow.batch_files.buckets import BUCKETS, Buckets
+from airflow_provider_siliconflow.batch_files.custom_ids import custom_id_of
 from airflow_provider_siliconflow.batch_files.lines import LineReader
 from airflow_provider_siliconflow.batch_files.merge import BatchFiles
 from airflow_provider_siliconflow.batch_files.segments import (
     Hit,
+    Segment,
     Segments,
     SegmentWriter,
+    UnreadableSegmentError,
     read_segments,
     segment_name,
     segments_folder,
@@ -376,6 +379,7 @@ def keep_answers(
     cache_dir: Any,
     job: str,
     number: int,
+    sent: Sequence[Shard],
     sources: Sequence[Any],
     results: Any,
     fresh: Sequence[bytearray],
@@ -390,6 +394,7 @@ def keep_answers(
     :param cache_dir: the cache.
     :param job: identity of the job.
     :param number: index of the model.
+    :param sent: the shards of the first round.
     :param sources: the shards of the job.
     :param results: the merged results, a line per row.
     :param fresh: for each shard, a byte per row: 1 if the merge counts the row as ok, and its answer is not from the
@@ -401,7 +406,12 @@ def keep_answers(
     """
     if not any(map(any, fresh)):
         return 0
-    path = segments_folder(cache_dir) / segment_name(job, number)
+    # A job may run again under the same identity and send other rows: those that the first run's answers lack.
+    name = hashlib.sha256(" ".join((job, *(shard.sha256 for shard in sent))).encode()).hexdigest()
+    path = segments_folder(cache_dir) / segment_name(name, number)
+    if _has_more(path, sum(map(sum, fresh))):
+        log.warning("%s has more answers of an earlier try, and is not replaced", path)
+        return 0
     kept = 0
     with open_own(results) as stream, SegmentWriter(path, created=now, model=model, label=label) as writer:
         answers = iter(LineReader(stream))
@@ -414,9 +424,17 @@ def keep_answers(
     return kept
 
 
+def _has_more(path: Any, answers: int) -> bool:
+    try:
+        return Segment.read(path).answers > answers
+    except (UnreadableSegmentError, FileNotFoundError):
+        return False
+
+
 def _keep(writer: SegmentWriter, request: bytes, answer: bytes, model: str | None) -> bool:
     digest, cut = read_request(request), without_custom_id(answer)
-    if digest is None or cut is None:
+    # The results may have been replaced since they were written.
+    if digest is None or cut is None or custom_id_of(request) != custom_id_of(answer):
         return False
     writer.add(answer_key(digest[0], model or digest[1] or ""), *cut)
     return True

@@ -500,6 +500,7 @@ class Collector:
                     cache_dir,
                     key,
                     model,
+                    job.plan.reuse.to_send[model] if job.plan.reuse else job.plan.split.shards,
                     [job.planned(shard) for shard in job.plan.split.shards],
                     self._model_folder(model) / "results.jsonl",
                     collected.fresh[model],
