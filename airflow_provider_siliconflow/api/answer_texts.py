@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import islice
 from typing import Any, NoReturn
 
 _THINKING, _THOUGHT = "<think>", "</think>"
@@ -42,7 +43,8 @@ def json_in(text: str) -> str | None:
     if _is_json(rest):
         return rest
     rest = without_thinking(rest)
-    marks = list(_FENCE.finditer(rest))
+    # More than two say nothing, and may be millions.
+    marks = list(islice(_FENCE.finditer(rest), 3))
     if len(marks) == 2:
         fenced = rest[marks[0].end() : marks[1].start()].strip()
         if _is_json(fenced):

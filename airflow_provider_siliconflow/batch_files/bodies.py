@@ -47,22 +47,25 @@ def with_instruction(messages: msgspec.Raw, instruction: str) -> msgspec.Raw:
     Return messages with an instruction for the model.
 
     It goes into the system message if there is one at the start, since chat templates expect no second; otherwise into
-    a new one. So all rows begin alike, and the service may take the beginning from its cache.
+    a new one. So all rows begin alike, and the service may take the beginning from its cache. If there is no room for
+    another message, it goes into the last one.
 
     :param messages: a list of messages that were checked, as JSON.
     """
     items = _decode_list(messages)
-    first = _decode_message(items[0])
-    if first.role != "system":
-        items.insert(0, _message("system", instruction))
-        return _list(items)
-    content = msgspec.json.decode(first.content)
+    place = 0
+    if _decode_message(items[0]).role != "system":
+        if len(items) < _MOST_MESSAGES:
+            items.insert(0, _message("system", instruction))
+            return _list(items)
+        place = -1
+    content = msgspec.json.decode(_decode_message(items[place]).content)
     if isinstance(content, list):
         content.append({"type": "text", "text": instruction})
     else:
         content = f"{content}\n\n{instruction}" if content else instruction
-    fields = decode_fields(items[0])
-    items[0] = msgspec.Raw(msgspec.json.encode({**fields, "content": content}))
+    fields = decode_fields(items[place])
+    items[place] = msgspec.Raw(msgspec.json.encode({**fields, "content": content}))
     return _list(items)
 
 

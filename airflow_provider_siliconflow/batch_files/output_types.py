@@ -36,6 +36,10 @@ _WITHOUT_FIELDS = ("parsed",)
 
 NOT_JSON = "the answer is not JSON"
 _TOO_DEEP = "the answer is nested too deeply"
+_TOO_LARGE = "the answer has a number that is too large"
+#: Characters of the longest answer that is read as a type, far above what a model writes. Each value that is wrong
+#: takes memory, so longer ones could fill that of a worker.
+_LONGEST_TEXT = 1 << 20
 
 
 class UnacceptableAnswerError(ValueError):
@@ -81,12 +85,7 @@ class _ModelType:
         self._refused = ValidationError
 
     def read(self, text: str) -> Any:
-        try:
-            return self._read(text)
-        except RecursionError:
-            raise UnacceptableAnswerError(_TOO_DEEP) from None
-
-    def _read(self, text: str) -> Any:
+        _check_length(text)
         # Nearly all answers are JSON and nothing else, so they are parsed only once.
         try:
             return self._validate(text)
@@ -121,27 +120,41 @@ class _SchemaType:
         from referencing import Registry, Resource
         from referencing.jsonschema import DRAFT202012
 
+        from airflow_provider_siliconflow.batch_files.schema_checks import with_bounded_checks
+
         self.schema = dict(schema)
         self.name = _slug(str(schema.get("title") or "answer"))
         properties = schema.get("properties")
         self.fields = tuple(properties) if isinstance(properties, Mapping) else _WITHOUT_FIELDS
         kind = jsonschema.validators.validator_for(self.schema, jsonschema.Draft202012Validator)
         kind.check_schema(self.schema)
+        kind = with_bounded_checks(kind)
         # With a registry of its own, a reference leads nowhere but into the schema: nothing is fetched.
         whole = Resource.from_contents(self.schema, default_specification=DRAFT202012)
         registry = Registry().with_resource(whole.id() or "", whole).crawl()
+        resolver = registry.resolver(whole.id() or "")
         for reference in _references(self.schema):
-            registry.resolver(whole.id() or "").lookup(reference)
+            _follow(resolver, reference)
         self._find_problems = kind(self.schema, registry=registry).iter_errors
+        # A schema that refers to itself for the same value raises RecursionError for every answer.
+        samples: tuple[Any, ...] = ({}, [], "", 0, None)
+        for value in samples:
+            next(self._find_problems(value), None)
         self._decode = msgspec.json.Decoder().decode
         self._refused = (msgspec.DecodeError, ValueError)
 
     def read(self, text: str) -> Any:
+        _check_length(text)
         try:
             value = self._value(text)
             problems = list(islice(self._find_problems(value), _MOST_PROBLEMS + 1))
         except RecursionError:
             raise UnacceptableAnswerError(_TOO_DEEP) from None
+        except UnacceptableAnswerError:
+            raise
+        except (ArithmeticError, ValueError):
+            # Python refuses to divide, and to show, integers of hundreds of digits.
+            raise UnacceptableAnswerError(_TOO_LARGE) from None
         if problems:
             raise UnacceptableAnswerError(_story((each.absolute_path, _said(each)) for each in problems))
         return value
@@ -164,14 +177,37 @@ class _SchemaType:
         return dict(parsed) if isinstance(parsed, dict) else {}
 
 
+def _check_length(text: str) -> None:
+    if len(text) > _LONGEST_TEXT:
+        raise UnacceptableAnswerError(f"the answer has more than {_LONGEST_TEXT} characters")
+
+
 def _references(schema: Any) -> Iterator[str]:
     if isinstance(schema, Mapping):
-        if isinstance(reference := schema.get("$ref"), str):
-            yield reference
+        for name in ("$ref", "$dynamicRef"):
+            if isinstance(reference := schema.get(name), str):
+                yield reference
         schema = list(schema.values())
     if isinstance(schema, list | tuple):
         for part in schema:
             yield from _references(part)
+
+
+def _follow(resolver: Any, reference: str) -> None:
+    """
+    Follow a reference to what it means.
+
+    :raises Unresolvable: it leads nowhere.
+    :raises RecursionError: it leads back to itself.
+    """
+    seen: set[str] = set()
+    following: Any = reference
+    while isinstance(following, str):
+        if following in seen:
+            raise RecursionError(f"the reference {following!r} leads back to itself")
+        seen.add(following)
+        found = resolver.lookup(following).contents
+        following = found.get("$ref") if isinstance(found, Mapping) else None
 
 
 def _said(problem: Any) -> str:
@@ -233,7 +269,6 @@ def answer_type(name: str, value: OutputType) -> AnswerType:
         raise InvalidInputError(f"{name} cannot be written as JSON: {exc}") from exc
     if not value:
         raise InvalidInputError(f"{name} is an empty schema, which every answer satisfies")
-    import jsonschema
     from referencing.exceptions import Unresolvable
 
     try:
@@ -242,7 +277,8 @@ def answer_type(name: str, value: OutputType) -> AnswerType:
         raise InvalidInputError(
             f"{name} has the reference {exc.ref!r}, which leads nowhere; put what it refers to into its $defs"
         ) from exc
-    except (jsonschema.SchemaError, RecursionError) as exc:
+    # A schema of an odd form raises errors of all kinds on the way.
+    except Exception as exc:
         said = getattr(exc, "message", "") or str(exc)
         raise InvalidInputError(f"{name} is not a JSON schema: {said[:300]}") from exc
 

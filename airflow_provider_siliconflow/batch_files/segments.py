@@ -29,7 +29,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -70,7 +70,10 @@ _COPY_BYTES = 1 << 20
 #: Files that are kept open at the same time.
 _MOST_OPEN = 64
 
-_CUSTOM_ID = re.compile(rb'"custom_id"[ \t\r]*:[ \t\r]*("(?:[^"\\]|\\.)*")')
+#: Without ways back, which would take a hundred bytes of memory per byte of a long text.
+_CUSTOM_ID = re.compile(rb'"custom_id"[ \t\r]*+:[ \t\r]*+("(?:[^"\\]++|\\.)*+")')
+#: Fields of that name that are tried in one line, each of which costs a pass over it.
+_MOST_CUSTOM_IDS = 8
 _EMPTY = b'""'
 
 
@@ -92,7 +95,7 @@ def without_custom_id(line: bytes) -> tuple[bytes, int] | None:
     """
     if len(line) > LONGEST_ANSWER or b"\n" in line:
         return None
-    for found in _CUSTOM_ID.finditer(line):
+    for found in islice(_CUSTOM_ID.finditer(line), _MOST_CUSTOM_IDS):
         begin, end = found.span(1)
         cut = line[:begin] + _EMPTY + line[end:]
         # An answer may contain a field of that name as well.
@@ -262,8 +265,13 @@ class Segment:
             facts = msgspec.json.decode(footer[_COUNTS.size :], type=_Facts)
         except _NOT_JSON:
             raise UnreadableSegmentError("its footer is damaged") from None
-        model = None if facts.model is None else brief(facts.model, 256)
-        return cls(path, size, facts.created, model, brief(facts.job, 512), answers_end, begins)
+        model = None if facts.model is None else _printable(facts.model, 256)
+        return cls(path, size, facts.created, model, _printable(facts.job, 512), answers_end, begins)
+
+
+def _printable(text: str, limit: int) -> str:
+    """Return the start of a text that a terminal shows: others may write into the folder."""
+    return "".join(each if each.isprintable() else "\ufffd" for each in brief(text, limit))
 
 
 class _Facts(msgspec.Struct):

@@ -144,7 +144,12 @@ class Acceptance:
             # It may be raised for a million rows.
             self._logged.add(kind)
             log.error("%s raised an error", argument, exc_info=error)
-        return UnjudgedError(f"{argument} raised {type(error).__name__}: {error}")
+        try:
+            said = str(error)
+        # The text is made by the author's code as well.
+        except Exception:  # noqa: BLE001
+            said = "its text cannot be made"
+        return UnjudgedError(f"{argument} raised {type(error).__name__}: {said}")
 
     # The next attempt -------------------------------------------------------------------------------------
 

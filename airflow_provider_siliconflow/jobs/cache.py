@@ -30,13 +30,16 @@ from airflow_provider_siliconflow.batch_files.atomic_files import (
     write_whole,
 )
 from airflow_provider_siliconflow.batch_files.buckets import BUCKETS, Buckets
-from airflow_provider_siliconflow.batch_files.invalid_rows import InvalidLines, of_valid_rows
+from airflow_provider_siliconflow.batch_files.custom_ids import custom_id_of
+from airflow_provider_siliconflow.batch_files.invalid_rows import of_valid_rows
 from airflow_provider_siliconflow.batch_files.lines import LineReader
 from airflow_provider_siliconflow.batch_files.merge import BatchFiles
 from airflow_provider_siliconflow.batch_files.segments import (
     Hit,
+    Segment,
     Segments,
     SegmentWriter,
+    UnreadableSegmentError,
     read_segments,
     segment_name,
     segments_folder,
@@ -318,13 +321,11 @@ def keep_answers(
     cache_dir: Any,
     job: str,
     number: int,
-    sources: Sequence[Any],
+    plans: PlanFolder,
+    plan: Plan,
     results: Any,
     fresh: Sequence[bytearray],
-    invalid_rows: InvalidLines,
     *,
-    model: str | None,
-    label: str,
     now: float,
 ) -> int:
     """
@@ -333,23 +334,28 @@ def keep_answers(
     :param cache_dir: the cache.
     :param job: identity of the job.
     :param number: index of the model.
-    :param sources: the shards of the job.
+    :param plans: folder of the job.
+    :param plan: its plan.
     :param results: the merged results, a line per row.
     :param fresh: for each shard, a byte per row: 1 if the merge counts the row as ok, and its answer is not from the
         cache.
-    :param invalid_rows: the lines of the input's invalid rows, which are among the results.
-    :param model: the model; ``None`` if the rows name theirs.
-    :param label: the job, for people.
     :param now: epoch seconds.
     :returns: how many were added.
     """
     if not any(map(any, fresh)):
         return 0
-    path = segments_folder(cache_dir) / segment_name(job, number)
+    # A job may run again under the same identity and send other rows: those that the first run's answers lack.
+    sent = plan.reuse.to_send[number] if plan.reuse else plan.shards_of(number)
+    name = hashlib.sha256(" ".join((job, *(shard.sha256 for shard in sent))).encode()).hexdigest()
+    path = segments_folder(cache_dir) / segment_name(name, number)
+    if _has_more(path, sum(map(sum, fresh))):
+        log.warning("%s has more answers of an earlier try, and is not replaced", path)
+        return 0
     kept = 0
+    model, label = plan.models[number] if plan.models else None, plan.submitter.label
     with open_own(results) as stream, SegmentWriter(path, created=now, model=model, label=label) as writer:
-        answers = of_valid_rows(iter(LineReader(stream)), invalid_rows)
-        for source, wanted in zip(sources, fresh, strict=True):
+        answers = of_valid_rows(iter(LineReader(stream)), plans.invalid_lines(plan.split))
+        for source, wanted in zip(plans.sources(plan, number), fresh, strict=True):
             with open_own(source) as requests:
                 # Not more answers than the shard has rows: the iterator goes on with the next one.
                 for is_fresh, request, answer in zip(wanted, LineReader(requests), answers, strict=False):
@@ -358,9 +364,17 @@ def keep_answers(
     return kept
 
 
+def _has_more(path: Any, answers: int) -> bool:
+    try:
+        return Segment.read(path).answers > answers
+    except (UnreadableSegmentError, FileNotFoundError):
+        return False
+
+
 def _keep(writer: SegmentWriter, request: bytes, answer: bytes, model: str | None) -> bool:
     digest, cut = read_request(request), without_custom_id(answer)
-    if digest is None or cut is None:
+    # The results may have been replaced since they were written.
+    if digest is None or cut is None or custom_id_of(request) != custom_id_of(answer):
         return False
     writer.add(answer_key(digest[0], model or digest[1] or ""), *cut)
     return True

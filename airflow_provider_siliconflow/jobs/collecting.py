@@ -544,12 +544,10 @@ class Collector:
                     cache_dir,
                     key,
                     model,
-                    job.plans.sources(job.plan, model),
+                    job.plans,
+                    job.plan,
                     self._model_folder(model) / "results.jsonl",
                     collected.fresh[model],
-                    job.plans.invalid_lines(job.plan.split),
-                    model=job.options.replacements[model],
-                    label=job.submitter.label,
                     now=self._clock.time(),
                 )
             # Stores raise errors of their own.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -92,3 +93,12 @@ def test_thinking_is_left_out() -> None:
     assert without_thinking("a</think>b") == "a</think>b"
     assert without_thinking("say <think>a</think> b") == "say <think>a</think> b"
     assert without_thinking("<think>cut") == ""
+
+
+def test_a_text_of_code_fences_costs_little_memory() -> None:
+    tracemalloc.start()
+    try:
+        assert json_in("```\n" * 500_000 + "x") is None
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()

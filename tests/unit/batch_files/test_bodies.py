@@ -75,3 +75,9 @@ def test_a_changed_line_is_valid_and_keeps_what_it_had(
     instructed = json.loads(bytes(with_instruction(raw(messages), "Do.")))
     assert instructed[-1] == USER
     assert len(instructed) - len(messages) == (messages[0]["role"] != "system")
+
+
+def test_an_instruction_is_no_eleventh_message() -> None:
+    messages = [USER, {"role": "assistant", "content": "?"}] * 4 + [USER, USER]
+    instructed = json.loads(bytes(with_instruction(raw(messages), "Do.")))
+    assert instructed == [*messages[:-1], {"role": "user", "content": "hi\n\nDo."}]

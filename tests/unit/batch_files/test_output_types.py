@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
+import tracemalloc
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jsonschema
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel, Field, RootModel
 
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
@@ -74,6 +79,59 @@ def test_many_problems_are_not_all_named() -> None:
     assert answer_type("output_type", list_of_items).read('[{"name": "a"}]').root[0].name == "a"
 
 
+LISTS: dict[str, Any] = {
+    "anyOf": {"anyOf": [{"items": {"type": "string"}}, {"type": "null"}]},
+    "oneOf": {"oneOf": [{"items": {"type": "string"}}, {"type": "null"}]},
+    "uniqueItems": {"uniqueItems": True},
+    "model": RootModel[list[int]],
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_the_cost_of_a_long_answer_is_bounded(kind: str) -> None:
+    """By the schema alone, each of these took minutes or gigabytes."""
+    answers = answer_type("output_type", LISTS[kind])
+    tracemalloc.start()
+    began = time.process_time()
+    try:
+        for text in ("[" + '{"a": 0}, ' * 20_000 + "1]", "[" + '"x", ' * 2_000_000 + '"x"]'):
+            with pytest.raises(UnacceptableAnswerError):
+                answers.read(text)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - began < 20
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from([0.0, 1.0, "1", "", "a"]),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from("ab"), inner),
+        max_leaves=8,
+    )
+)
+def test_what_is_decided_is_what_jsonschema_decides(value: Any) -> None:
+    schema = {
+        "uniqueItems": True,
+        "anyOf": [{"maxItems": 2}, {"type": "integer"}],
+        "oneOf": [{"type": ["array", "number"]}, {"minimum": 1}, {"maxLength": 1, "type": "string"}],
+        "items": {"$ref": "#"},
+    }
+    try:
+        answer_type("output_type", schema).read(json.dumps(value))
+        found = True
+    except UnacceptableAnswerError:
+        found = False
+    assert found == jsonschema.Draft202012Validator(schema).is_valid(value)
+
+
+@pytest.mark.parametrize("digits", [400, 4200, 5000])
+@pytest.mark.parametrize("rule", [{"multipleOf": 0.01}, {"type": "string"}])
+def test_a_number_of_hundreds_of_digits_is_no_error_of_the_author(digits: int, rule: dict[str, Any]) -> None:
+    with pytest.raises(UnacceptableAnswerError):
+        answer_type("output_type", {"items": rule}).read(f"[1{'0' * digits}]")
+
+
 class WithFunction(BaseModel):
     function: Callable[[], int]
 
@@ -90,6 +148,11 @@ class WithFunction(BaseModel):
         ({"$ref": "http://127.0.0.1:9/a.json"}, r"the reference 'http://127\.0\.0\.1:9/a\.json'"),
         ({"items": {"$ref": "#/$defs/none"}}, r"the reference '/\$defs/none'"),
         ({"enum": {1, 2}}, "cannot be written as JSON"),
+        ({"$defs": {"a": True}, "$ref": "#/$defs/a/b"}, "not a JSON schema"),
+        ({"$ref": "#"}, "leads back to itself"),
+        ({"properties": {"a": {"$ref": "#/properties/a"}}}, "leads back to itself"),
+        ({"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"allOf": [{"$ref": "#"}]}}}, "recursion"),
+        ({"$dynamicRef": "http://127.0.0.1:9/#a"}, r"the reference 'http://127\.0\.0\.1:9/#a'"),
         (WithFunction, "no JSON schema for WithFunction"),
     ],
 )

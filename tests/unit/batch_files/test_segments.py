@@ -278,3 +278,11 @@ def test_a_segment_is_as_old_as_the_younger_of_its_two_times(tmp_path: Path) -> 
     assert age(segment, 6000.0) == 1000.0
     os.utime(path, (10.0, 10.0))
     assert age(segment, 6000.0) == 5000.0
+
+
+def test_what_a_segment_says_does_not_reach_the_terminal_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / segment_name("0" * 32, 0)
+    with SegmentWriter(path, created=1.0, model="\x1b[2Ja\nb\x9b", label="\u202edag"):
+        pass
+    segment = Segment.read(path)
+    assert f"{segment.model} {segment.job}".isprintable()
