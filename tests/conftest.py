@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import shutil
 import sys
@@ -94,6 +95,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "system" if nodeid.startswith("tests/system/") else nodeid
 
     return Scheduling(config, log)
+
+
+@functools.cache
+def _step_back() -> None:
+    os.nice(10)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ and item.get_closest_marker("system") is None:
+        # A live Airflow may run beside this process, and it takes tasks without a heartbeat for dead.
+        _step_back()
 
 
 def _limit_examples(items: list[pytest.Item], most: int) -> None:
