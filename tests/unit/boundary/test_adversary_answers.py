@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, field_validator
 
-from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError
+from airflow_provider_siliconflow.api.exceptions import BatchFailedError, IncompleteResultsError
 from airflow_provider_siliconflow.batch_files.segments import without_custom_id
 from airflow_provider_siliconflow.emulator.server import Emulator
 from airflow_provider_siliconflow.jobs.run import BatchRun
@@ -129,3 +129,18 @@ def with_texts(text: Callable[[int], str]) -> Callable[[str, bytes], bytes]:
         return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
     return downloaded
+
+
+def test_a_retry_that_can_read_fewer_answers_does_not_replace_those_of_the_first_try(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    rows, cache_dir = questions(range(4)), tmp_path / "cache"
+    job = CachingOddJob(emulator, tmp_path / "out", cache_dir, rows, models=MODELS)
+    emulator.faults.add("POST /batches:status=400")
+    with pytest.raises(BatchFailedError, match="refused"):
+        job.attempt()
+    assert kept(cache_dir) == 4
+    job.downloaded = lambda _, content: content[:10] + b"\n" + content.partition(b"\n")[2]
+    with pytest.raises(IncompleteResultsError):
+        job.attempt()
+    assert kept(cache_dir) == 4 + 3, "of one model all, of the refused one what can be read"
