@@ -44,9 +44,9 @@ def test_no_signature_survives_whatever_is_around_it(before: str, path: str, key
 
 def test_redaction_of_a_long_text_takes_no_time() -> None:
     """A refused picture is repeated in base64, which is full of slashes."""
-    began = time.monotonic()
+    began = time.process_time()
     redact("/a" * 100_000 + "/a?" * 100_000 + "https://" * 100_000 + "?")
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_redaction_keeps_the_rest() -> None:
