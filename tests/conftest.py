@@ -27,10 +27,11 @@ sys.path.insert(0, str(ROOT))
 TIMEOUTS = {"unit": 120} | ({"system": 3600} if os.environ.get("EXHAUSTIVE") else {})
 
 # Temporary files go to memory where it has room for them: most of these tests write and delete many small ones, and
-# Airflow's database syncs each commit to the disk.
+# Airflow's database syncs each commit to the disk. In a folder of this run, which removes all of them at its end.
 _MEMORY = Path("/dev/shm")
 if "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4 << 30:
-    os.environ["TMPDIR"] = str(_MEMORY)
+    os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="airflow-tests-", dir=_MEMORY)
+    atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
     tempfile.tempdir = None
 
 # Set before anything imports Airflow, which writes its configuration and database below its home. A test run must not
