@@ -209,6 +209,10 @@ class InputMark:
         except (KeyError, TypeError, ValueError, OverflowError):
             return None
 
+    def has_rows_of(self, other: InputMark) -> bool:
+        """Whether these are certainly the same rows; if they were split otherwise, they may be all the same."""
+        return (self.digest, self.model_params) == (other.digest, other.model_params)
+
     def is_of(self, requests: Any, options: RunOptions, *, name: str) -> bool:
         """
         Whether these are the rows.

@@ -1,0 +1,116 @@
+"""Clears of jobs whose folder, input or budget is not what it was: no wrong answers, and nothing is paid twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+from airflow_provider_siliconflow.emulator.server import Emulator
+from tests.unit.jobs.test_finished import PRICE, failing, sent_rows
+from tests.unit.jobs.whole_job import MODELS, Job, options, rows
+
+pytestmark = pytest.mark.emulator(speed=2000.0)
+
+
+def answers(folder: Path) -> list[str]:
+    return [row["response"]["body"]["choices"][0]["message"]["content"] for row in one_model(folder)]
+
+
+def one_model(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+# Whose results these are ------------------------------------------------------------------------------------
+
+
+def between_two_rounds(job: Job) -> None:
+    """Let a try of a job die after it has written the results of its first round."""
+    run = job.next_try()
+    wait = run.start(lambda: job.requests, "requests", timeout=None)
+    assert wait is not None
+    ended = job.wait(wait)
+    # The batches of the second round do not end.
+    job.emulator.service.configure({"speed": 0.001})
+    assert run.resume(ended) is not None
+
+
+def test_a_cleared_job_does_not_return_what_another_run_has_written_since(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    """Both use one folder, and the other one is between two rounds."""
+    first = Job(emulator, tmp_path, rows(3, lambda _: "one"), models=MODELS[:1])
+    first.attempt()
+    other = Job(
+        emulator,
+        tmp_path,
+        rows(3, failing(0, mark="two [[emulator:once=503]]")),
+        models=MODELS[:1],
+        max_row_attempts=2,
+    )
+    other.run_id = "run 2"
+    between_two_rounds(other)
+    first.clear()
+    with pytest.raises(InvalidInputError, match="run 2 is running there"):
+        first.attempt()
+    emulator.service.configure({"speed": 2000.0})
+    assert other.attempt()["rows"]["ok"] == 3
+    first.attempt()
+    assert all("one" in answer for answer in answers(tmp_path))
+    assert sent_rows(emulator) == [3, 3, 1], "its batches are still there"
+
+
+def test_answers_to_changed_rows_are_not_taken_for_those_to_the_rows_before(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    """The changed rows were on their way when the author changed his mind, and their record is lost."""
+    mark = "[[emulator:once=503]]"
+    job = Job(emulator, tmp_path, rows(3, lambda _: "one"), models=MODELS[:1])
+    job.attempt()
+    job.clear()
+    changed = rows(3, failing(0, mark=f"two {mark}"))
+    job.requests, job.options = changed, options(models=MODELS[:1], max_row_attempts=2)
+    between_two_rounds(job)
+    (folder,) = (tmp_path / ".siliconflow").iterdir()
+    (folder / "plan.json").unlink()
+    emulator.service.configure({"speed": 2000.0})
+    job.clear()
+    job.requests = rows(3, lambda _: "one")
+    job.attempt()
+    assert all("one" in answer for answer in answers(tmp_path))
+    assert sent_rows(emulator) == [3, 3, 1]
+
+
+@pytest.mark.parametrize("all_ok", [True, False])
+def test_a_manifest_that_does_not_say_of_which_rows_it_is_proves_nothing(
+    emulator: Emulator, tmp_path: Path, all_ok: bool
+) -> None:
+    job = Job(emulator, tmp_path, rows(3, failing(*([] if all_ok else [1]))), models=MODELS[:1])
+    job.attempt()
+    rewrite_manifest(tmp_path, lambda manifest: manifest["input"].update(shard_rows="three"))
+    job.clear()
+    job.requests = rows(3, lambda _: "changed")
+    job.attempt()
+    assert all("changed" in answer for answer in answers(tmp_path))
+    # The same rows as they were: their batch is still there.
+    job.clear()
+    job.requests = rows(3, failing(*([] if all_ok else [1])))
+    job.attempt()
+    assert sent_rows(emulator) == [3, 3]
+
+
+# max_cost ---------------------------------------------------------------------------------------------------
+
+priced = pytest.mark.emulator(speed=2000.0, prices={MODELS[0]: {"prompt": 1, "completion": 4}})
+
+
