@@ -397,7 +397,7 @@ def digest_of(params: Any) -> str:
 
 def source_version(requests: Any) -> str | None:
     """
-    Return the version of a file without reading it: its size, and what its store reports about it.
+    Return the version of a file without reading it: its size, and what its store reports about it and its place.
 
     :param requests: a file or rows.
     :returns: the version; ``None`` for rows, and if the store reports too little.
@@ -405,7 +405,8 @@ def source_version(requests: Any) -> str | None:
     try:
         if (local := local_path(requests)) is not None:
             found = local.stat()
-            return f"{found.st_size} bytes, changed {found.st_mtime_ns}"
+            # Copies can keep the time of another file, or get the same.
+            return f"{found.st_size} bytes, inode {found.st_ino}, changed {found.st_mtime_ns} and {found.st_ctime_ns}"
         if not hasattr(requests, "fs"):
             return None
         info = requests.fs.info(requests.path)
@@ -414,7 +415,8 @@ def source_version(requests: Any) -> str | None:
         log.info("The version of the input is unknown, so the input is read: %s", exc)
         return None
     known = {name: str(info[name])[:200] for name in _VERSION_FIELDS if info.get(name)}
-    return json.dumps({"size": info.get("size"), **known}, sort_keys=True) if known else None
+    version = {"path": str(requests.path), "size": info.get("size"), **known}
+    return json.dumps(version, sort_keys=True) if known else None
 
 
 class PlanFolder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,18 @@ def test_a_manifest_that_does_not_say_of_which_rows_it_is_proves_nothing(
     job.requests = rows(3, failing(*([] if all_ok else [1])))
     job.attempt()
     assert sent_rows(emulator) == [3, 3]
+
+
+def test_another_file_of_the_same_size_and_time_is_new_work(emulator: Emulator, tmp_path: Path) -> None:
+    """An archive that is unpacked gives its files times of whole seconds."""
+    job = Job(emulator, tmp_path / "out", None, models=MODELS[:1])
+    for word in ("one", "two"):
+        job.requests = tmp_path / f"{word}.jsonl"
+        job.requests.write_text("".join(json.dumps(row) + "\n" for row in rows(3, lambda _: word)))  # noqa: B023
+        os.utime(job.requests, (1_700_000_000, 1_700_000_000))
+        job.attempt()
+        assert all(word in answer for answer in answers(tmp_path / "out"))
+        job.clear()
 
 
 # max_cost ---------------------------------------------------------------------------------------------------
