@@ -57,7 +57,7 @@ _VERSION_FIELDS = (
 FIRST_ROUND = "round-0"
 
 #: Most rounds that a job can have made, over all of its clears.
-_MOST_ROUNDS = 100_000
+MOST_ROUNDS = 100_000
 _ROUND_NAME = re.compile(r"round-\d+\.json")
 
 
@@ -379,7 +379,7 @@ def _variants(data: Mapping[str, Any], split: Split, models: Sequence[str]) -> t
 
 
 def _checked_rounds(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_ROUNDS:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_ROUNDS:
         raise ValueError("it does not say how many rounds are kept")
     return value
 

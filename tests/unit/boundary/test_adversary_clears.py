@@ -12,6 +12,7 @@ import pytest
 
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 from airflow_provider_siliconflow.emulator.server import Emulator
+from airflow_provider_siliconflow.jobs.plan import MOST_ROUNDS
 from tests.unit.jobs.test_finished import PRICE, failing, sent_rows
 from tests.unit.jobs.whole_job import MODELS, Job, options, rows
 
@@ -120,6 +121,18 @@ def test_another_file_of_the_same_size_and_time_is_new_work(emulator: Emulator, 
         job.attempt()
         assert all(word in answer for answer in answers(tmp_path / "out"))
         job.clear()
+
+
+@pytest.mark.parametrize("number", [MOST_ROUNDS, 2**53, 10**30])
+def test_a_manifest_of_very_many_rounds_takes_no_memory(
+    emulator: Emulator, tmp_path: Path, number: int
+) -> None:
+    job = Job(emulator, tmp_path, rows(3, failing(1)), models=MODELS[:1])
+    job.attempt()
+    rewrite_manifest(tmp_path, lambda manifest: manifest["rounds"][0].update(round=number))
+    job.clear()
+    assert job.attempt()["rows"]["total"] == 3
+    assert sent_rows(emulator) == [3]
 
 
 # max_cost ---------------------------------------------------------------------------------------------------
