@@ -450,6 +450,12 @@ class Opening:
             if mark is not None and mark.shard_rows != mine.shard_rows:
                 same = mark.is_of(requests(), self._try.options, name=name)
             kept = replace(planned, kept_rounds=finished.rounds)
+            if same and mark is not None and sum(mark.shard_rows) > planned.split.rows:
+                raise InvalidInputError(
+                    f"max_bytes_per_batch: {sum(mark.shard_rows) - planned.split.rows} rows of the finished job are "
+                    "now too long to be sent, and their answers would be lost. Nothing was sent. Raise it to what it "
+                    "was"
+                )
             if not same:
                 log.warning("The rows were changed since the job finished; they are new work")
             elif take_over(finished, self.plans, kept, self._try.output_dir, self._try.options):

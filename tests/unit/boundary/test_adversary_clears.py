@@ -123,6 +123,23 @@ def test_another_file_of_the_same_size_and_time_is_new_work(emulator: Emulator, 
         job.clear()
 
 
+def test_rows_that_no_longer_fit_into_a_batch_do_not_lose_their_answers(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    given = rows(4, failing(0))
+    given[2]["messages"][0]["content"] += "x" * 500
+    limits: dict[str, Any] = {"models": MODELS[:1], "on_invalid_row": "report"}
+    job = Job(emulator, tmp_path, given, **limits)
+    job.attempt()
+    job.clear()
+    job.options = options(**limits, max_bytes_per_batch=400)
+    with pytest.raises(InvalidInputError, match="max_bytes_per_batch"):
+        job.attempt()
+    job.options = options(**limits)
+    assert job.attempt()["rows"]["ok"] == 4
+    assert sent_rows(emulator) == [4, 1]
+
+
 @pytest.mark.parametrize("number", [MOST_ROUNDS, 2**53, 10**30])
 def test_a_manifest_of_very_many_rounds_takes_no_memory(
     emulator: Emulator, tmp_path: Path, number: int
