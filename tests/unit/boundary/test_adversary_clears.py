@@ -157,3 +157,24 @@ def test_a_manifest_of_very_many_rounds_takes_no_memory(
 priced = pytest.mark.emulator(speed=2000.0, prices={MODELS[0]: {"prompt": 1, "completion": 4}})
 
 
+@priced
+def test_a_clear_that_sends_nothing_is_not_refused_for_its_cost(emulator: Emulator, tmp_path: Path) -> None:
+    """The answers are judged anew and are right now, and the whole budget is spent."""
+    given = [{**row, "max_tokens": 100} for row in rows(4)]
+    limits: dict[str, Any] = {"models": MODELS[:1], "prices": PRICE}
+    job = Job(emulator, tmp_path, given, **limits, max_cost=1, accept=lambda row: row.custom_id != "q1")
+    spent = job.attempt()["budget"]["spent"]
+    job.clear()
+    job.options = options(**limits, max_cost=spent)
+    assert job.attempt()["rows"]["ok"] == 4
+    assert sent_rows(emulator) == [4]
+
+
+@priced
+def test_parameters_of_a_model_are_no_prompts(emulator: Emulator, tmp_path: Path) -> None:
+    """They were estimated like more text in the messages, so that prompts seemed to cost more than max_cost."""
+    given = [{**row, "max_tokens": 10} for row in rows(4)]
+    params = {"logit_bias": {str(token): 1 for token in range(3000)}}
+    job = Job(emulator, tmp_path, given, models={MODELS[0]: params}, prices=PRICE, max_cost=0.0006)
+    assert job.attempt()["rows"]["ok"] == 4
+    assert float(emulator.bill.total) < 0.0006
