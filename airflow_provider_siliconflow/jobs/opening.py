@@ -446,11 +446,11 @@ class Opening:
         finished = self._finished
         if finished is not None:
             mark, mine = finished.input, planned.input
-            same = mark is not None and mark.has_rows_of(mine)
+            is_known = same = mark is not None and mark.has_rows_of(mine)
             if mark is not None and mark.shard_rows != mine.shard_rows:
                 same = mark.is_of(requests(), self._try.options, name=name)
             kept = replace(planned, kept_rounds=finished.rounds)
-            if same and mark is not None and sum(mark.shard_rows) > planned.split.rows:
+            if same and not is_known and mark is not None and sum(mark.shard_rows) > planned.split.rows:
                 raise InvalidInputError(
                     f"max_bytes_per_batch: {sum(mark.shard_rows) - planned.split.rows} rows of the finished job are "
                     "now too long to be sent, and their answers would be lost. Nothing was sent. Raise it to what it "

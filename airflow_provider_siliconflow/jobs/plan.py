@@ -467,8 +467,12 @@ class PlanFolder:
         return InvalidLines(path, tally or ModelTally(), rows=split.invalid)
 
     def read(self) -> Plan | None:
-        """Return the plan; ``None`` if there is none."""
-        return self._read("plan.json", Plan.from_dict, otherwise="a new plan is made")
+        """Return the plan; ``None`` if there is none, or if the rows that it sends beside kept answers are unknown."""
+        plan = self._read("plan.json", Plan.from_dict, otherwise="a new plan is made")
+        if plan is None or not plan.kept_rounds:
+            return plan
+        # It was written before the plan. Without it the job would end without these rows.
+        return plan if self.read_round(plan.kept_rounds, range(len(plan.models) or 1)) is not None else None
 
     def write(self, plan: Plan) -> None:
         """Store the plan."""

@@ -13,7 +13,7 @@ import pytest
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 from airflow_provider_siliconflow.emulator.server import Emulator
 from airflow_provider_siliconflow.jobs.plan import MOST_ROUNDS
-from tests.unit.jobs.test_finished import PRICE, failing, sent_rows
+from tests.unit.jobs.test_finished import PRICE, failing, sent_rows, tokens_of
 from tests.unit.jobs.whole_job import MODELS, Job, options, rows
 
 pytestmark = pytest.mark.emulator(speed=2000.0)
@@ -150,6 +150,24 @@ def test_a_manifest_of_very_many_rounds_takes_no_memory(
     job.clear()
     assert job.attempt()["rows"]["total"] == 3
     assert sent_rows(emulator) == [3]
+
+
+@pytest.mark.parametrize("content", [None, b'{"shards": {"0"', b'{"shards": {"7": []}}'])
+def test_rows_that_a_clear_sends_are_not_forgotten_with_their_record(
+    emulator: Emulator, tmp_path: Path, content: bytes | None
+) -> None:
+    job = Job(emulator, tmp_path, rows(9, failing(0, 8)), models=MODELS[:1])
+    job.attempt()
+    job.clear()
+    job.next_try().start(lambda: job.requests, "requests", timeout=None)
+    (folder,) = (tmp_path / ".siliconflow").iterdir()
+    (folder / "round-1.json").unlink()
+    if content is not None:
+        (folder / "round-1.json").write_bytes(content)
+    manifest = job.attempt()
+    assert manifest["rows"]["ok"] == 9
+    assert manifest["billed_usage"]["total_tokens"] == tokens_of(emulator)
+    assert sent_rows(emulator) == [5, 4, 2]
 
 
 # max_cost ---------------------------------------------------------------------------------------------------
