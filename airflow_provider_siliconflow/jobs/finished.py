@@ -40,7 +40,7 @@ from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 from airflow_provider_siliconflow.batch_files.verdicts import Judge, Verdict, read_verdict
 from airflow_provider_siliconflow.jobs.folder import read_json
 from airflow_provider_siliconflow.jobs.options import RunOptions
-from airflow_provider_siliconflow.jobs.plan import InputMark, Plan, PlanFolder
+from airflow_provider_siliconflow.jobs.plan import MOST_ROUNDS, InputMark, Plan, PlanFolder
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +130,8 @@ def take_over(
     rounds: dict[int, tuple[Shard, ...]] = {}
     tariff = options.tariff()
     try:
+        if plan.kept_rounds > MOST_ROUNDS:
+            raise _UnusableResultsError("its manifest names more rounds than a job can have")
         for model, path in enumerate(_result_paths(output_dir, options)):
             sources = plans.sources(plan, model)
             chosen = [bytearray(shard.rows) for shard in plan.split.shards]

@@ -21,7 +21,11 @@ from airflow_provider_siliconflow.api.exceptions import (
     NotFoundError,
     SiliconFlowError,
 )
-from airflow_provider_siliconflow.batch_files.atomic_files import make_private_folder, temporary_folder
+from airflow_provider_siliconflow.batch_files.atomic_files import (
+    make_private_folder,
+    temporary_folder,
+    write_json,
+)
 from airflow_provider_siliconflow.jobs.cache import find_answers
 from airflow_provider_siliconflow.jobs.cancelling import cancel
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
@@ -158,7 +162,8 @@ class Opening:
     def _has_input_of(self, finished: Finished, requests: Callable[[], Any], name: str) -> bool:
         mark = finished.input
         if mark is None:
-            return True
+            # Nobody knows which rows these are answers to. Those of the batches are proven by their content.
+            return False
         try:
             rows = requests()
             if hasattr(rows, "open"):
@@ -185,6 +190,21 @@ class Opening:
                 f"output_dir: {self._try.output_dir} contains the results of map index {theirs.get('map_index')} of "
                 "this task. A mapped task needs a folder per map index, such as '.../{{ ti.map_index }}'"
             )
+
+    def withdraw_manifest(self, job: OpenJob) -> None:
+        """
+        Say that a manifest of other rows is no longer final: the results that it describes are about to be replaced.
+
+        Otherwise the task that wrote it would take these results for its own if it is cleared now.
+        """
+        manifest = self.manifest()
+        rows = Finished(manifest).input
+        is_of_these = job.plan.kept_rounds or (rows is not None and rows.has_rows_of(job.plan.input))
+        theirs = manifest.pop("run", None)
+        if theirs is not None and not (theirs == self.key and is_of_these):
+            job.ledger.check_owner()
+            # Not removed: a store may let us write, but not delete.
+            write_json(self._try.output_dir / "manifest.json", manifest)
 
     # Opening ----------------------------------------------------------------------------------------------
 
@@ -426,10 +446,16 @@ class Opening:
         finished = self._finished
         if finished is not None:
             mark, mine = finished.input, planned.input
-            same = mark is None or (mark.digest, mark.model_params) == (mine.digest, mine.model_params)
+            is_known = same = mark is not None and mark.has_rows_of(mine)
             if mark is not None and mark.shard_rows != mine.shard_rows:
                 same = mark.is_of(requests(), self._try.options, name=name)
             kept = replace(planned, kept_rounds=finished.rounds)
+            if same and not is_known and mark is not None and sum(mark.shard_rows) > planned.split.rows:
+                raise InvalidInputError(
+                    f"max_bytes_per_batch: {sum(mark.shard_rows) - planned.split.rows} rows of the finished job are "
+                    "now too long to be sent, and their answers would be lost. Nothing was sent. Raise it to what it "
+                    "was"
+                )
             if not same:
                 log.warning("The rows were changed since the job finished; they are new work")
             elif take_over(finished, self.plans, kept, self._try.output_dir, self._try.options):

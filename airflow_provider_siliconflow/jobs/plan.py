@@ -57,7 +57,7 @@ _VERSION_FIELDS = (
 FIRST_ROUND = "round-0"
 
 #: Most rounds that a job can have made, over all of its clears.
-_MOST_ROUNDS = 100_000
+MOST_ROUNDS = 100_000
 _ROUND_NAME = re.compile(r"round-\d+\.json")
 
 
@@ -208,6 +208,10 @@ class InputMark:
             )
         except (KeyError, TypeError, ValueError, OverflowError):
             return None
+
+    def has_rows_of(self, other: InputMark) -> bool:
+        """Whether these are certainly the same rows; if they were split otherwise, they may be all the same."""
+        return (self.digest, self.model_params) == (other.digest, other.model_params)
 
     def is_of(self, requests: Any, options: RunOptions, *, name: str) -> bool:
         """
@@ -375,7 +379,7 @@ def _variants(data: Mapping[str, Any], split: Split, models: Sequence[str]) -> t
 
 
 def _checked_rounds(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_ROUNDS:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_ROUNDS:
         raise ValueError("it does not say how many rounds are kept")
     return value
 
@@ -393,7 +397,7 @@ def digest_of(params: Any) -> str:
 
 def source_version(requests: Any) -> str | None:
     """
-    Return the version of a file without reading it: its size, and what its store reports about it.
+    Return the version of a file without reading it: its size, and what its store reports about it and its place.
 
     :param requests: a file or rows.
     :returns: the version; ``None`` for rows, and if the store reports too little.
@@ -401,7 +405,8 @@ def source_version(requests: Any) -> str | None:
     try:
         if (local := local_path(requests)) is not None:
             found = local.stat()
-            return f"{found.st_size} bytes, changed {found.st_mtime_ns}"
+            # Copies can keep the time of another file, or get the same.
+            return f"{found.st_size} bytes, inode {found.st_ino}, changed {found.st_mtime_ns} and {found.st_ctime_ns}"
         if not hasattr(requests, "fs"):
             return None
         info = requests.fs.info(requests.path)
@@ -410,7 +415,8 @@ def source_version(requests: Any) -> str | None:
         log.info("The version of the input is unknown, so the input is read: %s", exc)
         return None
     known = {name: str(info[name])[:200] for name in _VERSION_FIELDS if info.get(name)}
-    return json.dumps({"size": info.get("size"), **known}, sort_keys=True) if known else None
+    version = {"path": str(requests.path), "size": info.get("size"), **known}
+    return json.dumps(version, sort_keys=True) if known else None
 
 
 class PlanFolder:
@@ -461,8 +467,12 @@ class PlanFolder:
         return InvalidLines(path, tally or ModelTally(), rows=split.invalid)
 
     def read(self) -> Plan | None:
-        """Return the plan; ``None`` if there is none."""
-        return self._read("plan.json", Plan.from_dict, otherwise="a new plan is made")
+        """Return the plan; ``None`` if there is none, or if the rows that it sends beside kept answers are unknown."""
+        plan = self._read("plan.json", Plan.from_dict, otherwise="a new plan is made")
+        if plan is None or not plan.kept_rounds:
+            return plan
+        # It was written before the plan. Without it the job would end without these rows.
+        return plan if self.read_round(plan.kept_rounds, range(len(plan.models) or 1)) is not None else None
 
     def write(self, plan: Plan) -> None:
         """Store the plan."""

@@ -180,6 +180,7 @@ class BatchRun:
             if awaited := job.awaited:
                 return Wait(awaited, 1 if is_full else self._min_ended(job), job.ledger.deadline)
             self._opening.refuse_sibling()
+            self._opening.withdraw_manifest(job)
             self._collected = opened.collector.collect()
             shards = opened.collector.next_round(self._collected)
             if shards is None:

@@ -322,19 +322,21 @@ def estimated_prompts(job: OpenJob) -> Fraction | None:
     :returns: the cost; ``None`` if a model has no price.
     """
     options, split = job.options, job.plan.split
-    bytes_to_send = [0] * len(options.replacements)
+    to_send = [Fraction()] * len(options.replacements)
     for piece in job.pieces:
-        bytes_to_send[piece.model] += piece.shard.bytes
+        # By what all rows of the model have, since parameters that only some models get are not prompts.
+        of_model = sum(shard.bytes for shard in job.plan.shards_of(piece.model))
+        to_send[piece.model] += Fraction(piece.shard.bytes, of_model)
     # Rows that name their models cost at least as much as over the cheapest of them.
     of_models = [[price_of(model, options.prices)] for model in options.models]
     total = Fraction()
-    for size, prices in zip(
-        bytes_to_send, of_models or [[price_of(model, options.prices) for model in split.models]], strict=True
+    for share, prices in zip(
+        to_send, of_models or [[price_of(model, options.prices) for model in split.models]], strict=True
     ):
         known = [price for price in prices if price is not None]
         if len(known) < len(prices) or not known:
             return None
-        tokens = split.prompt_tokens * size // split.bytes
+        tokens = int(split.prompt_tokens * share)
         total += min(prompt_cost(tokens, cached, price) for cached in (0, tokens) for price in known)
     return total
 
@@ -365,6 +367,9 @@ def refuse_costly(job: OpenJob) -> None:
         return
     for model in options.models or job.plan.split.models:
         tariff.rates(model)
+    if not any(True for _ in job.pieces):
+        # Every row has an answer that is paid for, whatever they cost.
+        return
     before = _spent_before(job).total
     said = f"max_cost is {_shown(tariff.max_cost)} CNY" + (
         f", of which {_shown(before)} are spent by the job that was cleared" if before else ""
