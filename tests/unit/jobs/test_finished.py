@@ -329,6 +329,20 @@ def test_a_job_folder_that_a_finished_job_left_is_not_taken_up_after_a_clear(
     assert not (tmp_path / ".siliconflow").exists()
 
 
+def test_a_changed_type_judges_answers_anew_although_all_were_ok(emulator: Emulator, tmp_path: Path) -> None:
+    """Rows with a ``response_format`` of their own stay the same rows, whatever type is asked for."""
+    answers = {"type": "json_object"}
+    given = [{**row, "response_format": answers} for row in rows(5)]
+    limits: dict[str, Any] = {"models": MODELS[:1], "structured_output": "json_schema"}
+    job = Job(emulator, tmp_path, given, **limits, output_type={"type": "object"})
+    assert job.attempt()["rows"]["ok"] == 5
+    job.options = options(**limits, output_type={"type": "object", "required": ["nowhere"]})
+    job.clear()
+    manifest = job.attempt()
+    assert manifest["rows"]["invalid"] == 5
+    assert sent_rows(emulator) == [5, 5]
+
+
 PRICE = {MODELS[0]: {"prompt": 1, "completion": 4, "thinking": 0}}
 
 
