@@ -160,7 +160,7 @@ class Opening:
         return manifest
 
     def _asks_for_the_same(self, finished: Finished) -> bool:
-        """Whether what the job puts into its rows is what it was. By another ``output_type`` answers are judged anew."""
+        """Whether what the job puts into its rows is what it was; another ``output_type`` judges the answers anew."""
         mark = finished.input
         return mark is None or mark.params == digest_of(self._try.options.body_content)
 
