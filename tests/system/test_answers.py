@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +32,10 @@ def account(open_account: OpenAccount) -> Emulator:
     return open_account("answers", speed=2000.0, prices=bill, **rates)
 
 
-def write_night(path: Path, night: int) -> Path:
+def write_night(path: Path, night: int, rows: int = ROWS) -> Path:
     """Write the rows of a night: most are those of the night before."""
     with path.open("w") as file:
-        for number in range(night * CHANGED, night * CHANGED + ROWS):
+        for number in range(night * CHANGED, night * CHANGED + rows):
             content = f"What do people say about the shop {number}?"
             row = {"custom_id": f"q{number}", "messages": [{"role": "user", "content": content}]}
             file.write(json.dumps(row) + "\n")
@@ -99,19 +98,22 @@ def test_three_nights_over_one_cache_killed_on_the_way(
 
 
 def test_a_budget_is_kept(live_airflow: LiveAirflow, account: Emulator, tmp_path: Path) -> None:
-    requests = write_night(tmp_path / "rows.jsonl", 100)
+    requests = write_night(tmp_path / "rows.jsonl", 100, rows=12)
     uploads = account.request_counts.get("POST /files", 0)
     run_id = start(live_airflow, requests, tmp_path / "nothing", max_cost=0)
     assert live_airflow.wait_for_run("answers", run_id) == "failed"
     assert "max_cost is 0 CNY" in live_airflow.task_log("answers", run_id, "run")
     assert account.request_counts.get("POST /files", 0) == uploads
-    before = float(account.bill.total)
-    # The answers are far shorter than they may be, so a little is enough for many batches, one after the other.
-    run_id = start(live_airflow, requests, tmp_path / "little", max_cost=0.1 * ROWS / 600)
-    started = time.monotonic()
-    assert live_airflow.wait_for_run("answers", run_id, timeout=600) == "success", time.monotonic() - started
-    manifest = live_airflow.xcom("answers", run_id, "run", "return_value")
-    budget = manifest["budget"]
-    assert float(account.bill.total) - before == pytest.approx(budget["spent"], abs=2e-6)
-    assert budget["spent"] <= budget["max_cost"]
-    assert manifest["rows"]["missing"] == budget["rows_not_sent"]
+    # A row may cost 0.0034 CNY, and costs a tenth of that: enough for all, and for a few, one after the other.
+    for max_cost, is_enough in ((0.1, True), (0.0045, False)):
+        before = float(account.bill.total)
+        run_id = start(live_airflow, requests, tmp_path / str(max_cost), max_cost=max_cost)
+        assert live_airflow.wait_for_run("answers", run_id, timeout=300) == "success"
+        manifest = live_airflow.xcom("answers", run_id, "run", "return_value")
+        budget, rows = manifest["budget"], manifest["rows"]
+        assert float(account.bill.total) - before == pytest.approx(budget["spent"], abs=2e-6)
+        assert budget["spent"] <= max_cost
+        assert rows["ok"] > 0
+        assert (rows["missing"] == 0) == is_enough
+        # A row with a wrong answer is not sent again then, but has one.
+        assert rows["missing"] <= budget["rows_not_sent"]
