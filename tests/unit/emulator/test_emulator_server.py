@@ -250,6 +250,8 @@ def test_refused_upload_is_answered_and_leaves_nothing(client: Client, emulator:
 
 def test_closed_emulator_frees_its_port_and_thread() -> None:
     faults = ["GET /models:hold", "GET /batches:slow=600"]
+    # Another test's emulator may still be there.
+    before = set(threading.enumerate())
     with running_emulator(speed=1000, faults=faults) as emulator:
         client = Client(emulator)
 
@@ -268,7 +270,8 @@ def test_closed_emulator_frees_its_port_and_thread() -> None:
     with pytest.raises(requests.ConnectionError):
         client.call("GET", "/models")
     emulator.close()
-    assert "siliconflow-emulator" not in {thread.name for thread in threading.enumerate()}
+    left = set(threading.enumerate()) - before
+    assert "siliconflow-emulator" not in {thread.name for thread in left}
 
 
 def test_taken_port_is_an_error(emulator: Emulator) -> None:
