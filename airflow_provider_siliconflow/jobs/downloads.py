@@ -30,7 +30,7 @@ from airflow_provider_siliconflow.batch_files.manifest import (
 from airflow_provider_siliconflow.batch_files.merge import BatchFiles, merge_batch
 from airflow_provider_siliconflow.batch_files.result_lines import OnUnreadable, read_lines
 from airflow_provider_siliconflow.batch_files.shards import iter_custom_ids
-from airflow_provider_siliconflow.batch_files.verdicts import read_result, read_verdict
+from airflow_provider_siliconflow.batch_files.verdicts import Verdict, read_result, read_verdict
 from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
 from airflow_provider_siliconflow.jobs.settled import (
     SETTLE_LIMIT,
@@ -288,9 +288,23 @@ def outcomes_in(files: BatchFiles, on_unreadable: OnUnreadable | None = None) ->
     :raises IncompleteResultsError: a file cannot be read.
     """
     found: dict[str, Outcome] = {}
-    for path in (files.output, files.errors):
-        if path is None:
+    for verdict in verdicts_in(files, on_unreadable):
+        if found.get(verdict.custom_id) is Outcome.OK:
             continue
+        never_ran = verdict.outcome is Outcome.ERROR and "cancel" in (verdict.code or "").lower()
+        found[verdict.custom_id] = Outcome.EXPIRED if never_ran else verdict.outcome
+    return found
+
+
+def verdicts_in(files: BatchFiles, on_unreadable: OnUnreadable | None = None) -> Iterator[Verdict]:
+    """
+    Yield a verdict on every result line of a batch, first those of the output file.
+
+    :param files: the downloaded files.
+    :param on_unreadable: as for :func:`read_lines`.
+    :raises IncompleteResultsError: a file cannot be read.
+    """
+    for path in filter(None, (files.output, files.errors)):
         with path.open("rb") as stream:
             lines = read_lines(
                 LineReader(stream),
@@ -299,12 +313,7 @@ def outcomes_in(files: BatchFiles, on_unreadable: OnUnreadable | None = None) ->
                 batch_id=files.batch_id,
                 on_unreadable=on_unreadable,
             )
-            for *_, verdict in lines:
-                if verdict is None or found.get(verdict.custom_id) is Outcome.OK:
-                    continue
-                never_ran = verdict.outcome is Outcome.ERROR and "cancel" in (verdict.code or "").lower()
-                found[verdict.custom_id] = Outcome.EXPIRED if never_ran else verdict.outcome
-    return found
+            yield from (verdict for *_, verdict in lines if verdict is not None)
 
 
 def _answered_in(files: BatchFiles, requests: Source) -> int:

@@ -154,6 +154,10 @@ class BatchWork:
                 tagged[name] = mark
         return tagged
 
+    def is_of_deleted_run(self, batch: Batch) -> bool:
+        """Whether a batch was certainly submitted by another run of the same id, which was deleted."""
+        return self.submitter is not None and self.submitter.is_of_deleted_run(batch.metadata.get(WORK_RUN))
+
     def request(self, input_file_id: str) -> dict[str, Any]:
         """
         Return the arguments of :func:`protocol.create_batch`.

@@ -37,6 +37,7 @@ from airflow_provider_siliconflow.jobs.ledger import FolderLedger, Owner
 from airflow_provider_siliconflow.jobs.options import RunOptions
 from airflow_provider_siliconflow.jobs.plan import (
     FIRST_ROUND,
+    InputMark,
     Piece,
     Plan,
     PlanFolder,
@@ -169,14 +170,24 @@ class Opening:
         if mark is None:
             # Nobody knows which rows these are answers to. Those of the batches are proven by their content.
             return False
+        return self._is_input(mark, requests, name, otherwise="the results of the finished job are used")
+
+    def _is_input(self, mark: InputMark, requests: Callable[[], Any], name: str, *, otherwise: str) -> bool:
+        """
+        Whether the job still has these rows, or its input cannot be read.
+
+        The input may be gone, or its function fail: the task must still get the results that are paid for.
+
+        :param otherwise: what happens in that case, for the log.
+        """
         try:
             rows = requests()
             if hasattr(rows, "open"):
                 with rows.open("rb"):
                     pass
-        # If the input is gone, or its function fails, the results that are paid for are still those of the task.
+        # A function of the author, and a store, may raise anything.
         except Exception as exc:  # noqa: BLE001
-            log.warning("%s cannot be read again (%s); the results of the finished job are used", name, exc)
+            log.warning("%s cannot be read again (%s); %s", name, exc, otherwise)
             return True
         return mark.is_of(rows, self._try.options, name=name)
 
@@ -307,16 +318,9 @@ class Opening:
                 "%s exists although this is the first try; the job continues with it, at no extra cost",
                 self.plans,
             )
-        try:
-            rows = requests()
-            if hasattr(rows, "open"):
-                with rows.open("rb"):
-                    pass
-        # If the input is gone, or its function fails, a retry must still get the results that are paid for.
-        except Exception as exc:  # noqa: BLE001
-            log.warning("%s cannot be read again (%s); the job continues with the rows as planned", name, exc)
-            return stored
-        if stored.is_of(rows, self._try.options, name=name):
+        if self._is_input(
+            stored.input, requests, name, otherwise="the job continues with the rows as planned"
+        ):
             return stored
         if stored.submitter.epoch < self._try.submitter.epoch:
             self._supersede(self._open(stored), requests, name)

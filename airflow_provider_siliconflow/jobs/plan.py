@@ -357,10 +357,6 @@ class Plan:
         rows = tuple(shard.rows for shard in self.split.shards)
         return InputMark(digest, self.params, self.model_params, self.source, rows, self.max_bytes)
 
-    def is_of(self, requests: Any, options: RunOptions, *, name: str) -> bool:
-        """Whether the plan was made from these rows, see :meth:`InputMark.is_of`."""
-        return self.input.is_of(requests, options, name=name)
-
 
 def _digest_of_content(split: Split) -> str:
     digests = [*(shard.sha256 for shard in split.shards), split.invalid_sha256]
@@ -559,6 +555,12 @@ def plan(
     :param rows_per_shard: rows of the shards, to split as before.
     :raises InvalidInputError: rows are wrong, or some name no model and none is given.
     """
+    reserved = max((len(to_json(params)) for params in options.variants), default=0)
+    if reserved >= options.max_bytes:
+        raise InvalidInputError(
+            f"max_bytes_per_batch is {options.max_bytes}, but the body parameters that a model gets by models take up "
+            f"to {reserved} bytes of each row. Nothing was uploaded. Raise max_bytes_per_batch."
+        )
     split = split_requests(
         requests,
         folder,
@@ -572,7 +574,7 @@ def plan(
         needs_model=not options.models,
         tariff=options.tariff(),
         rows_per_shard=rows_per_shard,
-        reserved_bytes=max((len(to_json(params)) for params in options.variants), default=0),
+        reserved_bytes=reserved,
     )
     if split.rows_without_model and not options.models:
         raise InvalidInputError(

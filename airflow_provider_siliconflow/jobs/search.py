@@ -176,7 +176,7 @@ class AccountSearch:
             # The listing may be stale: only the batch itself shows whether it is still alive. A listed batch exists,
             # even if a gateway briefly answers something else for its id.
             batch = self.read(listed.id, watch=watch) or listed.batch()
-            if work.submitter is not None and work.submitter.is_of_deleted_run(batch.metadata.get(WORK_RUN)):
+            if work.is_of_deleted_run(batch):
                 log.info(
                     "Batch %s was submitted by a run of the same id that was deleted; not used", batch.id
                 )

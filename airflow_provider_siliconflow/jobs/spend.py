@@ -20,14 +20,13 @@ from airflow_provider_siliconflow.api.exceptions import InvalidInputError, Silic
 from airflow_provider_siliconflow.api.models import BatchStatus, Outcome
 from airflow_provider_siliconflow.batch_files.atomic_files import write_json
 from airflow_provider_siliconflow.batch_files.cost_bounds import Tariff, TokenBound, bound_file
-from airflow_provider_siliconflow.batch_files.lines import LineReader
 from airflow_provider_siliconflow.batch_files.merge import BatchFiles
 from airflow_provider_siliconflow.batch_files.prices import cost, price_of, prompt_cost, rounded
-from airflow_provider_siliconflow.batch_files.result_lines import read_lines
 from airflow_provider_siliconflow.batch_files.shards import iter_rows
 from airflow_provider_siliconflow.batch_files.tally import Usage
-from airflow_provider_siliconflow.batch_files.verdicts import Verdict, read_verdict
+from airflow_provider_siliconflow.batch_files.verdicts import Verdict
 from airflow_provider_siliconflow.jobs.clock import Clock
+from airflow_provider_siliconflow.jobs.downloads import verdicts_in
 from airflow_provider_siliconflow.jobs.finished import KeptAnswers
 from airflow_provider_siliconflow.jobs.folder import read_json
 from airflow_provider_siliconflow.jobs.job import OpenJob
@@ -248,26 +247,12 @@ class Budget:
         # A row is billed once, though a batch may have two lines of it.
         rows: dict[str, Verdict] = {}
         problems: list[str] = []
-        for path in filter(None, (files.output, files.errors)):
-            with path.open("rb") as stream:
-                lines = read_lines(
-                    LineReader(stream),
-                    read_verdict,
-                    name=path.name,
-                    batch_id=files.batch_id,
-                    on_unreadable=problems.append,
-                )
-                for *_, verdict in lines:
-                    if verdict is None:
-                        continue
-                    if verdict.outcome is Outcome.OK and not verdict.metered:
-                        return None
-                    before = rows.get(verdict.custom_id)
-                    if (
-                        before is None
-                        or before.prompt + before.completion < verdict.prompt + verdict.completion
-                    ):
-                        rows[verdict.custom_id] = verdict
+        for verdict in verdicts_in(files, problems.append):
+            if verdict.outcome is Outcome.OK and not verdict.metered:
+                return None
+            before = rows.get(verdict.custom_id)
+            if before is None or before.prompt + before.completion < verdict.prompt + verdict.completion:
+                rows[verdict.custom_id] = verdict
         if problems:
             return None
         used: dict[str, Usage] = {}

@@ -26,7 +26,6 @@ from airflow_provider_siliconflow.jobs.clock import Clock, SystemClock
 from airflow_provider_siliconflow.jobs.identity import (
     SUBMIT_ANEW,
     WORK_KEY,
-    WORK_RUN,
     BatchWork,
     Proof,
     Upload,
@@ -331,15 +330,10 @@ class Submission:
             if batch is not None and batch.metadata.get(WORK_KEY, key) != key:
                 # The record or the list was wrong about this batch.
                 continue
-            if batch is not None and self._is_of_deleted_run(work, batch):
+            if batch is not None and work.is_of_deleted_run(batch):
                 continue
             if batch is None or not is_replaceable(batch):
                 raise _changed_input(work, batch_id, batch)
-
-    @staticmethod
-    def _is_of_deleted_run(work: BatchWork, batch: Batch) -> bool:
-        submitter = work.submitter
-        return submitter is not None and submitter.is_of_deleted_run(batch.metadata.get(WORK_RUN))
 
     def _others(self, work: BatchWork) -> dict[str, str]:
         """Return the known batches that the same task made from another input: id to key."""

@@ -122,3 +122,14 @@ def test_a_shard_stays_within_its_limit_with_the_parameters(emulator: Emulator, 
         len(service.open_content(batch["input_file_id"]).read_bytes()) for batch in service.state()["batches"]
     ]
     assert max(sizes) <= limit
+
+
+def test_parameters_that_leave_no_room_for_a_row_are_refused_by_name(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    job = Job(emulator, tmp_path, rows(1), models={MODELS[0]: {"stop": "x" * 300}}, max_bytes_per_batch=200)
+    with pytest.raises(
+        InvalidInputError, match=r"max_bytes_per_batch is 200, but .* models take up to \d+ bytes"
+    ):
+        job.attempt()
+    assert posts(emulator) == (0, 0)

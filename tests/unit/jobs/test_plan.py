@@ -109,13 +109,13 @@ def test_a_round_or_rest_that_is_damaged_is_planned_anew(tmp_path: Path, stored:
 
 def test_a_plan_is_of_the_rows_it_was_made_of_and_of_no_others(tmp_path: Path) -> None:
     made = make(tmp_path)
-    assert made.is_of(rows(5), OPTIONS, name="requests")
-    assert made.is_of(rows(5), replace(OPTIONS, max_rows=5), name="requests"), "cut as the plan was"
-    assert not made.is_of(rows(6), OPTIONS, name="requests")
-    assert not made.is_of(rows(4), OPTIONS, name="requests")
-    assert not made.is_of(rows(5, "ho"), OPTIONS, name="requests")
-    assert not made.is_of(rows(5), replace(OPTIONS, request_params={"temperature": 0}), name="requests")
-    assert not made.is_of([], OPTIONS, name="requests"), "rows that are wrong now"
+    assert made.input.is_of(rows(5), OPTIONS, name="requests")
+    assert made.input.is_of(rows(5), replace(OPTIONS, max_rows=5), name="requests"), "cut as the plan was"
+    assert not made.input.is_of(rows(6), OPTIONS, name="requests")
+    assert not made.input.is_of(rows(4), OPTIONS, name="requests")
+    assert not made.input.is_of(rows(5, "ho"), OPTIONS, name="requests")
+    assert not made.input.is_of(rows(5), replace(OPTIONS, request_params={"temperature": 0}), name="requests")
+    assert not made.input.is_of([], OPTIONS, name="requests"), "rows that are wrong now"
 
 
 def test_a_file_that_was_not_touched_is_not_read_again(
@@ -132,12 +132,12 @@ def test_a_file_that_was_not_touched_is_not_read_again(
 
     split = plans.plan
     monkeypatch.setattr(plans, "plan", counted)
-    assert made.is_of(path, OPTIONS, name="requests")
+    assert made.input.is_of(path, OPTIONS, name="requests")
     assert not read
-    assert not made.is_of(path, replace(OPTIONS, request_params={"top_p": 1}), name="requests")
+    assert not made.input.is_of(path, replace(OPTIONS, request_params={"top_p": 1}), name="requests")
     copy = tmp_path / "copy.jsonl"
     shutil.copy2(path, copy)
-    assert made.is_of(copy, OPTIONS, name="requests"), "a copy of the same content"
+    assert made.input.is_of(copy, OPTIONS, name="requests"), "a copy of the same content"
     assert read == [path, copy]
 
 
@@ -153,7 +153,7 @@ def test_another_content_is_seen_whatever_the_time_of_the_file(tmp_path: Path, i
     # The clock of a file system ticks a few hundred times a second.
     while other.stat().st_mtime_ns != time or other.stat().st_ctime_ns == changed:
         os.utime(other, ns=(time, time))
-    assert not made.is_of(other, OPTIONS, name="requests")
+    assert not made.input.is_of(other, OPTIONS, name="requests")
 
 
 class Stored:
