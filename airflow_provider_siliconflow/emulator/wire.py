@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from airflow_provider_siliconflow.emulator.faults import Faults
+    from airflow_provider_siliconflow.emulator.live import LiveCall
     from airflow_provider_siliconflow.emulator.service import EmulatedService
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -46,8 +47,6 @@ log = logging.getLogger(__name__)
 API = "/v1"
 _CHAT = "/chat/completions"
 _CHUNK = 1 << 18
-#: Under which a request has the :class:`LiveCall` that was answered for it.
-_ANSWERED = "answered live"
 
 _STORAGE_ERRORS = {
     "ExpiredToken": ("AccessDenied", "Request has expired"),
@@ -56,6 +55,16 @@ _STORAGE_ERRORS = {
         "The request signature we calculated does not match the signature you provided.",
     ),
 }
+
+
+class _LiveAnswer(web.Response):
+    """The answer to a row that was asked live, which is billed."""
+
+    def __init__(self, call: LiveCall) -> None:
+        super().__init__(
+            body=call.content, content_type="text/event-stream" if call.stream else "application/json"
+        )
+        self.call = call
 
 
 class Wire:
@@ -169,20 +178,26 @@ class Wire:
         self._journal.arrived(request.method, route)
         fault = self._faults.take(request.method, target)
         status = 0
+        correct: web.StreamResponse | None = None
+
+        async def kept_work() -> web.StreamResponse:
+            nonlocal correct
+            correct = await work()
+            return correct
+
         try:
             if fault is None:
-                response = await work()
+                response = await kept_work()
             else:
                 log.info("%s %s meets fault %s", request.method, path, fault.kind)
-                response = await self._effects.answer(fault, request, work)
+                response = await self._effects.answer(fault, request, kept_work)
             if request.transport is not None and not request.transport.is_closing():
                 status = response.status
         finally:
             kind = None if fault is None else fault.kind
             self._journal.answered(RecordedRequest(request.method, path, route, status, arrived, kind))
-            call = request.get(_ANSWERED)
-            if call is not None and (not status or kind in TAKES_THE_ANSWER):
-                self._service.live.lose(call)
+            if isinstance(correct, _LiveAnswer) and (not status or kind in TAKES_THE_ANSWER):
+                self._service.live.lose(correct.call)
         frequent = route == _CHAT or (request.method == "GET" and status < 400)
         level = logging.DEBUG if frequent else logging.INFO
         log.log(level, "%s %s -> %s", request.method, path, status or "connection closed")
@@ -257,9 +272,7 @@ class Wire:
         await asyncio.sleep(call.seconds)
         # Also if the client has gone meanwhile: the service does the work, and bills it.
         self._service.live.answer(call)
-        request[_ANSWERED] = call
-        content_type = "text/event-stream" if call.stream else "application/json"
-        return web.Response(body=call.content, content_type=content_type)
+        return _LiveAnswer(call)
 
     async def _post_batch(self, request: web.Request) -> web.StreamResponse:
         body = await _json_body(request)
