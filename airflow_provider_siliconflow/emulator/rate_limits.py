@@ -52,15 +52,13 @@ class RateLimits:
         """Return whether ``live_rpm`` allows a request."""
         if not config.live_rpm:
             return True
-        rate = config.live_rpm / _MINUTE
-        return self._requests.has(1, rate=rate, capacity=max(1.0, rate * config.live_burst), now=now)
+        return _has(self._requests, 1, config.live_rpm, config, now)
 
     def has_tokens(self, amount: int, config: EmulatorConfig, now: float) -> bool:
         """Return whether ``live_tpm`` allows this many tokens."""
         if not config.live_tpm:
             return True
-        rate = config.live_tpm / _MINUTE
-        return self._tokens.has(amount, rate=rate, capacity=rate * config.live_burst, now=now)
+        return _has(self._tokens, amount, config.live_tpm, config, now)
 
     def take(self, tokens: int, config: EmulatorConfig) -> None:
         """Take a request and its tokens, for which both limits have just been asked."""
@@ -68,3 +66,8 @@ class RateLimits:
             self._requests.take(1)
         if config.live_tpm:
             self._tokens.take(tokens)
+
+
+def _has(bucket: TokenBucket, amount: int, per_minute: int, config: EmulatorConfig, now: float) -> bool:
+    rate = per_minute / _MINUTE
+    return bucket.has(amount, rate=rate, capacity=rate * config.live_burst, now=now)
