@@ -53,7 +53,7 @@ def test_a_deferred_job_is_finished_live_by_the_morning(
 ) -> None:
     count, seconds = (3000, 60) if EXHAUSTIVE else (200, 25)
     # A batch that was stopped in its middle takes two minutes to settle; one that has not begun takes none.
-    slow = {"rows_per_second": count * 0.6 / 45} if EXHAUSTIVE else {"queue_seconds": 3600.0}
+    slow: dict[str, Any] = {"rows_per_second": count * 0.6 / 45} if EXHAUSTIVE else {"queue_seconds": 3600.0}
     account = open_account(
         "by_morning", speed=1.0, prices=PRICES, live_latency=0.1, cancelling_seconds=1.0, **slow
     )
@@ -103,8 +103,7 @@ def asked_live(
     }
     conf = {"rows": str(write_requests(folder / "rows.jsonl", ASKED)), "output_dir": str(folder)}
     run_id = live_airflow.trigger("asked_live", conf=conf)
-    for account in accounts.values():
-        eventually(lambda account=account: account.live.answered > 10, 120)
+    eventually(lambda: all(account.live.answered > 10 for account in accounts.values()), 120)
     return run_id, folder, accounts
 
 
@@ -140,8 +139,9 @@ def test_a_killed_worker_asks_at_most_what_was_under_way_again(
     kills, most = 0, 30 if EXHAUSTIVE else 2
     draw = random.Random(7)
     while kills < most and account.live.asked < 2 * ASKED - 30:
-        before = account.live.answered
-        eventually(lambda before=before: account.live.answered > before + draw.randrange(2, 25), 120)
+        wanted = account.live.answered + draw.randrange(2, 25)
+        while account.live.answered < wanted:
+            time.sleep(0.05)
         if live_airflow.task_state("asked_live", run_id, "killed") == "running":
             live_airflow.kill_task("asked_live", run_id, "killed")
             kills += 1
