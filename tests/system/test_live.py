@@ -91,72 +91,69 @@ def test_a_deferred_job_is_finished_live_by_the_morning(
     )
 
 
-@pytest.fixture(scope="module")
-def asked_live(
-    live_airflow: LiveAirflow, open_account: OpenAccount, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path, dict[str, Emulator]]:
-    """A run of the DAG `asked_live`, whose tasks ask rows."""
-    folder = tmp_path_factory.mktemp("asked")
-    names = ("failed", "cleared", "killed")
-    accounts = {
-        name: open_account(f"live-{name}", prices=PRICES, live_latency=0.5, live_jitter=0.5) for name in names
-    }
-    conf = {"rows": str(write_requests(folder / "rows.jsonl", ASKED)), "output_dir": str(folder)}
-    run_id = live_airflow.trigger("asked_live", conf=conf)
-    eventually(lambda: all(account.live.answered > 10 for account in accounts.values()), 120)
-    return run_id, folder, accounts
+class Asking:
+    """A run of a DAG whose task asks rows for 50 seconds."""
+
+    def __init__(self, name: str, airflow: LiveAirflow, open_account: OpenAccount, folder: Path) -> None:
+        self.airflow, self.folder, self.dag_id = airflow, folder, f"asked_live_{name}"
+        self.account = open_account(f"live-{name}", prices=PRICES, live_latency=0.5, live_jitter=0.5)
+        conf = {"rows": str(write_requests(folder / "rows.jsonl", ASKED)), "output_dir": str(folder)}
+        self.run_id = airflow.trigger(self.dag_id, conf=conf)
+        eventually(lambda: self.account.live.answered > 10, 120)
+
+    @property
+    def state(self) -> str | None:
+        return self.airflow.task_state(self.dag_id, self.run_id, "run")
+
+    def check_stops(self) -> None:
+        """Check that no request leaves two seconds after the process of the task is told to end."""
+        eventually(lambda: TERMINATING in self.airflow.task_log(self.dag_id, self.run_id, "run"), 60)
+        time.sleep(2)
+        sent = self.account.request_counts[CHAT]
+        time.sleep(4)
+        assert self.account.request_counts[CHAT] == sent < 2 * ASKED
+
+    def check_ends(self) -> None:
+        """Check that every row is answered in the end."""
+        eventually(lambda: self.state == "success", 300)
+        assert check_results(self.folder / "run", ASKED) == 2 * ASKED
+        assert self.account.live.asked == 2 * ASKED
 
 
 def test_a_task_that_is_marked_failed_stops_asking(
-    live_airflow: LiveAirflow, asked_live: tuple[str, Path, dict[str, Emulator]]
+    live_airflow: LiveAirflow, open_account: OpenAccount, tmp_path: Path
 ) -> None:
-    run_id, _, accounts = asked_live
-    check_stops(live_airflow, run_id, "failed", accounts["failed"], live_airflow.mark_failed)
-    assert accounts["failed"].live.answered < 2 * ASKED
+    asking = Asking("failed", live_airflow, open_account, tmp_path)
+    live_airflow.mark_failed(asking.dag_id, asking.run_id, "run")
+    asking.check_stops()
 
 
 def test_a_task_that_is_cleared_stops_asking_and_the_next_try_asks_the_rest(
-    live_airflow: LiveAirflow, asked_live: tuple[str, Path, dict[str, Emulator]]
+    live_airflow: LiveAirflow, open_account: OpenAccount, tmp_path: Path
 ) -> None:
-    run_id, folder, accounts = asked_live
-    account = accounts["cleared"]
-    if account.live.asked < 2 * ASKED:
-        live_airflow.clear("asked_live", run_id, "cleared")
+    asking = Asking("cleared", live_airflow, open_account, tmp_path)
+    live_airflow.clear(asking.dag_id, asking.run_id, "run")
     if AIRFLOW == (3, 0):
+        # On Airflow 3.0 the task stays `restarting` forever.
+        asking.check_stops()
         return
-    eventually(lambda: account.live.asked == 2 * ASKED, 240)
-    eventually(lambda: live_airflow.task_state("asked_live", run_id, "cleared") == "success", 120)
-    assert check_results(folder / "cleared", ASKED) == 2 * ASKED
+    asking.check_ends()
     # Those under way when it was cleared.
-    assert account.live.asked_again <= 8
+    assert asking.account.live.asked_again <= 8
 
 
 def test_a_killed_worker_asks_at_most_what_was_under_way_again(
-    live_airflow: LiveAirflow, asked_live: tuple[str, Path, dict[str, Emulator]]
+    live_airflow: LiveAirflow, open_account: OpenAccount, tmp_path: Path
 ) -> None:
-    run_id, folder, accounts = asked_live
-    account = accounts["killed"]
+    asking = Asking("killed", live_airflow, open_account, tmp_path)
+    account, draw = asking.account, random.Random(7)
     kills, most = 0, 30 if EXHAUSTIVE else 2
-    draw = random.Random(7)
-    while kills < most and account.live.asked < 2 * ASKED - 30:
+    while kills < most:
         wanted = account.live.answered + draw.randrange(2, 25)
         while account.live.answered < wanted:
             time.sleep(0.05)
-        if live_airflow.task_state("asked_live", run_id, "killed") == "running":
-            live_airflow.kill_task("asked_live", run_id, "killed")
-            kills += 1
-    eventually(lambda: live_airflow.task_state("asked_live", run_id, "killed") == "success", 300)
-    assert check_results(folder / "killed", ASKED) == 2 * ASKED
-    assert account.live.asked == 2 * ASKED
+        live_airflow.kill_task(asking.dag_id, asking.run_id, "run")
+        kills += 1
+    asking.check_ends()
     assert account.live.asked_again <= 8 * kills
     print(f"{kills} kills: {account.live.asked_again} rows asked twice, at most {8 * kills} were under way")
-
-
-def check_stops(airflow: LiveAirflow, run_id: str, task_id: str, account: Emulator, end: Any) -> None:
-    """End a task and check that no request leaves two seconds after its process is told to end."""
-    end("asked_live", run_id, task_id)
-    eventually(lambda: TERMINATING in airflow.task_log("asked_live", run_id, task_id), 60)
-    time.sleep(2)
-    sent = account.request_counts[CHAT]
-    time.sleep(4)
-    assert account.request_counts[CHAT] == sent

@@ -45,8 +45,6 @@ with DAG("by_morning", start_date=datetime(2026, 1, 1), schedule=None):
         **COMMON,
     )
 
-with DAG("asked_live", start_date=datetime(2026, 1, 1), schedule=None):
-    for task_id in ("failed", "cleared", "killed"):
-        RunBatchOperator(
-            task_id=task_id, conn_id=f"live-{task_id}", live_after=0, live_concurrency=8, **COMMON
-        )
+for name in ("failed", "cleared", "killed"):
+    with DAG(f"asked_live_{name}", start_date=datetime(2026, 1, 1), schedule=None):
+        RunBatchOperator(task_id="run", conn_id=f"live-{name}", live_after=0, live_concurrency=8, **COMMON)
