@@ -14,7 +14,6 @@ import pytest
 from tests.system.live import AIRFLOW, EXHAUSTIVE, OpenAccount, batches, eventually, worker_starts
 
 if TYPE_CHECKING:
-    from airflow_provider_siliconflow.emulator.server import Emulator
     from scripts.live_airflow import LiveAirflow
 
 V3, QWEN = "deepseek-ai/DeepSeek-V3", "Qwen/Qwen3-8B"
