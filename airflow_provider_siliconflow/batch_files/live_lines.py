@@ -53,6 +53,12 @@ def answer_line(custom_id: str, completion: bytes, trace_id: str | None) -> byte
     )
 
 
+def without_route(line: bytes) -> bytes:
+    """Return a result line without the field that says how its row was asked: another job did not ask it."""
+    head = line.rstrip().removesuffix(_ROUTE + b"}")
+    return line if head == line.rstrip() else head + b"}"
+
+
 def error_line(custom_id: str, code: str, message: str) -> bytes:
     """
     Return the result line of a row that got no answer, without its newline.

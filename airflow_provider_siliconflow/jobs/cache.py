@@ -33,6 +33,7 @@ from airflow_provider_siliconflow.batch_files.buckets import BUCKETS, Buckets
 from airflow_provider_siliconflow.batch_files.custom_ids import custom_id_of
 from airflow_provider_siliconflow.batch_files.invalid_rows import of_valid_rows
 from airflow_provider_siliconflow.batch_files.lines import LineReader
+from airflow_provider_siliconflow.batch_files.live_lines import without_route
 from airflow_provider_siliconflow.batch_files.merge import BatchFiles
 from airflow_provider_siliconflow.batch_files.segments import (
     Hit,
@@ -372,7 +373,7 @@ def _has_more(path: Any, answers: int) -> bool:
 
 
 def _keep(writer: SegmentWriter, request: bytes, answer: bytes, model: str | None) -> bool:
-    digest, cut = read_request(request), without_custom_id(answer)
+    digest, cut = read_request(request), without_custom_id(without_route(answer))
     # The results may have been replaced since they were written.
     if digest is None or cut is None or custom_id_of(request) != custom_id_of(answer):
         return False

@@ -150,4 +150,5 @@ class LiveJournal:
 
 
 def _folder_of(piece: Piece) -> str:
-    return f"live-{piece.round}/{piece.model}-{piece.shard.index:05d}"
+    # The identity contains the rows, the model and the round, so answers to other rows are never taken for theirs.
+    return f"live-{piece.round}/{piece.work_key[:32]}"

@@ -379,21 +379,21 @@ class Opening:
             count.
         """
         paid = [piece for piece in job.pieces if not isinstance(job.state(piece), Planned | Refused)]
-        is_recorded = paid or job.ledger.damaged
+        is_recorded = paid or job.ledger.damaged or job.live_rounds
         if not is_recorded or (
             not self._try.earlier_tries and self._may_run(job.ledger, self._try.conn_id) is None
         ):
             return
         ids = ", ".join(job.batch_ids[:5]) or "one whose creation was not recorded"
-        what = (
-            f"{len(paid)} batches are paid for"
-            if paid
-            else "batches may be paid for, as the record of them is cut"
-        )
+        more = ", ..." if len(job.batch_ids) > 5 else ""
+        what = f"batches may be paid for, as the record of them is cut ({ids}{more})"
+        if paid:
+            what = f"{len(paid)} batches are paid for ({ids}{more})"
+        elif job.live_rounds:
+            what = "rows were asked live"
         raise InvalidInputError(
-            f"{name} was changed since an earlier try submitted its rows: {what} ({ids}"
-            f"{', ...' if len(job.batch_ids) > 5 else ''}). Nothing was sent. Restore the rows, their order, "
-            "request_params and output_type, and let the task retry, which continues with these batches; or submit the "
+            f"{name} was changed since an earlier try submitted its rows: {what}. Nothing was sent. Restore the rows, "
+            "their order, request_params and output_type, and let the task retry, which continues the job; or submit the "
             "new rows by a manual clear, which pays for what was changed; or give the new rows another output_dir.",
             retryable=True,
         )
@@ -549,9 +549,24 @@ class Opening:
                 raise InvalidInputError(
                     _in_use(self._try.output_dir, theirs.label, f"is running there (batch {running})")
                 )
+            elif self._may_ask_live(plans, ledger):
+                raise InvalidInputError(
+                    _in_use(
+                        self._try.output_dir, theirs.label, "was asking rows live there within the last hour"
+                    ),
+                    retryable=True,
+                )
             elif not any(ledger.work()):
                 # Its rows are planned, and perhaps being uploaded.
                 self._refuse_starting(ledger)
+
+    def _may_ask_live(self, plans: PlanFolder, ledger: FolderLedger) -> bool:
+        """Whether a job that has not finished began to ask rows one by one a while ago, so that it may go on."""
+        start, owner = plans.read_live(), ledger.owner()
+        if start is None:
+            return False
+        latest = max(start.at, 0.0 if owner is None else owner.at)
+        return abs(self._try.clock.time() - latest) < _OPEN_INTENT
 
     def _is_older(self, theirs: Submitter) -> bool:
         """Whether a job of this task is from before its last manual clear, or of a run that was deleted."""

@@ -247,6 +247,9 @@ def unfinished_job(
     :param live_problem: why rows were not asked one by one.
     """
     if live_problem is not None:
+        if job.has_paid or any(tally.ok for tally in collected.tallies.values()):
+            # Whatever the cause, a retry needs only the rest.
+            live_problem.retryable = True
         live_problem.add_note(
             f"The rows that were answered are written to {output_dir}. A retry asks only those without an answer."
         )

@@ -390,3 +390,50 @@ def test_live_after_is_a_time(value: Any, time: float) -> None:
 def test_what_is_no_time_is_refused_by_name(value: Any) -> None:
     with pytest.raises(InvalidInputError, match="live_after must"):
         check_live_after("live_after", value)
+
+
+def test_rows_that_change_between_two_tries_are_refused_and_after_a_clear_new_work(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    emulator.faults.add(Fault("POST /chat/completions", kind="status", skip=4, times=-1, status=401))
+    job = live_job(emulator, tmp_path, rows(8), models=[V3], live_concurrency=1)
+    with pytest.raises(AuthenticationError) as raised:
+        job.attempt()
+    # Four answers are paid for.
+    assert raised.value.retryable
+    emulator.faults.clear()
+    job.requests = [{**row, "temperature": 1} for row in rows(8)]
+    with pytest.raises(
+        InvalidInputError,
+        match=r"was changed since an earlier try submitted its rows: rows were asked live\.",
+    ):
+        job.attempt()
+    job.clear()
+    manifest = job.attempt()
+    assert (manifest["rows"]["ok"], emulator.live.asked, emulator.live.asked_again) == (8, 12, 0)
+
+
+def test_an_answer_of_the_cache_was_not_asked_live_by_this_job(emulator: Emulator, tmp_path: Path) -> None:
+    for night, new in ((1, 8), (2, 2)):
+        job = live_job(emulator, tmp_path / str(night), rows(6 + 2 * night), models=[V3])
+        job.cache_dir = tmp_path / "cache"
+        job.run_id = str(night)
+        manifest = job.attempt()
+        assert manifest["live"]["rows"] == new
+        lines = (tmp_path / str(night) / "results.jsonl").read_text().splitlines()
+        assert sum('"route":"live"' in line for line in lines) == new
+    assert emulator.live.answered == 10
+
+
+def test_another_job_does_not_start_where_rows_are_asked(emulator: Emulator, tmp_path: Path) -> None:
+    emulator.faults.add(Fault("POST /chat/completions", kind="status", skip=4, times=-1, status=401))
+    job = live_job(emulator, tmp_path, rows(8), models=[V3], live_concurrency=1)
+    with pytest.raises(AuthenticationError):
+        job.attempt()
+    emulator.faults.clear()
+    emulator.service.advance(1200)
+    other = live_job(emulator, tmp_path, rows(8), models=[V3])
+    other.run_id = "another"
+    with pytest.raises(InvalidInputError, match="was asking rows live there within the last hour"):
+        other.attempt()
+    assert job.attempt()["rows"]["ok"] == 8
