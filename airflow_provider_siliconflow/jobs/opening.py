@@ -393,8 +393,8 @@ class Opening:
             what = "rows were asked live"
         raise InvalidInputError(
             f"{name} was changed since an earlier try submitted its rows: {what}. Nothing was sent. Restore the rows, "
-            "their order, request_params and output_type, and let the task retry, which continues the job; or submit the "
-            "new rows by a manual clear, which pays for what was changed; or give the new rows another output_dir.",
+            "their order, request_params and output_type, and let the task retry, which continues the job; or submit "
+            "the new rows by a manual clear, which pays for what was changed; or give the new rows another output_dir.",
             retryable=True,
         )
 
