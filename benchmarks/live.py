@@ -141,7 +141,7 @@ def ours(source: Path, out: Path, url: str, concurrency: int) -> dict[str, Any]:
             asking.update(timer.stop())
 
     # The job looks the class up here when it is opened.
-    run_module.LivePhase = TimedPhase  # type: ignore[misc]
+    run_module.LivePhase = TimedPhase  # type: ignore[attr-defined]
     with SiliconFlowClient(ClientSettings(KEY, url)) as client:
         run = make_run(client, out, [MODEL], live_after=LiveAfter(seconds=0.0), live_concurrency=concurrency)
         if run.start(lambda: source, source.name, timeout=None) is not None:
