@@ -49,9 +49,12 @@ def write_input(path: Path, rows: int, chars: int) -> None:
 # The sides --------------------------------------------------------------------------------------------------
 
 
-def ours(source: Path, out: Path, url: str, models: list[str]) -> dict[str, int]:
-    from airflow_provider_siliconflow.api.client import SiliconFlowClient
-    from airflow_provider_siliconflow.api.settings import ClientSettings
+def make_run(client: Any, out: Path, models: list[str], **changes: Any) -> Any:
+    """
+    Return a job of a task's first try.
+
+    :param changes: options that differ from the defaults.
+    """
     from airflow_provider_siliconflow.jobs.identity import Submitter
     from airflow_provider_siliconflow.jobs.ledger import Owner
     from airflow_provider_siliconflow.jobs.opening import JobTry
@@ -72,23 +75,28 @@ def ours(source: Path, out: Path, url: str, models: list[str]) -> dict[str, int]
         "prices": None,
         "request_params": None,
     }
-    with SiliconFlowClient(ClientSettings("sk-emulator", url)) as client:
-        submitter = Submitter("dag", "run", "task", -1, 0)
-        run = BatchRun(
-            JobTry(
-                options=check_options(**options),
-                submitter=submitter,
-                client=client,
-                conn_id="siliconflow_default",
-                output_dir=out,
-                open_submission=lambda ledger: Submission(
-                    client, ledger=ledger, earlier_tries="none", since=0.0
-                ),
-                earlier_tries=False,
-                owner=Owner.new(submitter, try_number=1),
-                cancel_on_kill=True,
-            )
+    submitter = Submitter("dag", "run", "task", -1, 0)
+    return BatchRun(
+        JobTry(
+            options=check_options(**options | changes),
+            submitter=submitter,
+            client=client,
+            conn_id="siliconflow_default",
+            output_dir=out,
+            open_submission=lambda ledger: Submission(client, ledger=ledger, earlier_tries="none", since=0.0),
+            earlier_tries=False,
+            owner=Owner.new(submitter, try_number=1),
+            cancel_on_kill=True,
         )
+    )
+
+
+def ours(source: Path, out: Path, url: str, models: list[str]) -> dict[str, int]:
+    from airflow_provider_siliconflow.api.client import SiliconFlowClient
+    from airflow_provider_siliconflow.api.settings import ClientSettings
+
+    with SiliconFlowClient(ClientSettings("sk-emulator", url)) as client:
+        run = make_run(client, out, models)
         wait = run.start(lambda: source, source.name, timeout=None)
         while wait is not None:
             wait = run.resume(wait_for_all(list(wait.batch_ids), client.get_batch))
@@ -183,11 +191,11 @@ def run_side(name: str, source: Path, out: Path, url: str, models: list[str]) ->
 
 
 @contextlib.contextmanager
-def emulator(folder: Path, models: list[str]) -> Iterator[str]:
+def emulator(folder: Path, models: list[str], *options: str) -> Iterator[str]:
     """Run an emulator in a separate process and yield its base URL."""
     port_file = folder / "url"
     command = [sys.executable, "-m", "airflow_provider_siliconflow.emulator", "--port", "0", "--quiet"]
-    command += ["--port-file", str(port_file), "--speed", "1000000"]
+    command += ["--port-file", str(port_file), "--speed", "1000000", *options]
     for model in models:
         command += ["--model", f"{model}=1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -141,6 +141,8 @@ class _Lane:
     pacer: Pacer
     ahead: list[Question] = field(default_factory=list)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    #: Held by the one request that waits for its turn; the others wait for it.
+    gate: asyncio.Lock = field(default_factory=asyncio.Lock)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     refusals: int = 0
     ends: bool = False
@@ -393,17 +395,19 @@ class Asking:
     async def _turn(self, lane: _Lane) -> int:
         """Wait until a request of a lane may be sent, and count it as sent."""
         now = asyncio.get_running_loop().time
-        while True:
-            if self._stopping.is_set():
-                raise _Stopped
-            delay = lane.pacer.delay(now())
-            if delay == 0.0:
-                return lane.pacer.sent(now())
-            if delay is None:
-                lane.changed.clear()
-                await lane.changed.wait()
-            else:
-                await self._pause(delay)
+        # One at a time: otherwise all that wait would wake up for each that is sent.
+        async with lane.gate:
+            while True:
+                if self._stopping.is_set():
+                    raise _Stopped
+                delay = lane.pacer.delay(now())
+                if delay == 0.0:
+                    return lane.pacer.sent(now())
+                if delay is None:
+                    lane.changed.clear()
+                    await lane.changed.wait()
+                else:
+                    await self._pause(delay)
 
     async def _hold(self, question: Question) -> bool:
         """
