@@ -45,7 +45,7 @@ SKILLS = {
     "deepseek-ai/DeepSeek-V3": 0.88,
 }
 # Judges the answers of the others; the share of verdicts that it gets right.
-JUDGE, JUDGE_SKILL = "Qwen/Qwen3-235B-A22B", 0.97
+JUDGE, JUDGE_SKILL = "Qwen/Qwen3-235B-A22B", 0.85
 JUDGE_PRICE = {"prompt": 1.25, "completion": 5.0}
 NOTE = "Produced by a local emulator: the model names are real, the answers are made up."
 
@@ -286,7 +286,16 @@ def show_leaderboard(console: Console, night: Night) -> None:
     )
     table.add_column("")
     table.add_column("model")
-    for name in ("accuracy", "95 %", "since last night", "judge agrees", "CNY", "tokens", "truncated", "resent"):
+    for name in (
+        "accuracy",
+        "95 %",
+        "since last night",
+        "judge agrees",
+        "CNY",
+        "tokens",
+        "truncated",
+        "resent",
+    ):
         table.add_column(name, justify="right")
     for rank, each in enumerate(night.ranked, 1):
         low, high = each.score.interval

@@ -9,7 +9,7 @@ from html import escape
 
 from markupsafe import Markup
 
-from .formats import percent, short_name
+from .formats import percent, short_name, shortened
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def line_chart(
         parts.append(
             f'<path d="M{from_x + 7:.1f},{from_y:.1f} L{label_x - 6},{place:.1f}" '
             f'stroke="{each.colour}" opacity=".45" fill="none"/>'
-            f'<text x="{label_x}" y="{place + 4:.1f}" class="name">{escape(short_name(each.name))} '
+            f'<text x="{label_x}" y="{place + 4:.1f}" class="name">{escape(shortened(short_name(each.name), 20))} '
             f'<tspan class="value">{escape(axis.value(value))}</tspan></text>'
         )
     return Markup(

@@ -208,10 +208,12 @@ def _cards(night: Night, colour: Colour) -> list[tuple[str, str, Markup]]:
         tints = [*(f"color-mix(in srgb, {hue} {strength}%, var(--surface))" for strength in (30, 62)), hue]
         return list(zip(amounts, tints, strict=True))
 
+    def by_batch(each: Standing) -> int:
+        return max(0, rows_of(each) - each.cached - each.live)
+
     def answered_by(each: Standing) -> str:
-        parts = [(each.cached, "cached"), (each.live, "live")]
-        others = [f"{percent(count / rows_of(each), 0)} {name}" for count, name in parts if count]
-        return ", ".join(others) or "all by batch"
+        counts = (each.cached, by_batch(each), each.live)
+        return " / ".join(f"{count / rows_of(each) * 100:.0f}" for count in counts)
 
     write_cost = amount_format([each.cost for each in ranked])
     return [
@@ -241,13 +243,13 @@ def _cards(night: Night, colour: Colour) -> list[tuple[str, str, Markup]]:
         ),
         (
             "Answered by",
-            "cache, batch, live",
+            "cache / batch / live, %",
             bars(
                 [
                     (
                         each.model,
                         answered_by(each),
-                        shades(each, each.cached, max(0, rows_of(each) - each.cached - each.live), each.live),
+                        shades(each, each.cached, by_batch(each), each.live),
                     )
                     for each in ranked
                 ]
@@ -289,7 +291,9 @@ def _chart(
     series = []
     for model in models:
         found = [night.standing(model) for night in nights]
-        series.append(Series(model, [value(each) if each else None for each in found], colour(model)))
+        values = [value(each) if each else None for each in found]
+        if any(number is not None for number in values):
+            series.append(Series(model, values, colour(model)))
     known = [number for each in series for number in each.values if number is not None]
     return line_chart([date_text(night.date) for night in nights], series, axis(known), title=title)
 

@@ -53,8 +53,8 @@ class Answered(Protocol):
 
 
 def without_thinking(text: str) -> str:
-    """Return a text without what the model thought aloud in ``<think>``."""
-    return _THINKING.sub("", text).strip()
+    """Return a text without what the model thought aloud in ``<think>``, and without what UTF-8 cannot encode."""
+    return _THINKING.sub("", text).strip().encode("utf-8", "replace").decode()
 
 
 def extract_answer(text: str) -> str:
