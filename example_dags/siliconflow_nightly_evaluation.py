@@ -136,7 +136,8 @@ with DAG(
             "dataset": dataset_hash(questions),
             "settings": settings,
             "prices": params["prices"],
-            "live_after": live_after,
+            # An empty text, since an XCom of None is as good as none.
+            "live_after": live_after or "",
         }
 
     @task

@@ -184,11 +184,11 @@ def test_the_gate_names_the_model_that_became_worse_and_the_questions(
     assert f"{len(flipped)} worse, 0 better of 120 questions" in page
     assert {len(standing["score"]["runs"]) for standing in second["standings"]} == {3}
 
-    # An improvement passes; so does a drop, with the gate off.
-    emulator.service.configure({"models": {good: 0.93, bad: 0.88}})
-    assert evaluate(dag_test, emulator, board, conf)[0] == 0
-    emulator.service.configure({"models": {good: 0.93, bad: 0.6}})
-    assert evaluate(dag_test, emulator, board, {**conf, "gate": "skip"})[0] == 0
+    # Worse once more, but now the tasks after the gate are only skipped.
+    emulator.service.configure({"models": {good: 0.93, bad: 0.2}})
+    code, told = evaluate(dag_test, emulator, board, {**conf, "gate": "skip"})
+    assert code == 0, told[-3000:]
+    assert f"Skipping task.: {bad}: WORSE" in told.replace("Skipping task. reason=", "Skipping task.: ")
 
 
 def test_nightly_evaluation_of_a_set_larger_than_a_batch(
