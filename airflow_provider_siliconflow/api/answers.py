@@ -141,6 +141,18 @@ def parse(body: bytes, *, is_list: bool = False) -> Any:
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
+def fields_of(body: bytes) -> dict[str, msgspec.Raw]:
+    """
+    Return the fields of a JSON object, unread.
+
+    :raises ValueError: it is not JSON, or no object.
+    """
+    try:
+        return _decode_fields(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise ValueError(f"it is no JSON object: {exc}") from exc
+
+
 def _parse_int(digits: str) -> int | float:
     # Python refuses to parse more than a few thousand digits.
     return int(digits) if len(digits) < 1000 else float(digits)

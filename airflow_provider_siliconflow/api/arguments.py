@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import timedelta
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
@@ -230,6 +231,76 @@ def check_seconds(name: str, value: Any) -> None:
         raise InvalidInputError(
             f"{name} must be a number of seconds above 0 (and below {_LONGEST_TIME:.0e}), or a timedelta; got {value!r}"
         )
+
+
+#: The latest ``live_after``, in seconds: nothing of a batch is left after the longest window.
+_LATEST_LIVE = MAX_WINDOW_HOURS * 3600
+
+
+@dataclass(frozen=True, slots=True)
+class LiveAfter:
+    """
+    When the rows that are still open are asked one by one.
+
+    :param seconds: this long after the job began; ``None`` if ``at`` is given.
+    :param at: epoch seconds.
+    """
+
+    seconds: float | None = None
+    at: float | None = None
+
+    def time(self, began: float) -> float:
+        """
+        Return the time in epoch seconds.
+
+        :param began: when the job began, in epoch seconds.
+        """
+        return self.at if self.at is not None else began + (self.seconds or 0.0)
+
+
+def check_live_after(name: str, value: Any) -> LiveAfter:
+    """
+    Read when the open rows are asked one by one.
+
+    :param name: what the argument is called.
+    :param value: seconds, a ``timedelta``, a ``datetime`` with a time zone, or the ISO text of one.
+    :raises InvalidInputError: it is none of these.
+    """
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if 0 <= value <= _LATEST_LIVE:
+            return LiveAfter(seconds=float(value))
+    elif isinstance(value, str | datetime):
+        at = value if isinstance(value, datetime) else _time_of(value)
+        if at is not None and at.tzinfo is None:
+            raise InvalidInputError(
+                f"{name} must have a time zone, such as '{at.isoformat()}+08:00'; got {str(value)!r}"
+            )
+        if at is not None:
+            return LiveAfter(at=max(at.timestamp(), 0.0))
+    raise InvalidInputError(
+        f"{name} must be seconds from 0 to {_LATEST_LIVE}, a timedelta, or a time with its zone such as "
+        f"'2026-01-31T08:00:00+08:00'; got {value!r}"
+    )
+
+
+def _time_of(text: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text.strip())
+    except ValueError:
+        return None
+
+
+def check_concurrency(name: str, value: Any) -> int:
+    """
+    Check how many requests may be under way at once.
+
+    :raises InvalidInputError: it is no whole number from 1 to 1000.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1000:
+        raise InvalidInputError(f"{name} must be a whole number from 1 to 1000; got {value!r}")
+    return value
 
 
 def check_identifier(name: str, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The HTTP API over ``aiohttp``, for the triggerer: what a wait needs, and nothing that costs money."""
+"""The HTTP API over ``aiohttp``: what a wait needs in the triggerer, and asking row by row in a worker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from airflow_provider_siliconflow.api import protocol
-from airflow_provider_siliconflow.api.answers import MAX_ANSWER_BYTES, is_success, traced
+from airflow_provider_siliconflow.api.answers import is_success, traced
 from airflow_provider_siliconflow.api.exceptions import (
     InvalidInputError,
     NoAnswerError,
@@ -25,7 +25,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     UnexpectedAnswerError,
 )
 from airflow_provider_siliconflow.api.models import Batch
-from airflow_provider_siliconflow.api.protocol import Call
+from airflow_provider_siliconflow.api.protocol import Call, Completion
 from airflow_provider_siliconflow.api.redaction import brief, remember_proxy
 from airflow_provider_siliconflow.api.settings import ClientSettings, credentials_problem, is_url, trusted
 
@@ -38,11 +38,14 @@ _TURN = 5.0
 #: Connections one client opens at most, stuck ones included.
 MAX_CONNECTIONS = 512
 
+#: Seconds that a model may take for an answer. It comes in one piece, so nothing is heard of it before.
+COMPLETION_LIMIT = 1800.0
+
 #: Bytes of the largest answer that is read within the event loop. Honest ones have one to five thousand. One made up
 #: of what takes the longest to redact holds up the loop for a microsecond per byte.
 _MAX_IN_LOOP = 8 << 10
-#: Most bytes of an answer on the wire, and of its head including interim answers.
-_MAX_BYTES, _MAX_HEAD_BYTES = 2 * MAX_ANSWER_BYTES, 64 << 10
+#: Most bytes of the head of an answer, interim answers included.
+_MAX_HEAD_BYTES = 64 << 10
 #: Most lines in one read from the socket: the parser spends microseconds on each, and nothing else runs meanwhile.
 _MAX_LINES = 1000
 
@@ -52,9 +55,10 @@ class AsyncSiliconFlowClient:
     Calls of the API within an event loop. Many waits may share one client.
 
     :param settings: key, host, timeouts, retries.
+    :param max_calls: calls that run at once; further calls wait.
     """
 
-    def __init__(self, settings: ClientSettings) -> None:
+    def __init__(self, settings: ClientSettings, *, max_calls: int = MAX_CALLS) -> None:
         self.settings = settings
         self._session: aiohttp.ClientSession | None = None
         self._ssl = trusted(settings.verify)
@@ -62,7 +66,7 @@ class AsyncSiliconFlowClient:
         self._timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=settings.connect_timeout, sock_read=settings.timeout
         )
-        self._turns = _Turns()
+        self._turns = _Turns(max_calls)
         self._reader: ThreadPoolExecutor | None = None
 
     def _open_session(self) -> aiohttp.ClientSession:
@@ -111,15 +115,28 @@ class AsyncSiliconFlowClient:
                 return await self._send(call, within)
         raise AssertionError("unreachable")
 
-    async def _send(self, call: Call[T], within: float | None) -> T:
-        limit = min(self.settings.call_limit, within or self.settings.call_limit)
-        progress = _Progress()
+    async def complete_chat(self, content: bytes) -> Completion:
+        """
+        Ask for one chat completion, once, and wait for it as long as a model may take.
+
+        :param content: the body of a request line, as JSON.
+        :raises SiliconFlowError: there is none; :func:`~.protocol.leaves_effect_open` says whether it may be billed.
+        """
+        return await self._send(protocol.complete_chat(content), None, limit=COMPLETION_LIMIT)
+
+    async def _send(self, call: Call[T], within: float | None, *, limit: float | None = None) -> T:
+        timeout = self._timeout
+        if limit is None:
+            limit = min(self.settings.call_limit, within or self.settings.call_limit)
+        else:
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.settings.connect_timeout)
+        progress = _Progress(2 * call.limit(200))
         _PROGRESS.set(progress)
         failure: NotSentError | NoAnswerError | None = None
         try:
             turn = await self._turns.take()
             try:
-                async with asyncio.timeout(limit), self._request(call) as response:
+                async with asyncio.timeout(limit), self._request(call, timeout) as response:
                     progress.response = response
                     body = await _read(call, response)
             finally:
@@ -137,7 +154,7 @@ class AsyncSiliconFlowClient:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="siliconflow-reader")
         return await asyncio.get_running_loop().run_in_executor(self._reader, answer)
 
-    def _request(self, call: Call[Any]) -> Any:
+    def _request(self, call: Call[Any], timeout: aiohttp.ClientTimeout) -> Any:
         data = call.body()
         return self._open_session().request(
             call.method,
@@ -146,6 +163,7 @@ class AsyncSiliconFlowClient:
             headers={"Content-Type": "application/json"} if data is not None else None,
             proxy=self._proxy,
             allow_redirects=False,
+            timeout=timeout,
         )
 
     def _failure(
@@ -208,9 +226,14 @@ async def _read(call: Call[Any], response: aiohttp.ClientResponse) -> bytes:
 
 
 class _Progress:
-    """How far a request got."""
+    """
+    How far a request got.
 
-    def __init__(self) -> None:
+    :param most: most bytes of its answer on the wire.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
         #: Whether there was a connection to send it over.
         self.connected = False
         self.response: aiohttp.ClientResponse | None = None
@@ -227,7 +250,8 @@ class _Turns:
     Calls that get stuck must not keep the others waiting for longer than that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
         #: When each call began that counts, the oldest first.
         self._running: dict[object, float] = {}
         self._waiting: deque[asyncio.Future[object]] = deque()
@@ -258,7 +282,7 @@ class _Turns:
     def _has_room(self, now: float) -> bool:
         while self._running and next(iter(self._running.values())) <= now - _TURN:
             del self._running[next(iter(self._running))]
-        return len(self._running) < MAX_CALLS
+        return len(self._running) < self._most
 
     def _begin(self, now: float) -> object:
         turn = object()
@@ -301,11 +325,12 @@ class _BoundedHandler(ResponseHandler):
     ``aiohttp`` itself limits the length of a line and, in recent versions, the number of headers.
     """
 
-    _bytes = _head_bytes = 0
+    _bytes = _head_bytes = _most = 0
 
     def set_response_params(self, **params: Any) -> None:
         """Prepare for the next answer."""
         self._bytes = self._head_bytes = 0
+        self._most = _PROGRESS.get().most
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
@@ -315,7 +340,7 @@ class _BoundedHandler(ResponseHandler):
         if payload is None or payload.is_eof():
             end = data.find(b"\r\n\r\n")
             self._head_bytes += len(data) if end < 0 else end
-        if self._bytes > _MAX_BYTES or self._head_bytes > _MAX_HEAD_BYTES or data.count(b"\r\n") > _MAX_LINES:
+        if self._bytes > self._most or self._head_bytes > _MAX_HEAD_BYTES or data.count(b"\r\n") > _MAX_LINES:
             error = aiohttp.ClientPayloadError("the answer's head, or the number of its pieces, has no end")
             if payload is not None:
                 payload.set_exception(error)

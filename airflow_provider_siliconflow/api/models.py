@@ -305,13 +305,18 @@ class Account(_Bounded):
     )
 
 
+#: How a row was asked: in a batch, or by itself. Result lines have a field ``route`` only for the latter.
+ROUTE_BATCH, ROUTE_LIVE = "batch", "live"
+
+
 class BatchResult(_Model):
     """
     One line of an output or error file: what became of the row ``custom_id``.
 
     ``response`` and ``error`` are as the service sent them, whatever their size; :attr:`error_code`,
     :attr:`error_message` and :attr:`finish_reason` are short, and without secrets. ``invalid`` is written by this
-    provider: why the answer is not what the job asked for.
+    provider: why the answer is not what the job asked for. ``route`` is ``"live"`` if the row was asked by itself, and
+    otherwise ``None``.
     """
 
     custom_id: str
@@ -320,6 +325,7 @@ class BatchResult(_Model):
     error: Any = None
     trace_id: str | None = None
     invalid: Any = None
+    route: Any = None
     _parsed: Any = PrivateAttr(default=None)
 
     @property

@@ -32,7 +32,7 @@ from airflow_provider_siliconflow.api.exceptions import (
     UnexpectedAnswerError,
 )
 from airflow_provider_siliconflow.api.models import Account, Batch, UploadedFile
-from airflow_provider_siliconflow.api.redaction import brief, snippet, strip_query
+from airflow_provider_siliconflow.api.redaction import brief, hide_in_answer, snippet, strip_query
 from airflow_provider_siliconflow.api.settings import ClientSettings, is_url
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ PAGE_SIZE = 100
 CHUNK_SIZE = 1 << 20
 #: Pieces in which result files are read, in bytes: larger ones are slower by a factor of four.
 READ_SIZE = 1 << 17
+#: Bytes of the largest chat completion that is read: with log probabilities it is larger than other answers.
+MAX_COMPLETION_BYTES = 16 << 20
 #: Entries of one page of a list that are read: as many as there can be of whole batches, within the limits of an answer
 #: (small ones take a hundred times their size in memory).
 MAX_ENTRIES = 50_000
@@ -145,7 +147,73 @@ class Call(Generic[T]):
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """
+    A chat completion, as it came.
+
+    :param body: the JSON object, byte for byte but for line ends between its tokens.
+    :param trace_id: the trace id of the answer, if it has a plausible one.
+    """
+
+    body: bytes
+    trace_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionCall(Call[Completion]):
+    """
+    ``POST /chat/completions``, whose body is sent and whose answer is kept as bytes.
+
+    :param content: the JSON to send.
+    """
+
+    content: bytes = b"{}"
+
+    def body(self) -> bytes | None:
+        """Return the JSON body."""
+        return self.content
+
+    def limit(self, status: int) -> int:
+        """Return how many bytes are read of an answer with this HTTP status."""
+        return MAX_COMPLETION_BYTES if answers.is_success(status) else answers.MAX_ERROR_BYTES
+
+    def answer(self, status: int, headers: Mapping[str, str], body: bytes) -> Completion:
+        """
+        Read an answer; parameters and errors as for :meth:`Call.answer`.
+
+        Only that it is a completion is checked here; its content is judged as that of any result line.
+        """
+        if answers.is_success(status):
+            try:
+                whole = answers.unpack(
+                    body, headers.get("Content-Encoding"), self.limit(status), status=status
+                )
+                fields = answers.fields_of(whole)
+            except ValueError as exc:
+                wrong: str | None = _problems(exc)
+            else:
+                wrong = None
+                if "choices" in fields:
+                    # Line ends can only stand between tokens: in texts they are escaped.
+                    kept = hide_in_answer(whole).replace(b"\r", b" ").replace(b"\n", b" ")
+                    return Completion(kept.strip(), answers.trace_id(headers))
+            if wrong is not None:
+                raise self.unexpected(status, headers, f"{snippet(body)} ({wrong})")
+        # The class is named, since slots make another one of it.
+        return Call.answer(self, status, headers, body)
+
+
 # Calls ----------------------------------------------------------------------------------------------------
+
+
+def complete_chat(content: bytes) -> CompletionCall:
+    """
+    Build ``POST /chat/completions``, which costs money and has no key against being carried out twice.
+
+    :param content: the body of a request line, as JSON.
+    """
+    return CompletionCall("POST", "/chat/completions", _no_completion, repeatable=False, content=content)
 
 
 def create_batch(
@@ -223,6 +291,10 @@ def upload_file() -> Call[UploadedFile]:
     return Call(
         "POST", "/files", lambda data: UploadedFile.model_validate(answers.unwrap(data)), repeatable=False
     )
+
+
+def _no_completion(data: Any) -> Completion:
+    raise ValueError("it has no choices")
 
 
 def _read_batch(data: Any, batch_id: str | None = None) -> Batch:

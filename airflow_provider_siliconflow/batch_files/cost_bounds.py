@@ -23,7 +23,7 @@ from airflow_provider_siliconflow.batch_files.atomic_files import open_own
 from airflow_provider_siliconflow.batch_files.bodies import raw_parameters, with_defaults
 from airflow_provider_siliconflow.batch_files.decimals import exact
 from airflow_provider_siliconflow.batch_files.lines import LineReader
-from airflow_provider_siliconflow.batch_files.prices import CACHED, THINKING, Price, price_of
+from airflow_provider_siliconflow.batch_files.prices import CACHED, THINKING, Price, live_prices, price_of
 
 #: Tokens that a chat template adds: to each message, and to the whole (a system prompt of the model's own).
 MESSAGE_TOKENS, TEMPLATE_TOKENS = 32, 256
@@ -202,6 +202,7 @@ class Tariff:
     :param sent_again: what turns the request line of a row into that of its next attempt; ``None`` if it stays as it
         is.
     :param variants: for each model, body parameters that rows get if they lack them; empty if no model has any.
+    :param live: whether the rows are asked one by one, at the prices for that.
     """
 
     def __init__(
@@ -212,14 +213,16 @@ class Tariff:
         *,
         sent_again: Callable[[bytes], bytes] | None = None,
         variants: Sequence[Mapping[str, Any]] = (),
+        live: bool = False,
     ) -> None:
         self.models = models
+        self._live = live
         self._sent_again = sent_again
         self._variants = [
             (model, raw_parameters(params)) for model, params in zip(models, variants, strict=False)
         ]
         self.max_cost = max_cost
-        self._prices = prices or {}
+        self._prices = live_prices(prices) if live else prices or {}
         # Whole numbers for the loop over the rows: a price times this is one.
         self._unit = lcm(
             *(
@@ -247,10 +250,11 @@ class Tariff:
         if rates is None:
             price = price_of(model, self._prices)
             if price is None:
+                needed = " of rows that are asked live ('live')" if self._live else ""
                 raise InvalidInputError(
-                    f"max_cost needs the price of every model, and prices has none for {model!r}. Nothing was sent. "
-                    "Add it to the argument prices, to the connection's extra or to [siliconflow] prices in Airflow's "
-                    "configuration"
+                    f"max_cost needs the price{needed} of every model, and prices has none for {model!r}. Nothing was "
+                    "sent. Add it to the argument prices, to the connection's extra or to [siliconflow] prices in "
+                    "Airflow's configuration"
                 )
             rates = self._rates[model] = _Rates.of(model, price, self._unit)
         return rates

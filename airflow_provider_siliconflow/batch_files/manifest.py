@@ -9,11 +9,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeAlias
 
 from airflow_provider_siliconflow.api.bounds import MAX_COUNT, MAX_ID
+from airflow_provider_siliconflow.api.models import ROUTE_BATCH, ROUTE_LIVE
 from airflow_provider_siliconflow.api.redaction import brief, shown_word
-from airflow_provider_siliconflow.batch_files.prices import Price, cost, price_of, prompt_cost, rounded
+from airflow_provider_siliconflow.batch_files.prices import (
+    Price,
+    cost,
+    live_prices,
+    price_of,
+    prompt_cost,
+    rounded,
+)
 from airflow_provider_siliconflow.batch_files.tally import ModelTally, Usage
 
 log = logging.getLogger(__name__)
@@ -72,12 +80,14 @@ class ModelRun:
     :param tally: the figures over all shards.
     :param batches: the batches of all rounds.
     :param paths: the files written, such as ``results`` and ``errors``, by name.
+    :param live_rounds: the rows of each round that was asked row by row.
     """
 
     model: str | None
     tally: ModelTally
     batches: Sequence[BatchSummary]
     paths: Mapping[str, str] = field(default_factory=dict)
+    live_rounds: Mapping[int, int] = field(default_factory=dict)
 
 
 def build_manifest(
@@ -90,7 +100,8 @@ def build_manifest(
     Return the manifest as JSON types, safe for XCom: no rows, no signed URLs.
 
     Rows, tokens and cost are given by model and in total. ``usage`` counts the answers that were kept,
-    ``billed_usage`` all answers; ``cost`` is computed from the latter.
+    ``billed_usage`` all answers; ``cost`` is computed from the latter. ``live`` is the part of rows, billed tokens and
+    cost that was asked row by row.
 
     :param runs: one per model.
     :param prices: prices by model, in any case, as checked by :func:`~.prices.check_prices`.
@@ -98,14 +109,21 @@ def build_manifest(
     """
     total = ModelTally()
     models = []
-    costs = []
+    costs, costs_live = [], []
+    live = live_prices(prices)
+    live_rounds: Counter[int] = Counter()
     for run in runs:
         total.add(run.tally)
-        costs.append(_costs(run.tally.billed, price_of(run.model, prices)))
+        live_rounds.update(run.live_rounds)
+        of_live = _costs(run.tally.billed_live, price_of(run.model, live))
+        costs_live.append(of_live)
+        in_batches = _costs(run.tally.billed.without(run.tally.billed_live), price_of(run.model, prices))
+        costs.append(_sum([in_batches, of_live if run.tally.billed_live != Usage() else _NOTHING]))
         models.append(
             {
                 "model": run.model,
-                **_figures(run.tally, run.batches),
+                **_figures(run.tally, run.batches, run.live_rounds),
+                "live": _live_entry(run.tally, of_live),
                 "cost": _cost_entry(costs[-1]),
                 "batches": [batch.to_dict() for batch in run.batches],
                 "paths": dict(run.paths),
@@ -114,7 +132,8 @@ def build_manifest(
     known = [each for each in costs if each is not None]
     if prices and len(known) < len(models):
         log.warning(
-            "The manifest has no cost for %s, and so no total cost: prices has %s",
+            "The manifest has no cost for %s, and so no total cost: prices has %s; rows that were asked live need the "
+            "prices 'live' of their model",
             ", ".join(
                 each["model"] or "rows that name their models" for each in models if each["cost"] is None
             ),
@@ -128,22 +147,36 @@ def build_manifest(
                 each["model"] or "the models that the rows name",
             )
     # A sum without one of the models would look like the total.
-    total_costs = None
-    if known and len(known) == len(models):
-        total_costs = (
-            sum((each[0] for each in known), Fraction()),
-            sum((each[1] for each in known), Fraction()),
-        )
+    total_costs = _sum(costs) if known else None
     return {
         "version": MANIFEST_VERSION,
-        **_figures(total, [batch for run in runs for batch in run.batches]),
+        **_figures(total, [batch for run in runs for batch in run.batches], live_rounds),
+        "live": _live_entry(total, _sum(costs_live)),
         "cost": _cost_entry(total_costs),
         "models": models,
         "paths": dict(paths or {}),
     }
 
 
-def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, Any]:
+_Costs: TypeAlias = tuple[Fraction, Fraction]
+_NOTHING: _Costs = (Fraction(), Fraction())
+
+
+def _sum(costs: Sequence[_Costs | None]) -> _Costs | None:
+    """Return the sum of costs; ``None`` if one of them is not known."""
+    known = [each for each in costs if each is not None]
+    if len(known) < len(costs):
+        return None
+    return sum((each[0] for each in known), Fraction()), sum((each[1] for each in known), Fraction())
+
+
+def _live_entry(tally: ModelTally, costs: _Costs | None) -> dict[str, Any]:
+    return {"rows": tally.live, **_tokens(tally.billed_live), "cost": _cost_entry(costs)}
+
+
+def _figures(
+    tally: ModelTally, batches: Sequence[BatchSummary], live_rounds: Mapping[int, int]
+) -> dict[str, Any]:
     return {
         "rows": {
             "total": _number(tally.rows),
@@ -169,11 +202,15 @@ def _figures(tally: ModelTally, batches: Sequence[BatchSummary]) -> dict[str, An
         "rounds": [
             {
                 "round": number,
+                "route": ROUTE_LIVE if number in live_rounds else ROUTE_BATCH,
                 "batches": sum(batch.round == number for batch in batches),
-                "rows": sum(batch.rows for batch in batches if batch.round == number),
+                "rows": sum(batch.rows for batch in batches if batch.round == number)
+                + live_rounds.get(number, 0),
                 "ok": tally.ok_in_round.get(number, 0),
             }
-            for number in sorted({batch.round for batch in batches} | set(tally.ok_in_round))
+            for number in sorted(
+                {batch.round for batch in batches} | set(tally.ok_in_round) | set(live_rounds)
+            )
         ],
     }
 
@@ -278,9 +315,11 @@ def render_summary(manifest: Mapping[str, Any]) -> str:
     rounds = manifest["rounds"]
     if len(rounds) > 1:
         text += [
-            f"round {each['round']}: {each['rows']:,} rows in {each['batches']:,} batches, {each['ok']:,} ok"
-            for each in rounds
+            f"round {each['round']}: {each['rows']:,} rows {_how(each)}, {each['ok']:,} ok" for each in rounds
         ]
+    if (live := manifest["live"])["rows"]:
+        money = "" if live["cost"] is None else f", for {live['cost']['total']:.2f} CNY"
+        text.append(f"{live['rows']:,} rows were answered live{money}")
     if cached := manifest["cached"]["rows"]:
         saved = manifest["cached"]["total_tokens"]
         text.append(f"{cached:,} rows were answered by the cache, which saved {saved:,} tokens")
@@ -295,6 +334,10 @@ def render_summary(manifest: Mapping[str, Any]) -> str:
             text.append(f"{manifest[name]:,} {label}")
     text += [f"{count:,} x {message}" for message, count in manifest["errors"].items()]
     return "\n".join(text)
+
+
+def _how(round: Mapping[str, Any]) -> str:
+    return "asked live" if round["route"] == ROUTE_LIVE else f"in {round['batches']:,} batches"
 
 
 def _table_row(name: str, figures: Mapping[str, Any]) -> list[str]:

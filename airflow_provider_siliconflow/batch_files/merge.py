@@ -112,6 +112,7 @@ class BatchFiles:
         be any.
     :param cached: whether these are answers of earlier jobs, which are not billed again.
     :param billed: whether its tokens count as billed; not if they are counted elsewhere.
+    :param live: whether its rows were asked one by one: each of its lines is billed, at the price for that.
     """
 
     output: Path | None
@@ -126,6 +127,7 @@ class BatchFiles:
     requests: Source | None = None
     cached: bool = False
     billed: bool = True
+    live: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +245,7 @@ def merge_shard(
         else:
             number = rounds[verdict.batch]
             worth_it = _count_row(verdict, model or asked.models[position], number, tally)
+            tally.live += verdict.outcome is Outcome.OK and batches[verdict.batch].live
             fresh[position] = verdict.outcome is Outcome.OK and number is not None
             if verdict.unjudged:
                 unjudged = Unjudged(verdict.custom_id, verdict.message or "").after(unjudged)
@@ -337,6 +340,7 @@ class _Index:
         number, file = len(self._batches) - 1, len(self.files)
         self.files.append(path)
         duplicates = prompt = completion = reasoning = total = cached = 0
+        twice = Usage()
         with path.open("rb") as stream:
             lines = read_lines(
                 LineReader(stream),
@@ -357,14 +361,20 @@ class _Index:
                 before = verdicts[position]
                 if before is not None and before.batch == number:
                     duplicates += 1
-                    if before.rank >= verdict.rank:
+                    if batch.live:
+                        # The row was asked twice.
+                        if before.rank >= verdict.rank:
+                            verdict.add_usage_to(twice)
+                            continue
+                    elif before.rank >= verdict.rank:
                         continue
-                    # It replaces a line that was already counted.
-                    prompt -= before.prompt
-                    completion -= before.completion
-                    reasoning -= before.reasoning
-                    total -= before.total
-                    cached -= before.cached
+                    else:
+                        # It replaces a line that was already counted.
+                        prompt -= before.prompt
+                        completion -= before.completion
+                        reasoning -= before.reasoning
+                        total -= before.total
+                        cached -= before.cached
                 prompt += verdict.prompt
                 completion += verdict.completion
                 reasoning += verdict.reasoning
@@ -388,7 +398,11 @@ class _Index:
                     verdicts[position] = verdict
         self._budget = budget
         if batch.billed and not batch.cached:
-            tally.billed.add(Usage(prompt, completion, reasoning, total, cached))
+            used = Usage(prompt, completion, reasoning, total, cached)
+            used.add(twice)
+            tally.billed.add(used)
+            if batch.live:
+                tally.billed_live.add(used)
         if duplicates:
             tally.duplicates += duplicates
             log.warning(

@@ -135,6 +135,19 @@ def price_of(model: str | None, prices: Mapping[str, Price] | None) -> Price | N
     return prices.get(model) or by_name.get(model.casefold())
 
 
+def live_prices(prices: Mapping[str, Price] | None) -> dict[str, Price]:
+    """
+    Return the prices of rows that are asked one by one, by model, of the models that have any.
+
+    :param prices: as checked by :func:`check_prices`.
+    """
+    return {
+        model: {**price[LIVE], **({THINKING: price[THINKING]} if THINKING in price else {})}
+        for model, price in (prices or {}).items()
+        if LIVE in price
+    }
+
+
 def merge_prices(*sources: Mapping[str, Price] | None) -> dict[str, Price] | None:
     """
     Return the prices of several sources; ``None`` if there are none.

@@ -351,6 +351,18 @@ def iter_custom_ids(shard: Source) -> Iterator[str]:
     return (row.custom_id for row in iter_rows(shard, LineId))
 
 
+class NamedRow(msgspec.Struct, gc=False):
+    """The ``custom_id`` of a row, and the model that it names."""
+
+    class Body(msgspec.Struct, gc=False):
+        """What is read of the body."""
+
+        model: str | None = None
+
+    custom_id: str
+    body: Body
+
+
 def iter_rows(shard: Source, kind: type[T]) -> Iterator[T]:
     """
     Decode every line of a shard, in order.

@@ -37,6 +37,16 @@ class Usage:
         self.total += other.total
         self.cached += other.cached
 
+    def without(self, other: Usage) -> Usage:
+        """Return this less a part of it."""
+        return Usage(
+            self.prompt - other.prompt,
+            self.completion - other.completion,
+            self.reasoning - other.reasoning,
+            self.total - other.total,
+            self.cached - other.cached,
+        )
+
 
 @dataclass(slots=True)
 class ModelTally:
@@ -55,8 +65,10 @@ class ModelTally:
     :param invalid_input: rows that are invalid and were not sent; they count as ``error`` too.
     :param balance_errors: rows that failed because the account could not pay.
     :param cached: rows that are ok by an answer of an earlier job.
+    :param live: rows that are ok by an answer to the row alone, not in a batch.
     :param usage: tokens of the answers that were kept.
     :param billed: tokens of all answers of all rounds, including those that a later one replaced.
+    :param billed_live: those of them that were asked row by row, at another price.
     :param saved: tokens of the cached answers, which are not billed.
     :param messages: number of rows by error message, see :meth:`add_message`.
     :param invalid_reasons: number of invalid rows by reason, see :meth:`add_invalid_reason`.
@@ -78,8 +90,10 @@ class ModelTally:
     balance_errors: int = 0
     cached: int = 0
     invalid_input: int = 0
+    live: int = 0
     usage: Usage = field(default_factory=Usage)
     billed: Usage = field(default_factory=Usage)
+    billed_live: Usage = field(default_factory=Usage)
     saved: Usage = field(default_factory=Usage)
     finish_reasons: dict[str, int] = field(default_factory=dict)
     messages: dict[str, int] = field(default_factory=dict)
@@ -92,6 +106,7 @@ class ModelTally:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.usage.add(other.usage)
         self.billed.add(other.billed)
+        self.billed_live.add(other.billed_live)
         self.saved.add(other.saved)
         for reason, count in other.finish_reasons.items():
             self.add_finish_reason(reason, count)
@@ -130,5 +145,5 @@ def _count(counts: dict[str, int], text: str, count: int, characters: int, most:
 
 _COUNTS = (
     *("rows", "ok", "error", "invalid", "expired", "missing", "truncated", "empty", "without_usage"),
-    *("mismatches", "duplicates", "foreign", "balance_errors", "cached", "invalid_input"),
+    *("mismatches", "duplicates", "foreign", "balance_errors", "cached", "invalid_input", "live"),
 )

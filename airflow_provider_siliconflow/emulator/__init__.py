@@ -12,6 +12,7 @@ from __future__ import annotations
 from airflow_provider_siliconflow.emulator.bill import Bill, BillLine
 from airflow_provider_siliconflow.emulator.config import EmulatorConfig
 from airflow_provider_siliconflow.emulator.faults import Fault, Faults
+from airflow_provider_siliconflow.emulator.live import LiveFigures
 from airflow_provider_siliconflow.emulator.server import Emulator, running_emulator
 from airflow_provider_siliconflow.emulator.service import EmulatedService, ServiceError
 
@@ -23,6 +24,7 @@ __all__ = [
     "EmulatorConfig",
     "Fault",
     "Faults",
+    "LiveFigures",
     "ServiceError",
     "running_emulator",
 ]

@@ -30,6 +30,7 @@ _PRICED = "deepseek-ai/DeepSeek-V3=1/4/0.5"
 _EPILOG = f"""\
 faults (--fault, repeatable): MATCH:KIND[=VALUE][,NAME=VALUE...] or a JSON object
   'POST /batches:status-after=502'                  the batch is created, the answer is a 502
+  'POST /chat/completions:status=503,times=50'      fifty live requests are refused
   'GET /batches/*:status=429,times=3,retry-after=2' three polls are refused
   'GET storage:cut=1000,skip=1'                     the second download ends after 1,000 bytes
   'GET /batches/*:gzip-bomb=500000000'              a poll is answered with 500 MB, compressed to 0.5 MB
@@ -49,10 +50,11 @@ markers in the user messages of a row:
   [[emulator:missing-field]] a required field is absent [[emulator:fenced]]    the answer is in a code fence
   [[emulator:thinking]]    <think>...</think> before it
   Those for a wrong answer, length and empty also end in -once: only the first time the row is run.
+  A row that is asked live is not missing, not late and not duplicated; all else applies.
 
 The emulator's own API is below /_emulator/ on the same port. It needs a loopback Host, and a
 Content-Type of application/json for all but GET:
-  GET state, bill, requests, faults, config    POST faults, config, release, clock, seed    DELETE faults
+  GET state, bill, live, requests, faults, config    POST faults, config, release, clock, seed    DELETE faults
   POST batches/ID/status, batches/ID/cancel (as on the console), files/ID/forget
 """
 
@@ -87,6 +89,19 @@ def parser() -> argparse.ArgumentParser:
     _number(batches, "--cancelling-seconds", "time from cancelling to cancelled")
     _number(batches, "--row-error-rate", "share of rows that fail the first time they are run")
 
+    live = command.add_argument_group("live requests, on /chat/completions (seconds are real ones)")
+    _number(live, "--live-latency", "seconds an answer takes")
+    _number(live, "--live-jitter", "share by which that varies from body to body")
+    _number(
+        live, "--live-rpm", "refuse with 429 beyond this many requests per minute and model; 0 is no limit"
+    )
+    _number(live, "--live-tpm", "the same for tokens, of prompt and answer; 0 is no limit")
+    _number(live, "--live-burst", "seconds of these limits that can be used at once, but always one request")
+    _number(live, "--live-retry-after", "seconds that a 429 states in Retry-After; 0 leaves the header out")
+    _number(
+        live, "--live-error-rate", "share of rows that fail with 429 or 503 the first time they are asked"
+    )
+
     account = command.add_argument_group("account and answers")
     account.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="keep files and batches here across restarts"
@@ -118,7 +133,13 @@ def parser() -> argparse.ArgumentParser:
         "NAME=PROMPT/COMPLETION[/CACHED]",
         "what a model costs in batches, in CNY per million tokens, for the bill (/_emulator/bill)",
     )
-    _number(account, "--balance", "charge balance in CNY; 0 refuses new batches")
+    _repeatable(
+        account,
+        "--live-price",
+        "NAME=PROMPT/COMPLETION[/CACHED]",
+        "what a model with a --price costs live",
+    )
+    _number(account, "--balance", "charge balance in CNY; 0 refuses new batches and live requests")
     _number(account, "--max-open-batches", "refuse a batch with 429 while this many are open; 0 is no limit")
     _choice(account, "--missing-file-status", "status that refuses a batch over an unknown file")
 
@@ -226,7 +247,7 @@ def _config(options: argparse.Namespace) -> EmulatorConfig:
     }
     values["keys"] = tuple(options.key)
     values["models"] = {**DEFAULT_MODELS, **dict(map(_model, options.model))}
-    values["prices"] = dict(map(_price, options.price))
+    values["prices"] = _prices(options.price, options.live_price)
     for name in ("batch_model", "no_json_model", "no_thinking_model"):
         values[f"{name}s"] = tuple(getattr(options, name))
     return EmulatorConfig(**values)
@@ -240,12 +261,21 @@ def _model(text: str) -> tuple[str, float]:
         return _fail(text), 0.0
 
 
-def _price(text: str) -> tuple[str, dict[str, str]]:
+def _prices(batch: Sequence[str], live: Sequence[str]) -> dict[str, dict[str, Any]]:
+    prices: dict[str, dict[str, Any]] = dict(_price("--price", text) for text in batch)
+    for name, rates in (_price("--live-price", text) for text in live):
+        if name not in prices:
+            raise ValueError(f"--live-price: {name} needs a --price, too, which is that of batches")
+        prices[name]["live"] = rates
+    return prices
+
+
+def _price(option: str, text: str) -> tuple[str, dict[str, str]]:
     name, _, price = text.rpartition("=")
     amounts = price.split("/")
     if not name or len(amounts) not in (2, 3):
         raise ValueError(
-            f"--price is written NAME=PROMPT/COMPLETION[/CACHED], for example {_PRICED}, not {text!r}"
+            f"{option} is written NAME=PROMPT/COMPLETION[/CACHED], for example {_PRICED}, not {text!r}"
         )
     return name, dict(zip(("prompt", "completion", "cached_prompt"), amounts, strict=False))
 

@@ -83,6 +83,21 @@ class Answer(msgspec.Struct, frozen=True):
     usage: Usage
 
 
+class Completion(msgspec.Struct, frozen=True):
+    """
+    An answer as the service sends it.
+
+    :param body: the ``chat.completion`` object.
+    :param digest: stands for the row: custom id, model and body.
+    :param markers: those of the row.
+    """
+
+    body: dict[str, Any]
+    usage: Usage
+    digest: bytes
+    markers: list[str]
+
+
 class AnswerStyle(msgspec.Struct, frozen=True):
     """
     How the rows of a batch are answered beside what is in them.
@@ -124,6 +139,21 @@ class Answerer:
         self, custom_id: str, body: dict[str, Any], flaw: str | None = None, style: AnswerStyle | None = None
     ) -> tuple[bytes, bool]:
         """Return a line of the output file, and whether it has to be written twice. Arguments as of :meth:`answer`."""
+        completion = self.completion(custom_id, body, flaw, style)
+        name = completion.digest.hex()
+        line = {
+            "id": f"batch_req_{name[:16]}",
+            "custom_id": custom_id,
+            "response": {"body": completion.body},
+            "error": None,
+            "trace_id": f"ti_{name[16:]}",
+        }
+        return _encode(line) + b"\n", "duplicate" in completion.markers
+
+    def completion(
+        self, custom_id: str, body: dict[str, Any], flaw: str | None = None, style: AnswerStyle | None = None
+    ) -> Completion:
+        """Return the ``chat.completion`` object of a row. Arguments as of :meth:`answer`."""
         answer, digest, markers = self._answer(custom_id, body, flaw, style or AnswerStyle())
         model = body["model"]
         message: dict[str, Any] = {"role": "assistant", "content": answer.text}
@@ -138,25 +168,16 @@ class Answerer:
             usage["completion_tokens_details"] = {"reasoning_tokens": _tokens(answer.thinking)}
         if used.cached:
             usage["prompt_tokens_details"] = {"cached_tokens": used.cached}
-        name = digest.hex()
-        line = {
-            "id": f"batch_req_{name[:16]}",
-            "custom_id": custom_id,
-            "response": {
-                "body": {
-                    "id": name,
-                    "object": "chat.completion",
-                    "created": _EPOCH + int.from_bytes(digest[:8], "big") % 86400,
-                    "model": "emulator/another-model" if "wrong-model" in markers else model,
-                    "choices": [{"index": 0, "message": message, "finish_reason": answer.finish_reason}],
-                    "usage": usage,
-                    "system_fingerprint": "",
-                }
-            },
-            "error": None,
-            "trace_id": f"ti_{name[16:]}",
+        content = {
+            "id": digest.hex(),
+            "object": "chat.completion",
+            "created": _EPOCH + int.from_bytes(digest[:8], "big") % 86400,
+            "model": "emulator/another-model" if "wrong-model" in markers else model,
+            "choices": [{"index": 0, "message": message, "finish_reason": answer.finish_reason}],
+            "usage": usage,
+            "system_fingerprint": "",
         }
-        return _encode(line) + b"\n", "duplicate" in markers
+        return Completion(content, used, digest, markers)
 
     def _answer(
         self, custom_id: str, body: dict[str, Any], flaw: str | None, style: AnswerStyle
@@ -227,8 +248,12 @@ class Answerer:
 
 def error_line(custom_id: str, reason: str) -> bytes:
     """Return a line of the error file for a row that failed: with an HTTP-like status, or for a parameter."""
-    code, message = _ROW_ERRORS.get(reason, (reason, f"The request failed with status {reason}."))
-    return _error(custom_id, code, message)
+    return _error(custom_id, *row_error(reason))
+
+
+def row_error(reason: str) -> tuple[str, str]:
+    """Return code and message of a row that failed: with an HTTP-like status, or for a parameter."""
+    return _ROW_ERRORS.get(reason, (reason, f"The request failed with status {reason}."))
 
 
 def expired_line(custom_id: str) -> bytes:

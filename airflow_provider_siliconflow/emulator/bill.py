@@ -2,6 +2,14 @@
 The bill: what the rows that were answered so far cost.
 
 It is made from the answers themselves, so a test can hold what a client read and added up against it.
+
+The names that tests rely on: ``bill.lines``, each with ``model``, ``route`` (``"batch"`` or ``"live"``), ``rows``
+(answers), ``prompt_tokens``, ``cached_tokens``, ``completion_tokens``, ``cost``, and on the live route ``refused``
+(requests with a 429) and ``lost`` (answered and billed, but the client did not get it); ``bill.total``,
+``bill.cost(model, route)``, ``bill.rows(model, route)``. The live route costs ``prices[model].live``. How often bodies
+were answered is not on the bill, but in ``emulator.live`` (control call ``GET live``): ``answered``, ``lost``,
+``refused``, ``failed``, ``open``, ``most_open``, ``asked`` (different bodies) and ``asked_again`` (answers beyond the
+first of their body).
 """
 
 from __future__ import annotations
@@ -11,7 +19,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from airflow_provider_siliconflow.emulator.answers import Usage
+from airflow_provider_siliconflow.emulator.live import LiveCount
 from airflow_provider_siliconflow.emulator.results import finished_rows, style_of
 from airflow_provider_siliconflow.emulator.rows import decode_row
 
@@ -20,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from airflow_provider_siliconflow.emulator.answers import Answerer
+    from airflow_provider_siliconflow.emulator.answers import Answerer, Usage
     from airflow_provider_siliconflow.emulator.prices import Price, Route
     from airflow_provider_siliconflow.emulator.records import BatchRecord
 
@@ -36,6 +44,8 @@ class BillLine:
     :param cached_tokens: those of the prompts that came from the service's cache.
     :param completion_tokens: of the answers, thinking included.
     :param cost: in CNY, exact; None when ``prices`` has no price for it.
+    :param refused: live requests that were refused with 429; they cost nothing.
+    :param lost: live answers that the client did not get; they are among ``rows``.
     """
 
     model: str
@@ -45,6 +55,8 @@ class BillLine:
     cached_tokens: int
     completion_tokens: int
     cost: Decimal | None
+    refused: int = 0
+    lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,8 +72,15 @@ class Bill:
 
     def cost(self, model: str | None = None, route: Route | None = None) -> Decimal:
         """Return the part of the total that belongs to a model, a route or both."""
-        chosen = [one for one in self.lines if model in (None, one.model) and route in (None, one.route)]
-        return Bill(tuple(chosen)).total
+        return self._part(model, route).total
+
+    def rows(self, model: str | None = None, route: Route | None = None) -> int:
+        """Return how many answers belong to a model, a route or both."""
+        return sum(line.rows for line in self._part(model, route).lines)
+
+    def _part(self, model: str | None, route: Route | None) -> Bill:
+        lines = (one for one in self.lines if model in (None, one.model) and route in (None, one.route))
+        return Bill(tuple(lines))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the bill as the control calls show it; amounts are texts, so that they stay exact."""
@@ -72,15 +91,22 @@ class Bill:
         return {"total": format(self.total, "f"), "currency": "CNY", "lines": lines}
 
 
-def make_bill(usage: Mapping[tuple[str, Route], Usage], prices: Mapping[str, Price]) -> Bill:
+def make_bill(
+    batches: Mapping[str, Usage], live: Mapping[str, LiveCount], prices: Mapping[str, Price]
+) -> Bill:
     """
     Make a bill.
 
-    :param usage: by model and route.
+    :param batches: what was used in batches, by model.
+    :param live: what was asked live, by model.
     :param prices: by model.
     """
     lines = []
-    for (model, route), used in sorted(usage.items()):
+    sections: list[tuple[str, Route, LiveCount]] = []
+    sections += [(model, "batch", LiveCount(used)) for model, used in batches.items()]
+    sections += [(model, "live", count) for model, count in live.items()]
+    for model, route, count in sorted(sections, key=lambda one: one[:2]):
+        used = count.usage
         rates = prices[model].rates(route) if model in prices else None
         cost = None
         if rates is not None:
@@ -88,7 +114,19 @@ def make_bill(usage: Mapping[tuple[str, Route], Usage], prices: Mapping[str, Pri
             millionths = (used.prompt - used.cached) * rates.prompt
             millionths += used.cached * cached + used.completion * rates.completion
             cost = millionths / 1_000_000
-        lines.append(BillLine(model, route, used.rows, used.prompt, used.cached, used.completion, cost))
+        lines.append(
+            BillLine(
+                model=model,
+                route=route,
+                rows=used.rows,
+                prompt_tokens=used.prompt,
+                cached_tokens=used.cached,
+                completion_tokens=used.completion,
+                cost=cost,
+                refused=count.refused,
+                lost=count.lost,
+            )
+        )
     return Bill(tuple(lines))
 
 

@@ -78,9 +78,18 @@ class EmulatorConfig:
         not bounded by ``max_tokens``; 0 is a sentence.
     :param cached_share: share (0 to 1) of the tokens of every prompt that come from the service's cache; usage then
         has ``prompt_tokens_details``.
+    :param live_latency: wall seconds that an answer on ``/chat/completions`` takes.
+    :param live_jitter: share (0 to 1) by which that time varies from body to body, to either side.
+    :param live_rpm: requests per minute and model that are asked live; beyond it they are refused with 429; 0 is no
+        limit.
+    :param live_tpm: tokens per minute and model, prompt and answer, reserved when a request arrives; 0 is no limit.
+    :param live_burst: seconds of these two limits that can be used at once, but always one request.
+    :param live_retry_after: seconds that a live 429 states in ``Retry-After``; 0 leaves the header out.
+    :param live_error_rate: share of rows (0 to 1) that fail with a 429 or 503 the first time they are asked live.
     :param prices: CNY per million tokens by model, as ``{"prompt": ..., "completion": ..., "cached_prompt": ...,
         "live": {...}}``, the last two optional; the bill is made of them.
-    :param balance: charge balance in CNY; at or below zero a batch is refused with 402.
+    :param balance: charge balance in CNY; at or below zero batches and live requests are refused
+        with 402.
     :param max_open_batches: a batch is refused with 429 while this many have not ended; 0 is no limit.
     :param missing_file_status: status, 404 or 400, that refuses a batch over an unknown file.
     :param keys: accepted API keys; empty accepts any key that does not begin with ``sk-invalid``.
@@ -125,6 +134,13 @@ class EmulatorConfig:
     wrong_attempts: int = 1
     thinking_tokens: int = 0
     cached_share: float = 0.0
+    live_latency: float = 0.2
+    live_jitter: float = 0.0
+    live_rpm: int = 0
+    live_tpm: int = 0
+    live_burst: float = 1.0
+    live_retry_after: float = 0.0
+    live_error_rate: float = 0.0
     prices: dict[str, Price] = field(default_factory=dict)
     balance: float = 88.0
     max_open_batches: int = 0
@@ -158,7 +174,7 @@ class EmulatorConfig:
             if getattr(self, name) not in choices:
                 known = ", ".join(map(str, choices))
                 raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
-        for name in ("row_error_rate", "cached_share", *ANSWER_RATES):
+        for name in ("row_error_rate", "cached_share", "live_jitter", "live_error_rate", *ANSWER_RATES):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
         if self.answer_rate > 1:
@@ -217,6 +233,11 @@ _AT_LEAST_ZERO = (
     "settle_seconds",
     "list_lag_seconds",
     "list_limit",
+    "live_latency",
+    "live_rpm",
+    "live_tpm",
+    "live_burst",
+    "live_retry_after",
     "max_open_batches",
     "wrong_attempts",
     "thinking_tokens",

@@ -38,6 +38,7 @@ class Control:
         return [
             web.get(f"{PREFIX}state", self._state),
             web.get(f"{PREFIX}bill", self._bill),
+            web.get(f"{PREFIX}live", self._live),
             web.get(f"{PREFIX}requests", self._requests),
             web.get(f"{PREFIX}faults", self._list_faults),
             web.post(f"{PREFIX}faults", self._add_fault),
@@ -87,6 +88,9 @@ class Control:
 
     async def _bill(self, request: web.Request) -> web.StreamResponse:
         return json_response((await asyncio.to_thread(self._service.bill)).as_dict())
+
+    async def _live(self, request: web.Request) -> web.StreamResponse:
+        return json_response(self._service.live.figures().as_dict())
 
     async def _requests(self, request: web.Request) -> web.StreamResponse:
         return json_response([asdict(one) for one in self._journal.requests])

@@ -14,7 +14,7 @@ from airflow_provider_siliconflow.emulator.parameters import (
     can_be_refused,
     refused_parameter,
 )
-from airflow_provider_siliconflow.emulator.refusals import ServiceError, invalid_parameter
+from airflow_provider_siliconflow.emulator.refusals import invalid_parameter, unknown_model
 from airflow_provider_siliconflow.emulator.rows import ENDPOINT, decode_row_name
 from airflow_provider_siliconflow.emulator.timeline import FinishOrder
 
@@ -83,8 +83,7 @@ def check_models(file: FileScan, model: str | None, config: EmulatorConfig) -> N
     """
     for name in [model] if model is not None else file.models:
         if name not in (config.batch_models or config.models):
-            message = "Model does not exist. Please check it carefully."
-            raise ServiceError(400, {"code": 20012, "message": message, "data": None})
+            raise unknown_model()
 
 
 def needs_rows(file: FileScan, replace: Mapping[str, Any], config: EmulatorConfig) -> bool:

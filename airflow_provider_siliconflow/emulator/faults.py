@@ -38,6 +38,8 @@ _KINDS: dict[str, tuple[str, Any]] = {
     "endless-continue": ("seconds", 60.0),
     "many-headers": ("count", 1_000_000),
 }
+#: The kinds under which a request is carried out and its answer does not arrive.
+TAKES_THE_ANSWER = frozenset({"status-after", "reset-after", "cut", "truncated-json", "empty"})
 #: How ``huge``, ``endless`` and ``gzip-bomb`` fill a body.
 FILLS = ("spaces", "junk", "lines")
 KINDS = tuple(_KINDS)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 _KEPT_REQUESTS = 20_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RecordedRequest:
     """
     A request the server has answered.

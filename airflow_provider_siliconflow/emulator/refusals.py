@@ -38,6 +38,8 @@ class ServiceError(Exception):
         super().__init__(f"{status} {body}")
         self.status = status
         self.body = body
+        #: Headers of the answer beside the usual ones.
+        self.headers: dict[str, str] = {}
 
 
 def default_refusal(status: int) -> ServiceError:
@@ -48,6 +50,18 @@ def default_refusal(status: int) -> ServiceError:
 def invalid_parameter(message: str) -> ServiceError:
     """Return the refusal of a request with a wrong parameter."""
     return ServiceError(400, {"code": 20015, "message": message, "data": None})
+
+
+def unknown_model() -> ServiceError:
+    """Return the refusal of a model that does not exist."""
+    message = "Model does not exist. Please check it carefully."
+    return ServiceError(400, {"code": 20012, "message": message, "data": None})
+
+
+def rate_limited(limit: str) -> ServiceError:
+    """Return the refusal over a rate limit, ``RPM`` or ``TPM``."""
+    message = f"Request was rejected due to rate limiting. Details: {limit} limit reached."
+    return ServiceError(429, {"message": message, "data": None})
 
 
 def not_found() -> ServiceError:

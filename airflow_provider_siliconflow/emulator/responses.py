@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from aiohttp import web
 
 from airflow_provider_siliconflow.emulator.odd_json import encode_odd
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 TRACE_HEADER = "x-siliconcloud-trace-id"
 _encode = msgspec.json.Encoder().encode
@@ -19,9 +22,9 @@ def new_trace() -> str:
     return f"ti_{secrets.token_hex(8)}"
 
 
-def json_response(body: Any, status: int = 200) -> web.Response:
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     """Return a JSON answer."""
-    return web.Response(body=_encode(body), status=status, content_type="application/json")
+    return web.Response(body=_encode(body), status=status, headers=headers, content_type="application/json")
 
 
 def odd_json_response(body: Any, status: int = 200) -> web.Response:

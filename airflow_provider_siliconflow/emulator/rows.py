@@ -12,7 +12,7 @@ from airflow_provider_siliconflow.emulator.flaws import FLAWS
 from airflow_provider_siliconflow.emulator.parameters import CHECKED_PARAMETERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 ENDPOINT = "/v1/chat/completions"
@@ -133,6 +133,36 @@ def _is_known_marker(marker: str) -> bool:
     return marker in _PLAIN_MARKERS
 
 
+def _marker_problem(markers: Iterable[str]) -> str | None:
+    unknown = [marker for marker in markers if not _is_known_marker(marker)]
+    return f"unknown marker [[emulator:{unknown[0]}]]." if unknown else None
+
+
+def _last_message_problem(body: _CheckedBody) -> str | None:
+    last = body.messages[-1]
+    if last.role != "user":
+        return f"the last message must have the role user, not {last.role}."
+    return None if last.content is not None else "the last message's content must not be null."
+
+
+def body_problem(body: object, format_problem: Callable[[object], str | None]) -> str | None:
+    """
+    Check a body that comes without a line around it, as the lines of a file are checked.
+
+    :return: what is wrong with it, None if it is valid.
+    """
+    try:
+        checked = msgspec.convert(body, _CheckedBody)
+    except msgspec.ValidationError as error:
+        return f"{error}."
+    assert isinstance(body, dict)
+    return (
+        _last_message_problem(checked)
+        or format_problem(body.get("response_format"))
+        or _marker_problem(marker for text in user_texts(body) for marker in markers_of(text))
+    )
+
+
 def scan_file(
     path: Path, max_lines: int, format_problem: Callable[[object], str | None] = lambda _: None
 ) -> tuple[FileScan, array[int]]:
@@ -205,11 +235,9 @@ def _check_line(
     if checked.custom_id in seen:
         return f"custom_id {checked.custom_id!r} is not unique."
     seen.add(checked.custom_id)
-    last = checked.body.messages[-1]
-    if last.role != "user":
-        return f"the last message must have the role user, not {last.role}."
-    if last.content is None:
-        return "the last message's content must not be null."
+    problem = _last_message_problem(checked.body)
+    if problem is not None:
+        return problem
     if checked.url is not None and checked.url != ENDPOINT:
         return f"url must be {ENDPOINT}, not {checked.url!r}."
     if checked.method is not None and checked.method != "POST":
@@ -227,9 +255,9 @@ def _check_line(
         return problem
     if _MARKER_START in line:
         markers = markers_of("\n".join(user_texts(body)))
-        for marker in markers:
-            if not _is_known_marker(marker):
-                return f"unknown marker [[emulator:{marker}]]."
+        problem = _marker_problem(markers)
+        if problem is not None:
+            return problem
         if markers:
             scan.marked.append(
                 MarkedRow(scan.line_count - 1, checked.custom_id, checked.body.model, markers),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from airflow_provider_siliconflow.emulator.bill import Bill
+    from airflow_provider_siliconflow.emulator.live import LiveFigures
 
 
 class EmulatorServer:
@@ -174,6 +175,11 @@ class Emulator:
     def bill(self) -> Bill:
         """What the rows that are done by now cost, by model and route."""
         return self.service.bill()
+
+    @property
+    def live(self) -> LiveFigures:
+        """How many requests came to ``/chat/completions``, and how often bodies were answered again."""
+        return self.service.live.figures()
 
     @property
     def airflow_connection(self) -> str:

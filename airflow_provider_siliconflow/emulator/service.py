@@ -32,6 +32,7 @@ from airflow_provider_siliconflow.emulator.creation import (
 )
 from airflow_provider_siliconflow.emulator.disk import Disk
 from airflow_provider_siliconflow.emulator.listing import list_page
+from airflow_provider_siliconflow.emulator.live import LiveDesk
 from airflow_provider_siliconflow.emulator.records import (
     LETTERS,
     BatchRecord,
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
 
     from airflow_provider_siliconflow.emulator.answers import Usage
     from airflow_provider_siliconflow.emulator.config import EmulatorConfig, MetadataForm
-    from airflow_provider_siliconflow.emulator.prices import Route
 
 __all__ = ["EmulatedService", "ServiceError"]
 
@@ -101,6 +101,8 @@ class EmulatedService:
         self._batches: dict[str, BatchRecord] = {}
         self._order: list[tuple[float, int, str]] = []
         self._seq = 0
+        #: The rows that are asked live. Not kept across restarts.
+        self.live = LiveDesk(lambda: self.config, lambda: self._answerer, self._schemas.problem, self.now)
         self._fates = RowFates()
         self._meters: dict[str, BatchMeter] = {}
         self._result_ids: dict[str, tuple[str, ResultKind]] = {}
@@ -422,7 +424,7 @@ class EmulatedService:
 
     def bill(self) -> Bill:
         """
-        Return what the rows that are done by now cost, at the prices in force.
+        Return what the rows that are done by now cost, in batches and live, at the prices in force.
 
         A row that fails, expires or is in neither file costs nothing; one that comes twice is paid once. The first
         call makes every answer again, so no event loop should wait for it.
@@ -434,7 +436,7 @@ class EmulatedService:
                 for batch in self._batches.values()
                 if not batch.foreign
             ]
-        used: dict[tuple[str, Route], Usage] = {}
+        used: dict[str, Usage] = {}
         for batch, done in running:
             file_id = batch.request["input_file_id"]
             with self._lock:
@@ -444,9 +446,8 @@ class EmulatedService:
             if done == 0:
                 continue
             for model, usage in meter.read(done, self._uploads.offsets(file_id), answerer).items():
-                key: tuple[str, Route] = (model, "batch")
-                used[key] = used[key] + usage if key in used else usage
-        return make_bill(used, self.config.prices)
+                used[model] = used[model] + usage if model in used else usage
+        return make_bill(used, self.live.counts(), self.config.prices)
 
     # -- inside -----------------------------------------------------------------------------------------
 

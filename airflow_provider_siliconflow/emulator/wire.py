@@ -14,6 +14,7 @@ from aiohttp import BodyPartReader, web
 
 from airflow_provider_siliconflow.emulator.control import PREFIX, Control
 from airflow_provider_siliconflow.emulator.fault_effects import FaultEffects, read_away
+from airflow_provider_siliconflow.emulator.faults import TAKES_THE_ANSWER
 from airflow_provider_siliconflow.emulator.journal import Journal, RecordedRequest
 from airflow_provider_siliconflow.emulator.records import RESULT_KINDS
 from airflow_provider_siliconflow.emulator.refusals import (
@@ -28,12 +29,14 @@ from airflow_provider_siliconflow.emulator.responses import (
     new_trace,
     storage_error,
 )
+from airflow_provider_siliconflow.emulator.rows import MAX_LINE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from airflow_provider_siliconflow.emulator.faults import Faults
+    from airflow_provider_siliconflow.emulator.live import LiveCall
     from airflow_provider_siliconflow.emulator.service import EmulatedService
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -42,6 +45,7 @@ log = logging.getLogger(__name__)
 
 #: Path below which the API lives.
 API = "/v1"
+_CHAT = "/chat/completions"
 _CHUNK = 1 << 18
 
 _STORAGE_ERRORS = {
@@ -51,6 +55,16 @@ _STORAGE_ERRORS = {
         "The request signature we calculated does not match the signature you provided.",
     ),
 }
+
+
+class _LiveAnswer(web.Response):
+    """The answer to a row that was asked live, which is billed."""
+
+    def __init__(self, call: LiveCall) -> None:
+        super().__init__(
+            body=call.content, content_type="text/event-stream" if call.stream else "application/json"
+        )
+        self.call = call
 
 
 class Wire:
@@ -73,7 +87,7 @@ class Wire:
 
     def api_app(self) -> web.Application:
         """Return the API with its control calls, for one port."""
-        app = web.Application(middlewares=[self._api_middleware])
+        app = web.Application(middlewares=[self._api_middleware], client_max_size=MAX_LINE_BYTES)
         app.on_response_prepare.append(self._complete_headers)
         app.add_routes(
             [
@@ -86,6 +100,7 @@ class Wire:
                 web.get(f"{API}/batches", self._list_batches),
                 web.get(f"{API}/batches/{{id}}", self._get_batch),
                 web.post(f"{API}/batches/{{id}}/cancel", self._cancel_batch),
+                web.post(f"{API}{_CHAT}", self._post_chat),
                 web.get(f"{API}/user/info", self._user_info),
                 web.get(f"{API}/models", self._models),
                 *self._control.routes(),
@@ -123,7 +138,7 @@ class Wire:
                 return await handler(request)
             except ServiceError as error:
                 await read_away(request)
-                return json_response(error.body, error.status)
+                return json_response(error.body, error.status, error.headers)
             except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
                 return json_response(DEFAULT_BODIES[404], 404)
 
@@ -163,18 +178,28 @@ class Wire:
         self._journal.arrived(request.method, route)
         fault = self._faults.take(request.method, target)
         status = 0
+        correct: web.StreamResponse | None = None
+
+        async def kept_work() -> web.StreamResponse:
+            nonlocal correct
+            correct = await work()
+            return correct
+
         try:
             if fault is None:
-                response = await work()
+                response = await kept_work()
             else:
                 log.info("%s %s meets fault %s", request.method, path, fault.kind)
-                response = await self._effects.answer(fault, request, work)
+                response = await self._effects.answer(fault, request, kept_work)
             if request.transport is not None and not request.transport.is_closing():
                 status = response.status
         finally:
             kind = None if fault is None else fault.kind
             self._journal.answered(RecordedRequest(request.method, path, route, status, arrived, kind))
-        level = logging.DEBUG if request.method == "GET" and status < 400 else logging.INFO
+            if isinstance(correct, _LiveAnswer) and (not status or kind in TAKES_THE_ANSWER):
+                self._service.live.lose(correct.call)
+        frequent = route == _CHAT or (request.method == "GET" and status < 400)
+        level = logging.DEBUG if frequent else logging.INFO
         log.log(level, "%s %s -> %s", request.method, path, status or "connection closed")
         return response
 
@@ -242,11 +267,15 @@ class Wire:
         path = await self._in_thread(self._service.open_content, request.match_info["id"])
         return web.FileResponse(path, headers={"Content-Type": "application/octet-stream"})
 
+    async def _post_chat(self, request: web.Request) -> web.StreamResponse:
+        call = self._service.live.ask(await _json_body(request))
+        await asyncio.sleep(call.seconds)
+        # Also if the client has gone meanwhile: the service does the work, and bills it.
+        self._service.live.answer(call)
+        return _LiveAnswer(call)
+
     async def _post_batch(self, request: web.Request) -> web.StreamResponse:
-        try:
-            body = msgspec.json.decode(await request.read())
-        except msgspec.DecodeError as error:
-            raise invalid_parameter(f"The body is not valid JSON: {error}") from None
+        body = await _json_body(request)
         if self._service.creation_is_slow(body):
             return json_response(await self._in_thread(self._service.create_batch, body))
         return json_response(self._service.create_batch(body))
@@ -275,3 +304,10 @@ class Wire:
                 path = await self._in_thread(self._service.open_results, request.match_info["id"], kind)
                 return web.FileResponse(path, headers={"Content-Type": "application/octet-stream"})
         raise not_found()
+
+
+async def _json_body(request: web.Request) -> Any:
+    try:
+        return msgspec.json.decode(await request.read())
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise invalid_parameter(f"The body is not valid JSON: {error}") from None

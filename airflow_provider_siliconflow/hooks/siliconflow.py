@@ -233,12 +233,14 @@ class SiliconFlowHook(BaseHook):
         poll_interval: float = 60,
         deadline: float | None = None,
         min_ended: int | None = None,
+        resume_at: float | None = None,
     ) -> list[Batch]:
         """
         Wait until several batches have ended; see :meth:`wait_for_batch`.
 
         :param deadline: epoch seconds.
         :param min_ended: how many ended batches end the wait; by default all.
+        :param resume_at: epoch seconds at which the wait ends, whatever has ended by then.
         :returns: the ended batches.
         """
         from airflow_provider_siliconflow.api.arguments import check_identifiers
@@ -246,13 +248,18 @@ class SiliconFlowHook(BaseHook):
         from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
         wait = BatchWait(
-            check_identifiers("batch_ids", list(batch_ids)), time.time(), poll_interval, deadline, min_ended
+            check_identifiers("batch_ids", list(batch_ids)),
+            time.time(),
+            poll_interval,
+            deadline,
+            min_ended,
+            resume_at=resume_at,
         )
         with ProgressBar(wait) as bar:
             while True:
                 self.poll_once(wait)
                 bar.show()
-                if wait.finished:
+                if wait.is_over(time.time()):
                     return wait.batches
                 wait.check_deadline(time.time())
                 time.sleep(wait.pause(time.time()))

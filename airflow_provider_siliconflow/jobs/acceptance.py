@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from airflow_provider_siliconflow.api.answer_texts import without_thinking
-from airflow_provider_siliconflow.api.models import BatchResult
+from airflow_provider_siliconflow.api.models import BatchResult, Outcome
 from airflow_provider_siliconflow.api.redaction import valid_text
 from airflow_provider_siliconflow.api.sources import Source
 from airflow_provider_siliconflow.batch_files.bodies import raw_parameters, sent_again
@@ -50,6 +50,9 @@ _UNREADABLE = "the result line cannot be read as a whole"
 
 #: Characters of the longest answer that the next attempt shows to the model: more would cost more than it helps.
 _LONGEST_SHOWN = 32_000
+
+#: Outcomes of rows that no model answered.
+_UNANSWERED = (Outcome.MISSING, Outcome.EXPIRED)
 
 _INSTRUCTION = "Answer with JSON that satisfies this JSON schema, and with nothing else:\n"
 _REPLY = "This answer cannot be used: {}.\nAnswer again, completely, with nothing but JSON that satisfies the schema."
@@ -161,7 +164,9 @@ class Acceptance:
         params = raw_parameters(self.retry_params)
         return lambda line: sent_again(line, params, None) or line
 
-    def next_attempt(self, errors: Source, max_bytes: int) -> Callable[[bytes], bytes] | None:
+    def next_attempt(
+        self, errors: Source, max_bytes: int, *, keeps_unanswered: bool = False
+    ) -> Callable[[bytes], bytes] | None:
         """
         Return what turns the request line of a row into that of its next attempt; ``None`` if it stays as it is.
 
@@ -169,14 +174,18 @@ class Acceptance:
 
         :param errors: the results of the rows that are not ok, in the order of the rows.
         :param max_bytes: bytes of the longest line, including the newline.
+        :param keeps_unanswered: whether a row without any result stays as it is: perhaps it was never sent.
         """
         if self.output_type is None and not self.retry_params:
             return None
+        # Lines that only a judge could read have nothing to show.
+        results = read_results(errors, on_unreadable=lambda problem: None)
         return _NextAttempt(
             raw_parameters(self.retry_params or {}),
-            # Lines that only a judge could read have nothing to show.
-            None if self.output_type is None else read_results(errors, on_unreadable=lambda problem: None),
+            results if self.output_type is not None or keeps_unanswered else None,
             min(max_bytes, LONGEST_LINE),
+            shows=self.output_type is not None,
+            keeps_unanswered=keeps_unanswered,
         )
 
 
@@ -197,27 +206,42 @@ class _NextAttempt:
     """Turns request lines into those of the next attempt, one after the other."""
 
     def __init__(
-        self, params: Mapping[str, msgspec.Raw], results: Iterator[BatchResult] | None, max_bytes: int
+        self,
+        params: Mapping[str, msgspec.Raw],
+        results: Iterator[BatchResult] | None,
+        max_bytes: int,
+        *,
+        shows: bool,
+        keeps_unanswered: bool,
     ) -> None:
         self._params = params
         self._results = results
         self._max_bytes = max_bytes
+        self._shows = shows
+        self._keeps_unanswered = keeps_unanswered
 
     def __call__(self, line: bytes) -> bytes:
         """Return the line of the next attempt. What does not fit into a batch is left out."""
-        exchange = self._exchange(line)
+        result = self._result(line)
+        if self._keeps_unanswered and (result is None or result.outcome in _UNANSWERED):
+            return line
+        exchange = self._exchange(result) if self._shows else None
         for params, shown in ((self._params, exchange), (self._params, None)):
             again = sent_again(line, params, shown)
             if again is not None and len(again) < self._max_bytes:
                 return again
         return line
 
-    def _exchange(self, line: bytes) -> tuple[str, str] | None:
-        """Return the answer of the last attempt and the reply to it; ``None`` if there is nothing to show."""
+    def _result(self, line: bytes) -> BatchResult | None:
+        """Return the result of the last attempt; ``None`` if there is none."""
         if self._results is None:
             return None
         custom_id = custom_id_of(line)
-        result = next((each for each in self._results if each.custom_id == custom_id), None)
+        return next((each for each in self._results if each.custom_id == custom_id), None)
+
+    @staticmethod
+    def _exchange(result: BatchResult | None) -> tuple[str, str] | None:
+        """Return the answer of the last attempt and the reply to it; ``None`` if there is nothing to show."""
         if result is None or not result.invalid:
             return None
         answer = without_thinking(result.text or "")

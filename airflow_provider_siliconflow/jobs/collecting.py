@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 from airflow_provider_siliconflow.api.models import Batch, BatchStatus, Outcome
 from airflow_provider_siliconflow.api.protocol import is_transient
 from airflow_provider_siliconflow.batch_files.atomic_files import OwnFile, temporary_folder, write_whole
-from airflow_provider_siliconflow.batch_files.cost_bounds import UnboundedRowError
+from airflow_provider_siliconflow.batch_files.cost_bounds import Tariff, UnboundedRowError
 from airflow_provider_siliconflow.batch_files.invalid_rows import InvalidLines
 from airflow_provider_siliconflow.batch_files.manifest import (
     BatchSummary,
@@ -54,6 +54,7 @@ from airflow_provider_siliconflow.jobs.downloads import (
 from airflow_provider_siliconflow.jobs.finished import KeptAnswers
 from airflow_provider_siliconflow.jobs.identity import WORK_KEY
 from airflow_provider_siliconflow.jobs.job import OpenJob
+from airflow_provider_siliconflow.jobs.live import LivePhase
 from airflow_provider_siliconflow.jobs.plan import Piece
 from airflow_provider_siliconflow.jobs.settled import SETTLE_LIMIT, SETTLE_PATIENCE
 from airflow_provider_siliconflow.jobs.spend import Budget
@@ -61,6 +62,9 @@ from airflow_provider_siliconflow.jobs.states import Ended, Sent
 from airflow_provider_siliconflow.jobs.storable import storable, storable_text
 
 log = logging.getLogger(__name__)
+
+#: Why a row of a batch is not asked that somebody cancelled.
+_CANCELLED_BY_HAND = "not asked in this try, since its batch was cancelled by hand"
 
 #: Batches that may be unreadable for a transient reason before the storage is considered down for all of them.
 _TRANSIENT_FAILURES = 3
@@ -117,6 +121,10 @@ class Collector:
         self._replacing_since = 0.0
         #: Learns what batches cost, and says why some were not sent.
         self.budget: Budget | None = None
+        #: Has the answers of rows that were asked one by one.
+        self.live: LivePhase | None = None
+        #: When this try began, in epoch seconds.
+        self.began = 0.0
 
     # Before the merge -------------------------------------------------------------------------------------
 
@@ -252,22 +260,65 @@ class Collector:
         refused = {piece.model for piece in job.current if piece.round and job.refused(piece)}
         if not any(any(chosen) for model, chosen in collected.retries.items() if model not in refused):
             return None
-        tariff = job.options.tariff()
+        chosen = {model: rows for model, rows in collected.retries.items() if model not in refused}
+        return self._select(chosen, number, tariff=job.options.tariff())
+
+    def next_live_round(self, collected: Collected) -> dict[int, tuple[Shard, ...]] | None:
+        """
+        Write the shards of the rows that are to be asked one by one.
+
+        A row is asked so at least once, and together with its attempts in batches at most ``max_row_attempts`` times.
+
+        :returns: the shards by model; ``None`` if there is no such row, no attempt is left, or the account has no
+            balance.
+        """
+        job = self._job
+        sent_in_batches = sum(any(map(job.batch_id, pieces)) for pieces in job.rounds)
+        most = max(job.options.max_row_attempts - sent_in_batches, 1)
+        if len(job.live_rounds) >= most or not collected.worth_another_attempt:
+            return None
+        if collected.out_of_balance:
+            log.error("Rows failed because the account has no balance: no row is asked live")
+            return None
+        if collected.unjudged:
+            log.error("No row is asked live in this try, since answers cannot be judged")
+            return None
+        number = len(job.rounds) + len(job.live_rounds)
+        return self._select(collected.retries, number, keeps_unanswered=True)
+
+    def _select(
+        self,
+        chosen: Mapping[int, list[bytearray]],
+        number: int,
+        *,
+        tariff: Tariff | None = None,
+        keeps_unanswered: bool = False,
+    ) -> dict[int, tuple[Shard, ...]]:
+        """
+        Write the shards of a round.
+
+        :param chosen: by model, for each shard of the plan a byte per row: 1 if it is selected.
+        :param number: the round.
+        :param tariff: limits what the rows of a shard can cost.
+        :param keeps_unanswered: whether rows that were not answered stay as they are.
+        """
+        job = self._job
         try:
             return {
                 model: select_rows(
                     job.plans.sources(job.plan, model),
-                    chosen,
+                    rows,
                     job.plans.path / f"round-{number}" / str(model),
                     max_rows=job.options.max_rows,
                     max_bytes=job.options.max_bytes,
                     transform=job.options.acceptance.next_attempt(
-                        OwnFile(self._model_folder(model) / "errors.jsonl"), job.options.max_bytes
+                        OwnFile(self._model_folder(model) / "errors.jsonl"),
+                        job.options.max_bytes,
+                        keeps_unanswered=keeps_unanswered,
                     ),
                     tariff=tariff,
                 )
-                for model, chosen in collected.retries.items()
-                if model not in refused
+                for model, rows in chosen.items()
             }
         except UnboundedRowError as exc:
             # They were checked when the job started, so they are others now.
@@ -288,7 +339,7 @@ class Collector:
         tally = collected.tallies[model] = ModelTally()
         retries: list[bytearray] = collected.retries.setdefault(model, [])
         fresh: list[bytearray] = collected.fresh.setdefault(model, [])
-        pieces = [piece for piece in job.pieces if piece.model == model]
+        pieces = [piece for piece in (*job.pieces, *job.live_pieces) if piece.model == model]
         # The other batches hold rows of several shards of the plan, or some rows of one.
         whole = {piece.shard.index: piece for piece in pieces if self._is_whole(piece)}
         others = [piece for piece in pieces if not self._is_whole(piece)]
@@ -397,6 +448,20 @@ class Collector:
         self, piece: Piece, collected: Collected, *, shared: bool = False
     ) -> Iterator[list[BatchFiles]]:
         """Download the results of a piece: its batch, those that died before it, or why it was refused."""
+        if piece.live and self.live is not None:
+            with self.live.answers(piece) as path:
+                yield [
+                    BatchFiles(
+                        path,
+                        None,
+                        round=piece.round,
+                        shared=shared,
+                        unsent=self.live.unasked(piece),
+                        requests=self._job.source(piece),
+                        live=True,
+                    )
+                ]
+            return
         job = self._job
         ended, refused = job.ended(piece), job.refused(piece)
         found: list[BatchFiles] = []
@@ -417,6 +482,9 @@ class Collector:
                 lines = refused_lines(job.source(piece), status=refused.status, message=refused.message)
                 _write_lines(path, lines)
                 found.append(BatchFiles(None, path, shared=shared))
+            elif job.live_start is not None and job.is_waiting(piece):
+                # Its rows are asked one by one.
+                found.append(BatchFiles(None, None, round=piece.round, shared=shared))
             elif self.budget is not None and job.is_waiting(piece):
                 requests = job.source(piece) if shared else None
                 unsent = self.budget.reason
@@ -440,10 +508,27 @@ class Collector:
                     # The merge says which lines cannot be read, and they cost their own rows alone.
                     unanswered = self._unanswered(piece, ended, files, lambda _: None)
                     collected.unanswered[ended.batch_id] = sum(unanswered)
+                    if self._is_not_to_be_asked(ended):
+                        requests = self._job.source(piece)
+                        return replace(files, unsent=_CANCELLED_BY_HAND, requests=requests)
                 return files
             except SiliconFlowError as exc:
                 self._spoil(ended.batch_id, exc, collected)
         return self._spoilt_files(piece, ended.batch_id, collected, shared=shared)
+
+    def _is_not_to_be_asked(self, ended: Ended) -> bool:
+        """
+        Whether somebody cancelled a batch in this try, and so does not want its rows to be asked at once.
+
+        The job itself cancels batches whose rows are asked one by one.
+        """
+        start = self._job.live_start
+        return (
+            start is not None
+            and ended.status == BatchStatus.CANCELLED
+            and ended.at > self.began
+            and ended.batch_id not in start.cancelled
+        )
 
     def _spoilt_files(self, piece: Piece, batch_id: str, collected: Collected, *, shared: bool) -> BatchFiles:
         return BatchFiles(
@@ -578,6 +663,7 @@ class Collector:
                     ),
                 ],
                 {name: str(self._model_folder(model) / f"{name}.jsonl") for name in ("results", "errors")},
+                self._live_rounds(model),
             )
             for model in self._job.models
         ]
@@ -586,6 +672,14 @@ class Collector:
         manifest["worth_another_attempt"] = collected.worth_another_attempt
         manifest["budget"] = None if self.budget is None else self.budget.to_dict()
         found: dict[str, Any] = storable(manifest)
+        return found
+
+    def _live_rounds(self, model: int) -> dict[int, int]:
+        """Return the rows of each live round of a model."""
+        found = {} if self._kept is None else self._kept.live_rounds(model)
+        for piece in self._job.live_pieces:
+            if piece.model == model:
+                found[piece.round] = found.get(piece.round, 0) + piece.shard.rows
         return found
 
     def _summaries(self, piece: Piece, collected: Collected) -> Iterator[BatchSummary]:

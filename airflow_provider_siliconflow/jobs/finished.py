@@ -20,7 +20,7 @@ from typing import Any
 
 from airflow_provider_siliconflow.api.bounds import MAX_COUNT
 from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError, InvalidInputError
-from airflow_provider_siliconflow.api.models import Outcome
+from airflow_provider_siliconflow.api.models import ROUTE_LIVE, Outcome
 from airflow_provider_siliconflow.batch_files.atomic_files import (
     OwnFile,
     create_file,
@@ -258,11 +258,23 @@ class KeptAnswers:
         tally.ok_in_round.pop(_KEPT_ROUND, None)
         figures = self._figures(model)
         tally.billed.add(_usage(figures.get("billed_usage")))
+        live = _mapping(figures.get("live"))
+        tally.live += _count(live.get("rows"))
+        tally.billed_live.add(_usage(live))
         tally.cached += _count(_mapping(figures.get("cached")).get("rows"))
         tally.saved.add(_usage(figures.get("cached")))
         for each in _mappings(figures.get("rounds")):
             number = _count(each.get("round"))
             tally.ok_in_round[number] = tally.ok_in_round.get(number, 0) + _count(each.get("ok"))
+
+    def live_rounds(self, model: int) -> dict[int, int]:
+        """Return the rows of each round of the finished job that was asked row by row."""
+        rounds = _mappings(self._figures(model).get("rounds"))
+        return {
+            _count(each.get("round")): _count(each.get("rows"))
+            for each in rounds
+            if each.get("route") == ROUTE_LIVE
+        }
 
     def batches(self, model: int) -> Iterator[BatchSummary]:
         """Yield the batches of the finished job."""

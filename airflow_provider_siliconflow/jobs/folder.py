@@ -51,15 +51,19 @@ def read_object(path: Any, *, otherwise: str, max_bytes: int = MAX_JSON_BYTES) -
     return value
 
 
-def names_in(folder: Any) -> list[str]:
-    """Return the names in a folder, the first thousand in their order; none if it does not exist."""
+def names_in(folder: Any, *, most: int = MOST_NAMES) -> list[str]:
+    """
+    Return the names in a folder, in their order; none if it does not exist.
+
+    :param most: how many of them, the first ones.
+    """
     local = local_path(folder)
     try:
         if local is not None:
-            return sorted(os.listdir(local))[:MOST_NAMES]
+            return sorted(os.listdir(local))[:most]
         return sorted(
             str(path).rstrip("/").rpartition("/")[2] for path in folder.fs.ls(folder.path, detail=False)
-        )[:MOST_NAMES]
+        )[:most]
     except (FileNotFoundError, NotADirectoryError):
         return []
 

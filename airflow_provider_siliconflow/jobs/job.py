@@ -13,7 +13,7 @@ from airflow_provider_siliconflow.batch_files.shards import Shard
 from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, Upload, upload_name
 from airflow_provider_siliconflow.jobs.ledger import FolderLedger
 from airflow_provider_siliconflow.jobs.options import RunOptions
-from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, Piece, Plan, PlanFolder, Rest
+from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, LiveStart, Piece, Plan, PlanFolder, Rest
 from airflow_provider_siliconflow.jobs.settled import is_settled
 from airflow_provider_siliconflow.jobs.states import Ended, Planned, Refused, Sending, Sent, State
 from airflow_provider_siliconflow.jobs.submission import Submission
@@ -56,8 +56,11 @@ class OpenJob:
         self._where = {"conn_id": plan.conn_id}
         first = plan.reuse.to_send if plan.reuse else {model: plan.shards_of(model) for model in self.models}
         self.rounds: list[list[Piece]] = [[] for _ in range(plan.kept_rounds)] or [self._pieces(0, first)]
-        while (shards := plans.read_round(len(self.rounds), self.models)) is not None:
-            self.rounds.append(self._pieces(len(self.rounds), shards))
+        #: The rounds after these, whose rows are asked one by one.
+        self.live_rounds: list[list[Piece]] = []
+        self.live_start = plans.read_live()
+        while (planned := plans.read_round(self._next_round, self.models)) is not None:
+            self._take_round(planned.shards, live=planned.live)
         self._rests: list[Rest] = []
         self._unreadable: dict[str, str] = {}
         for rest in plans.read_rests():
@@ -135,14 +138,68 @@ class OpenJob:
 
     @property
     def attempts(self) -> int:
-        """How often this job has sent rows, without what it kept of a finished one."""
+        """How often this job has sent rows in batches, without what it kept of a finished one."""
         return len(self.rounds) - self.plan.kept_rounds
 
-    def add_round(self, shards: Mapping[int, Sequence[Shard]]) -> None:
-        """Plan another round with these shards, by model."""
-        number = len(self.rounds)
-        self.plans.write_round(number, shards)
-        self.rounds.append(self._pieces(number, shards))
+    @property
+    def _next_round(self) -> int:
+        return len(self.rounds) + len(self.live_rounds)
+
+    def add_round(self, shards: Mapping[int, Sequence[Shard]], *, live: bool = False) -> list[Piece]:
+        """
+        Plan another round, and return its pieces.
+
+        :param shards: its shards by model.
+        :param live: whether its rows are asked one by one; only such rounds can follow one.
+        """
+        self.plans.write_round(self._next_round, shards, live=live)
+        return self._take_round(shards, live=live)
+
+    def _take_round(self, shards: Mapping[int, Sequence[Shard]], *, live: bool) -> list[Piece]:
+        pieces = self._pieces(self._next_round, shards)
+        if live or self.live_rounds:
+            pieces = [replace(piece, live=True) for piece in pieces]
+            self.live_rounds.append(pieces)
+        else:
+            self.rounds.append(pieces)
+        return pieces
+
+    # Asking row by row ------------------------------------------------------------------------------------
+
+    @property
+    def live_at(self) -> float | None:
+        """When the rows that are open are asked one by one, in epoch seconds; ``None`` if they are not."""
+        if self.live_start is not None:
+            return self.live_start.at
+        after = self.options.live_after
+        return None if after is None else after.time(self.plan.began)
+
+    @property
+    def live_pieces(self) -> Iterator[Piece]:
+        """The shards whose rows are asked one by one, of all rounds."""
+        return (piece for pieces in self.live_rounds for piece in pieces)
+
+    def start_live(self, at: float, cancelled: Iterable[str]) -> None:
+        """
+        Record that the job sends no more batches; this is final.
+
+        :param at: epoch seconds.
+        :param cancelled: ids of open batches that are about to be cancelled.
+        """
+        before = self.live_start
+        known = () if before is None else before.cancelled
+        start = LiveStart(at if before is None else before.at, tuple(dict.fromkeys((*known, *cancelled))))
+        if start != before:
+            self.plans.write_live(start)
+            self.live_start = start
+
+    def is_asked_live(self, piece: Piece) -> bool:
+        """Whether rows of a batch are asked one by one."""
+        sources = set(piece.shard.sources or (piece.shard.index,))
+        return any(
+            live.model == piece.model and not sources.isdisjoint(live.shard.sources)
+            for live in self.live_pieces
+        )
 
     def add_rest(self, piece: Piece, shard: Shard | None) -> None:
         """Plan a batch of the rows that a dead batch did not answer; ``None`` if it answered all."""

@@ -242,13 +242,16 @@ class Opening:
         if stored is None:
             job = self._make_plan(requests, name)
         else:
+            mine, theirs = self._try.submitter, stored.submitter
+            is_anew = (mine.epoch, mine.run_start) != (theirs.epoch, theirs.run_start) or not stored.began
+            if is_anew:
+                # From here on, this is the work of the present clear and run, whose time begins now.
+                stored = replace(stored, submitter=mine, began=self._try.clock.time())
             job = self._open(stored)
             job.ledger.claim(self._try.owner)
             log.info("Continuing with the plan of an earlier try")
-            mine, theirs = self._try.submitter, stored.submitter
-            if (mine.epoch, mine.run_start) != (theirs.epoch, theirs.run_start):
-                # From here on, this is the work of the present clear and run.
-                self.plans.write(replace(stored, submitter=mine))
+            if is_anew:
+                self.plans.write(stored)
         self.tidy_older(cancels=self._try.cancel_on_kill)
         return job
 
@@ -426,6 +429,7 @@ class Opening:
             # An earlier try may have sent batches that this folder does not know.
             complete=not self._try.earlier_tries,
             model_params=model_params_of(options),
+            began=self._try.clock.time(),
         )
         try:
             variants, variant_of = self.plans.write_variants(split, options)

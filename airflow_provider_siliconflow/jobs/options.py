@@ -11,9 +11,15 @@ from airflow_provider_siliconflow.api import arguments
 from airflow_provider_siliconflow.batch_files.cost_bounds import Tariff
 from airflow_provider_siliconflow.batch_files.decimals import exact
 from airflow_provider_siliconflow.batch_files.parameters import check_model_parameters, check_parameters
-from airflow_provider_siliconflow.batch_files.prices import Price, check_max_cost, check_prices
+from airflow_provider_siliconflow.batch_files.prices import (
+    Price,
+    check_max_cost,
+    check_prices,
+)
 from airflow_provider_siliconflow.jobs.acceptance import Acceptance, check_acceptance
 
+#: Rows that are asked at once by default.
+LIVE_CONCURRENCY = 16
 #: What an invalid row does to a job.
 ON_INVALID_ROW = ("fail", "report")
 
@@ -34,6 +40,8 @@ class RunOptions:
     :param acceptance: which answers are accepted, and what a row gets that is sent again.
     :param max_cost: the most that the job may cost, in CNY; ``None`` for no limit.
     :param reports_invalid: whether an invalid row becomes an error row; otherwise it fails the job.
+    :param live_after: when the rows that are open are asked one by one; ``None`` for never.
+    :param live_concurrency: how many of them are asked at once.
     """
 
     models: tuple[str, ...] = ()
@@ -52,6 +60,8 @@ class RunOptions:
     reports_invalid: bool = False
     max_cost: Fraction | None = None
     acceptance: Acceptance = field(default_factory=Acceptance)
+    live_after: arguments.LiveAfter | None = None
+    live_concurrency: int = LIVE_CONCURRENCY
 
     @property
     def body_defaults(self) -> Mapping[str, Any]:
@@ -101,6 +111,16 @@ class RunOptions:
             variants=self.variants,
         )
 
+    def live_tariff(self) -> Tariff | None:
+        """
+        Return what limits the cost of rows that are asked one by one; ``None`` without ``max_cost``.
+
+        :raises InvalidInputError: a model has no price for that.
+        """
+        if self.max_cost is None:
+            return None
+        return Tariff(self.models, self.prices, self.max_cost, live=True)
+
 
 def check_options(
     *,
@@ -121,6 +141,8 @@ def check_options(
     retry_params: Any = None,
     on_invalid_row: Any = "fail",
     max_cost: Any = None,
+    live_after: arguments.LiveAfter | None = None,
+    live_concurrency: Any = LIVE_CONCURRENCY,
     **rest: Any,
 ) -> RunOptions:
     """
@@ -159,7 +181,11 @@ def check_options(
         ),
         reports_invalid=arguments.check_choice("on_invalid_row", on_invalid_row, ON_INVALID_ROW) == "report",
         max_cost=None if max_cost is None else exact(max_cost),
+        live_after=live_after,
+        live_concurrency=arguments.check_concurrency("live_concurrency", live_concurrency),
         **rest,
     )
     options.tariff()
+    if live_after is not None:
+        options.live_tariff()
     return options

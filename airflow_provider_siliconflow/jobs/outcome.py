@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_provider_siliconflow.api.exceptions import (
     BatchCancelledError,
-    BatchError,
     BatchExpiredError,
     BatchFailedError,
     BatchPartialFailureError,
@@ -236,21 +235,31 @@ def _rows_story(manifest: Mapping[str, Any]) -> str:
     return story
 
 
-def unfinished_job(job: OpenJob, collected: Collected, output_dir: Any) -> BatchError | None:
+def unfinished_job(
+    job: OpenJob, collected: Collected, output_dir: Any, *, live_problem: SiliconFlowError | None = None
+) -> SiliconFlowError | None:
     """
-    Return the error for batches that a retry has to submit or to read; ``None`` if there are none.
+    Return the error for what a retry has to submit, to read or to ask; ``None`` if there is nothing.
 
     :param job: the job; the results of its other batches are written.
     :param collected: the results of its batches.
     :param output_dir: folder of the results, for the message.
+    :param live_problem: why rows were not asked one by one.
     """
+    if live_problem is not None:
+        live_problem.add_note(
+            f"The rows that were answered are written to {output_dir}. A retry asks only those without an answer."
+        )
+        return live_problem
     pieces = list(job.pieces)
     story: list[str] = []
     # The rows of a batch that failed in an earlier round went into the next one, but for those that came late.
     dead = [
         ended
         for piece in job.current
-        if (ended := job.dead(piece)) and collected.unanswered.get(ended.batch_id, 1)
+        if (ended := job.dead(piece))
+        and collected.unanswered.get(ended.batch_id, 1)
+        and not job.is_asked_live(piece)
     ]
     if dead:
         named = ", ".join(f"{ended.batch_id} ({ended.status})" for ended in dead[:5])

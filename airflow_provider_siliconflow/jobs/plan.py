@@ -21,7 +21,9 @@ from airflow_provider_siliconflow.api.arguments import (
     check_completion_window,
     check_metadata,
 )
+from airflow_provider_siliconflow.api.bounds import MAX_COUNT
 from airflow_provider_siliconflow.api.exceptions import InvalidInputError
+from airflow_provider_siliconflow.api.models import ROUTE_BATCH, ROUTE_LIVE
 from airflow_provider_siliconflow.batch_files.atomic_files import (
     OwnFile,
     local_path,
@@ -33,7 +35,7 @@ from airflow_provider_siliconflow.batch_files.parameters import to_json
 from airflow_provider_siliconflow.batch_files.prices import cost, price_of, rounded
 from airflow_provider_siliconflow.batch_files.shards import Shard, Split, split_requests, write_variant
 from airflow_provider_siliconflow.batch_files.tally import ModelTally
-from airflow_provider_siliconflow.jobs.folder import names_in, read_json, remove_file
+from airflow_provider_siliconflow.jobs.folder import names_in, read_json, read_object, remove_file
 from airflow_provider_siliconflow.jobs.identity import Submitter
 from airflow_provider_siliconflow.jobs.options import RunOptions
 
@@ -56,6 +58,9 @@ _VERSION_FIELDS = (
 #: Folder of the shards of the first round.
 FIRST_ROUND = "round-0"
 
+#: The file that says that a job asks rows one by one.
+_LIVE = "live.json"
+
 #: Most rounds that a job can have made, over all of its clears.
 MOST_ROUNDS = 100_000
 _ROUND_NAME = re.compile(r"round-\d+\.json")
@@ -73,6 +78,7 @@ class Piece:
     :param work_key: identity of the batch.
     :param rest_of: identity of the dead batch if these are the rows that it did not answer. They belong to the same
         round, since they have not had their attempt in it.
+    :param live: whether the rows are asked one by one, so that there is no batch.
     """
 
     round: int
@@ -82,11 +88,39 @@ class Piece:
     upload_key: str
     work_key: str
     rest_of: str | None = None
+    live: bool = False
 
     @property
     def path(self) -> str:
         """The shard, relative to the job's folder."""
         return f"{self.folder}/{self.shard.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """
+    A later round, as planned.
+
+    :param shards: its shards by model.
+    :param live: whether its rows are asked one by one.
+    """
+
+    shards: Mapping[int, tuple[Shard, ...]]
+    live: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LiveStart:
+    """
+    The moment from which on a job sends no batches, and asks the rows that are left one by one.
+
+    :param at: epoch seconds.
+    :param cancelled: ids of the batches that the job cancelled then. Their other rows may be asked at once, unlike
+        those of a batch that somebody cancelled.
+    """
+
+    at: float
+    cancelled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +316,7 @@ class Plan:
     model_params: str = ""
     variants: tuple[tuple[Shard, ...], ...] = ()
     variant_of: tuple[int, ...] = ()
+    began: float = 0.0
 
     def shards_of(self, model: int) -> tuple[Shard, ...]:
         """Return the shards of a model: all rows, with what the model gets in their bodies."""
@@ -315,6 +350,7 @@ class Plan:
             "model_params": self.model_params,
             "variants": [[shard.to_dict() for shard in shards] for shards in self.variants],
             "variant_of": list(self.variant_of),
+            "began": self.began,
         }
 
     @classmethod
@@ -344,6 +380,7 @@ class Plan:
             model_params=str(data.get("model_params", "")),
             variants=variants,
             variant_of=tuple(int(number) for number in data.get("variant_of", ())),
+            began=_checked_time(data.get("began", 0.0)),
         )
         if reuse is None:
             return planned
@@ -372,6 +409,12 @@ def _variants(data: Mapping[str, Any], split: Split, models: Sequence[str]) -> t
     if numbers and (len(numbers) != len(models) or not all(0 <= each <= len(variants) for each in numbers)):
         raise ValueError("it has body parameters for other models")
     return variants
+
+
+def _checked_time(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_COUNT:
+        raise ValueError("it has a time that is none")
+    return float(value)
 
 
 def _checked_rounds(value: Any) -> int:
@@ -474,20 +517,20 @@ class PlanFolder:
         """Store the plan."""
         write_json(self.path / "plan.json", plan.to_dict())
 
-    def read_round(self, number: int, models: range) -> dict[int, tuple[Shard, ...]] | None:
+    def read_round(self, number: int, models: range) -> Round | None:
         """
-        Return the shards of a later round by model; ``None`` if it was not planned.
+        Return a later round; ``None`` if it was not planned.
 
         :param models: indexes of the models that the job has.
         """
-        decode = partial(_shards_by_model, models=models)
+        decode = partial(_round, models=models)
         return self._read(f"round-{number}.json", decode, otherwise="the round is planned again")
 
     def forget(self) -> None:
         """Remove the plan, so that another one can be made; the ledger of the folder stays."""
         names = [name for name in names_in(self.path) if _ROUND_NAME.fullmatch(name)]
         # The plan goes last: what is left of the others would become a part of the next plan.
-        for name in (*names, "rests.json", "plan.json"):
+        for name in (*names, _LIVE, "rests.json", "plan.json"):
             remove_file(self.path / name)
 
     def read_rests(self) -> list[Rest]:
@@ -500,10 +543,37 @@ class PlanFolder:
         stored = [{"of": rest.of, "shard": rest.shard and rest.shard.to_dict()} for rest in rests]
         write_json(self.path / "rests.json", {"rests": stored})
 
-    def write_round(self, number: int, shards: Mapping[int, Sequence[Shard]]) -> None:
-        """Store the shards of a later round, by model."""
+    def write_round(self, number: int, shards: Mapping[int, Sequence[Shard]], *, live: bool = False) -> None:
+        """
+        Store a later round.
+
+        :param shards: its shards by model.
+        :param live: whether its rows are asked one by one.
+        """
         planned = {str(model): [shard.to_dict() for shard in items] for model, items in shards.items()}
-        write_json(self.path / f"round-{number}.json", {"shards": planned})
+        write_json(
+            self.path / f"round-{number}.json",
+            {"shards": planned, "route": ROUTE_LIVE if live else ROUTE_BATCH},
+        )
+
+    def read_live(self) -> LiveStart | None:
+        """Return when the job began to ask rows one by one; ``None`` if it did not."""
+        # A damaged record still says that it did. Its batches then count as cancelled by somebody else.
+        path = self.path / _LIVE
+        try:
+            stored = read_object(path, otherwise="the job continues to ask rows one by one") or {}
+        except FileNotFoundError:
+            return None
+        cancelled = stored.get("cancelled")
+        ids = [each for each in cancelled if isinstance(each, str)] if isinstance(cancelled, list) else []
+        try:
+            return LiveStart(_checked_time(stored.get("at", 0.0)), tuple(ids))
+        except ValueError:
+            return LiveStart(0.0, tuple(ids))
+
+    def write_live(self, start: LiveStart) -> None:
+        """Store that the job asks rows one by one."""
+        write_json(self.path / _LIVE, {"at": start.at, "cancelled": list(start.cancelled)})
 
     def _read(self, name: str, decode: Callable[[dict[str, Any]], T], *, otherwise: str) -> T | None:
         stored = read_json(self.path / name, otherwise=otherwise)
@@ -536,11 +606,11 @@ def _rests(stored: dict[str, Any]) -> list[Rest]:
     ]
 
 
-def _shards_by_model(stored: dict[str, Any], models: range) -> dict[int, tuple[Shard, ...]]:
+def _round(stored: dict[str, Any], models: range) -> Round:
     by_model = {int(model): tuple(map(Shard.from_dict, items)) for model, items in stored["shards"].items()}
     if not all(model in models for model in by_model):
         raise ValueError("it names a model that the job does not have")
-    return by_model
+    return Round(by_model, live=stored.get("route") == ROUTE_LIVE)
 
 
 def plan(

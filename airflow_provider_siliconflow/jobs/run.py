@@ -7,7 +7,10 @@ they return ``None`` and :meth:`~BatchRun.finish` writes the manifest::
 
     wait = run.start(requests, "requests", timeout=None)
     while wait is not None:
-        wait = run.resume(hook.wait_for_batches(wait.batch_ids, min_ended=wait.min_ended, deadline=wait.deadline))
+        ended = hook.wait_for_batches(
+            wait.batch_ids, min_ended=wait.min_ended, deadline=wait.deadline, resume_at=wait.resume_at
+        )
+        wait = run.resume(ended)
     manifest = run.finish()
 
 A process may die at any point. A folder in the output folder contains everything that a later process needs: the plan,
@@ -19,6 +22,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from airflow_provider_siliconflow.api.exceptions import (
@@ -33,6 +37,7 @@ from airflow_provider_siliconflow.jobs.clock import SteadyClock
 from airflow_provider_siliconflow.jobs.collecting import Collected, Collector
 from airflow_provider_siliconflow.jobs.finished import input_entry
 from airflow_provider_siliconflow.jobs.job import OpenJob
+from airflow_provider_siliconflow.jobs.live import LivePhase
 from airflow_provider_siliconflow.jobs.opening import JobTry, Opening
 from airflow_provider_siliconflow.jobs.outcome import unfinished_job
 from airflow_provider_siliconflow.jobs.sending import Sender
@@ -49,11 +54,23 @@ class Wait:
     :param batch_ids: the open batches.
     :param min_ended: how many of them must end before :meth:`BatchRun.resume`; ``None`` for all.
     :param deadline: when the wait ends, in epoch seconds; ``None`` leaves it to the batches.
+    :param resume_at: when to resume whatever has ended, in epoch seconds; ``None`` for never.
+    :param poll_limit: most seconds between two polls of a batch; ``None`` leaves it to the caller.
     """
 
     batch_ids: tuple[str, ...]
     min_ended: int | None
     deadline: float | None
+    resume_at: float | None = None
+    poll_limit: float | None = None
+
+    def poll_interval(self, wanted: float) -> float:
+        """
+        Return the seconds between two polls of a batch.
+
+        :param wanted: what the author asks for.
+        """
+        return wanted if self.poll_limit is None else min(wanted, self.poll_limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +80,11 @@ class _Opened:
     job: OpenJob
     sender: Sender
     collector: Collector
+    live: LivePhase
+
+
+#: Most seconds between two polls of a batch that was cancelled so that its rows can be asked one by one.
+_LIVE_POLL = 10.0
 
 
 class BatchRun:
@@ -146,6 +168,7 @@ class BatchRun:
         """
         Write the manifest and return it.
 
+        :raises SiliconFlowError: what kept rows from being asked one by one; the results of the others are written.
         :raises BatchFailedError: batches failed, were cancelled or refused; the results of the others are written.
         :raises IncompleteResultsError: batches cannot be read; the results of the others are written.
         """
@@ -158,7 +181,9 @@ class BatchRun:
         manifest["task"] = asdict(self._try.submitter)
         manifest["input"] = input_entry(opened.job.plan, try_number=self._try.owner.try_number)
         log.info("Results are in %s\n%s", self._try.output_dir, render_summary(manifest))
-        unfinished = unfinished_job(opened.job, collected, self._try.output_dir)
+        unfinished = unfinished_job(
+            opened.job, collected, self._try.output_dir, live_problem=opened.live.problem
+        )
         # This key marks the manifest as final, whether or not the job counts as a success.
         manifest["unfinished" if unfinished else "run"] = self._opening.key
         opened.job.ledger.check_owner()
@@ -175,10 +200,15 @@ class BatchRun:
     def _advance(self, opened: _Opened) -> Wait | None:
         """Submit what is due; once all batches have ended, collect, and plan the next round."""
         job = opened.job
-        while True:
+        while not self._is_live(job):
             is_full = opened.sender.submit_due()
             if awaited := job.awaited:
-                return Wait(awaited, 1 if is_full else self._min_ended(job), job.ledger.deadline)
+                return Wait(
+                    awaited,
+                    1 if is_full else self._min_ended(job),
+                    job.ledger.deadline,
+                    resume_at=job.live_at,
+                )
             self._opening.refuse_sibling()
             self._opening.withdraw_manifest(job)
             self._collected = opened.collector.collect()
@@ -191,6 +221,37 @@ class BatchRun:
                 len(job.rounds) - 1,
                 sum(piece.shard.rows for piece in job.current),
                 len(job.current),
+            )
+        return self._ask_live(opened)
+
+    def _is_live(self, job: OpenJob) -> bool:
+        """Whether the time has come from which on the job asks what is left row by row."""
+        at = job.live_at
+        return at is not None and self._try.clock.time() >= at
+
+    def _ask_live(self, opened: _Opened) -> Wait | None:
+        """End the batches; once all have ended, ask the rows that are left, in rounds."""
+        job = opened.job
+        opened.sender.end_batches(self._try.clock.time())
+        if awaited := job.awaited:
+            return Wait(awaited, None, job.ledger.deadline, poll_limit=_LIVE_POLL)
+        self._opening.refuse_sibling()
+        self._opening.withdraw_manifest(job)
+        while True:
+            if job.live_rounds:
+                budget = opened.collector.budget
+                opened.live.ask(Fraction() if budget is None else budget.spent().total)
+            self._collected = opened.collector.collect()
+            if opened.live.problem is not None:
+                return None
+            shards = opened.collector.next_live_round(self._collected)
+            if shards is None:
+                return None
+            pieces = job.add_round(shards, live=True)
+            log.info(
+                "Round %d: %d rows have no answer and are asked live",
+                pieces[0].round,
+                sum(piece.shard.rows for piece in pieces),
             )
 
     @staticmethod
@@ -211,12 +272,16 @@ class BatchRun:
     def _take(self, job: OpenJob, *, began: float) -> _Opened:
         collector = Collector(job, self._try.client, self._try.output_dir, clock=self._try.clock)
         tariff, clock = job.options.tariff(), self._try.clock
+        live = LivePhase(job, self._try.client.settings, clock=clock)
+        collector.live, collector.began = live, began
         if tariff is not None:
             collector.budget = Budget(job, tariff, collector.read, clock=clock)
+            collector.budget.live = live
         sender = Sender(job, self._try.client, collector, clock=clock, began=began, budget=collector.budget)
-        self._opened = _Opened(job, sender, collector)
+        self._opened = _Opened(job, sender, collector, live)
         if self._stopped:
             sender.stop(cancels=self._cancels)
+            live.stop()
         return self._opened
 
     # For callers that end the task ------------------------------------------------------------------------
@@ -255,6 +320,7 @@ class BatchRun:
         self._stopped, self._cancels = True, cancels
         if self._opened is not None:
             self._opened.sender.stop(cancels=cancels)
+            self._opened.live.stop()
         return self.open_batches
 
     def check_not_stopped(self) -> None:

@@ -19,6 +19,7 @@ from airflow_provider_siliconflow.api.exceptions import (
 )
 from airflow_provider_siliconflow.api.models import Batch
 from airflow_provider_siliconflow.batch_files.shards import Shard, select_rows
+from airflow_provider_siliconflow.jobs.cancelling import cancel_all
 from airflow_provider_siliconflow.jobs.clock import Clock
 from airflow_provider_siliconflow.jobs.collecting import Collector
 from airflow_provider_siliconflow.jobs.identity import BatchWork
@@ -155,6 +156,43 @@ class Sender:
             raise
         self._job.ledger.flush()
         return is_full
+
+    # Asking row by row ------------------------------------------------------------------------------------
+
+    def end_batches(self, at: float) -> None:
+        """
+        Send no more batches, and cancel the open ones: what they do not answer is asked row by row.
+
+        :param at: epoch seconds.
+        :raises SiliconFlowError: the job belongs to another try, or the service refuses every call.
+        """
+        job = self._job
+        for piece in job.current:
+            state = job.state(piece)
+            may_exist = isinstance(state, Sending) or (isinstance(state, Planned) and not job.ledger.complete)
+            if may_exist and piece.work_key not in self._looked_up:
+                self._looked_up.add(piece.work_key)
+                self._look_up_or_leave_out(piece)
+        # A batch that has ended is only waited for until its results are complete.
+        open_ids = [
+            state.batch_id
+            for piece in job.current
+            if isinstance(state := job.state(piece), Sent) and not state.terminal_since
+        ]
+        # Recorded first: a later process must know that nobody else cancelled them.
+        job.start_live(at, open_ids)
+        job.ledger.flush()
+        if open_ids:
+            log.info("Live: %d open batches are cancelled; what they answered is kept", len(open_ids))
+            cancel_all(open_ids, lambda: SiliconFlowClient(self._client.settings), is_ours=self.owns)
+
+    def _look_up_or_leave_out(self, piece: Piece) -> None:
+        try:
+            self._look_up(piece)
+        except SubmissionUnknownError as exc:
+            # Its rows may be paid for, so they are not asked. The others are.
+            log.error("%s Its rows are left out, and not asked live.", exc)
+            self._job.leave_out(piece, str(exc))
 
     # Dead batches -----------------------------------------------------------------------------------------
 

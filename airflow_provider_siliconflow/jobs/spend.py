@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
@@ -22,7 +22,7 @@ from airflow_provider_siliconflow.batch_files.atomic_files import write_json
 from airflow_provider_siliconflow.batch_files.cost_bounds import Tariff, TokenBound, bound_file
 from airflow_provider_siliconflow.batch_files.merge import BatchFiles
 from airflow_provider_siliconflow.batch_files.prices import cost, price_of, prompt_cost, rounded
-from airflow_provider_siliconflow.batch_files.shards import iter_rows
+from airflow_provider_siliconflow.batch_files.shards import NamedRow, iter_rows
 from airflow_provider_siliconflow.batch_files.tally import Usage
 from airflow_provider_siliconflow.batch_files.verdicts import Verdict
 from airflow_provider_siliconflow.jobs.clock import Clock
@@ -34,6 +34,9 @@ from airflow_provider_siliconflow.jobs.plan import Piece
 from airflow_provider_siliconflow.jobs.settled import SETTLE_PATIENCE
 from airflow_provider_siliconflow.jobs.states import Ended, Sending, Sent
 
+if TYPE_CHECKING:
+    from airflow_provider_siliconflow.jobs.live import LivePhase
+
 log = logging.getLogger(__name__)
 
 #: The file in the job's folder in which bounds and usage are written down.
@@ -42,14 +45,6 @@ _FILE = "spend.json"
 
 #: Tokens of prompts, of these from the cache, and of answers, by model; ``""`` if the model is that of the job.
 _Used: TypeAlias = dict[str, tuple[int, int, int]]
-
-
-class _NamedRow(msgspec.Struct, gc=False):
-    class Body(msgspec.Struct, gc=False):
-        model: str | None = None
-
-    custom_id: str
-    body: Body
 
 
 class _Record(msgspec.Struct):
@@ -106,6 +101,8 @@ class Budget:
         self._told: tuple[int, int] = (0, 0)
         self._changed = False
         self._before = _spent_before(job)
+        #: What asks rows one by one, and so spends too.
+        self.live: LivePhase | None = None
         try:
             stored = read_json(self._path, otherwise="bounds and usage are read again")
             self._record = msgspec.convert(stored or {}, _Record)
@@ -243,7 +240,7 @@ class Budget:
         job = self._job
         models = None
         if not job.options.models:
-            models = {row.custom_id: row.body.model for row in iter_rows(job.source(piece), _NamedRow)}
+            models = {row.custom_id: row.body.model for row in iter_rows(job.source(piece), NamedRow)}
         # A row is billed once, though a batch may have two lines of it.
         rows: dict[str, Verdict] = {}
         problems: list[str] = []
@@ -268,8 +265,9 @@ class Budget:
     # What is said -----------------------------------------------------------------------------------------
 
     def unsent(self) -> list[Piece]:
-        """Return the batches that were not sent."""
-        return [piece for piece in self._job.pieces if self._job.is_waiting(piece)]
+        """Return the batches that were not sent. Once rows are asked one by one, none counts as such."""
+        job = self._job
+        return [] if job.live_start is not None else [piece for piece in job.pieces if job.is_waiting(piece)]
 
     @property
     def reason(self) -> str:
@@ -280,14 +278,18 @@ class Budget:
     def to_dict(self) -> dict[str, Any]:
         """Return the budget for the manifest, as JSON types."""
         spent, unsent = self.spent(), self.unsent()
+        rows, cost = 0, Fraction()
+        if self.live is not None:
+            spent += _Spent(*self.live.spent())
+            rows, cost = self.live.unaffordable
         self._write()
         return {
             "currency": "CNY",
             "max_cost": rounded(self._tariff.max_cost),
             "spent": rounded(spent.known),
             "held": rounded(spent.held),
-            "rows_not_sent": sum(piece.shard.rows for piece in unsent),
-            "cost_not_sent": rounded(sum(map(self.bound, unsent), Fraction())),
+            "rows_not_sent": rows + sum(piece.shard.rows for piece in unsent),
+            "cost_not_sent": rounded(sum(map(self.bound, unsent), cost)),
         }
 
     def _write(self) -> None:
@@ -350,8 +352,10 @@ def refuse_costly(job: OpenJob) -> None:
     tariff = options.tariff()
     if tariff is None:
         return
+    tariffs = (tariff, options.live_tariff() if options.live_after else None)
     for model in options.models or job.plan.split.models:
-        tariff.rates(model)
+        for each in filter(None, tariffs):
+            each.rates(model)
     if not any(True for _ in job.pieces):
         # Every row has an answer that is paid for, whatever they cost.
         return

@@ -108,6 +108,7 @@ class BatchWait:
     :param deadline: epoch seconds at which the wait ends; by default an hour after the batches expire.
     :param min_ended: how many ended batches end the wait; by default all.
     :param began: epoch seconds at which the wait began, if that was in another process; by default now.
+    :param resume_at: epoch seconds at which the wait is over, whatever has ended; ``None`` for never.
     """
 
     batch_ids: Sequence[str]
@@ -116,6 +117,7 @@ class BatchWait:
     deadline: float | None = None
     min_ended: int | None = None
     began: float | None = None
+    resume_at: float | None = None
     ended: dict[str, Batch] = field(default_factory=dict)
     _pending: dict[str, _Waiting] = field(default_factory=dict)
     _summary: _LastSummary | None = None
@@ -136,6 +138,10 @@ class BatchWait:
     def finished(self) -> bool:
         """Whether all batches, or ``min_ended`` of them, have ended."""
         return not self._pending or (self.min_ended is not None and len(self.ended) >= self.min_ended)
+
+    def is_over(self, now: float) -> bool:
+        """Whether the wait has reached its goal, or is to end now without it."""
+        return self.finished or (self.resume_at is not None and now >= self.resume_at)
 
     @property
     def settling(self) -> bool:
@@ -181,8 +187,9 @@ class BatchWait:
     def pause(self, now: float) -> float:
         """Return the seconds until the next poll is due or the deadline has come."""
         left = min((self._due_in(state, now) for state in self._pending.values()), default=0.0)
-        if self.deadline is not None:
-            left = min(left, self.deadline - now)
+        for end in (self.deadline, self.resume_at):
+            if end is not None:
+                left = min(left, end - now)
         return max(left, 0.0)
 
     def _due_in(self, state: _Waiting, now: float) -> float:
@@ -192,7 +199,7 @@ class BatchWait:
 
     def time_left(self, now: float) -> float | None:
         """Return the seconds that are left for a poll; ``None`` if there is no limit."""
-        left = self._deadline() - now
+        left = min(self._deadline(), math.inf if self.resume_at is None else self.resume_at) - now
         return None if left == math.inf else max(left, 0.0)
 
     def poll_limit(self, now: float) -> float | None:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from airflow.providers.common.compat.sdk import AirflowSkipException, conf
@@ -43,6 +43,8 @@ _OPTIONS = {
     "on_invalid_row": read.choice("fail", "report"),
     "structured_output": read.optional(read.structured_output),
     "retry_params": read.optional(read.retry_parameters),
+    "live_after": read.optional(read.live_after),
+    "live_concurrency": read.concurrency,
 }
 #: More of them, which are Python objects and never rendered. A task that resumes has them from its DAG file.
 _OBJECTS = {"output_type": read.output_type, "accept": read.accept}
@@ -117,6 +119,12 @@ class RunBatchOperator(SubmittingOperator):
         entry gets its price from the connection's extra, or from ``[siliconflow] prices``. (templated)
     :param max_cost: the most that the job may cost, in CNY; nothing is sent that could go over it. Every model needs a
         price, and every row ``max_tokens`` and a limit on its thinking. (templated)
+    :param live_after: when the rows that are still open are asked one by one, at the live price: seconds from the start
+        of the job or a ``timedelta`` (0: no batch at all), or a time with its zone, such as
+        ``"{{ data_interval_end + macros.timedelta(hours=8) }}"``. The open batches are cancelled then, and what they
+        answered is kept. By default rows are only sent in batches. (templated)
+    :param live_concurrency: most rows that are asked at once. A killed worker may have to ask as many again.
+        (templated)
     :param dry_run: check and plan without sending anything; log and return the estimated size and cost.
     :param skip_if_empty: skip the task if there are no rows; by default that is an error.
     :param deferrable: wait in the triggerer, without a worker slot. Default: ``[operators]
@@ -174,6 +182,8 @@ class RunBatchOperator(SubmittingOperator):
         cache_dir: str | None = None,
         prices: Mapping[str, Mapping[str, Any]] | str | None = None,
         max_cost: float | str | None = None,
+        live_after: float | timedelta | datetime | str | None = None,
+        live_concurrency: int | str = 16,
         dry_run: bool = False,
         skip_if_empty: bool = False,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
@@ -218,6 +228,8 @@ class RunBatchOperator(SubmittingOperator):
         self.cache_dir = cache_dir
         self.prices = prices
         self.max_cost = max_cost
+        self.live_after = live_after
+        self.live_concurrency = live_concurrency
         self.skip_if_empty = skip_if_empty
         # `dry_run` is a method of every operator, which Airflow 2.11 calls for `airflow tasks test --dry-run`.
         self.plans_only = dry_run
@@ -278,9 +290,10 @@ class RunBatchOperator(SubmittingOperator):
                 self._defer(job, wait)
             ended = self.hook.wait_for_batches(
                 wait.batch_ids,
-                poll_interval=job.poll_interval,
+                poll_interval=wait.poll_interval(job.poll_interval),
                 deadline=wait.deadline,
                 min_ended=wait.min_ended,
+                resume_at=wait.resume_at,
             )
             wait = job.run.resume(ended)
         return self._judged(job, job.run.finish())
@@ -300,15 +313,16 @@ class RunBatchOperator(SubmittingOperator):
         trigger = BatchTrigger(
             batch_ids=wait.batch_ids,
             conn_id=self.conn_id,
-            poll_interval=job.poll_interval,
+            poll_interval=wait.poll_interval(job.poll_interval),
             deadline=wait.deadline,
             cancel_on_kill=self.cancel_on_kill,
             wait_token=record_wait(job.task_try) if self.cancel_on_kill else None,
             min_ended=wait.min_ended,
             began=time.time(),
             counts_only=True,
+            resume_at=wait.resume_at,
         )
-        defer(self, trigger, deadline=wait.deadline)
+        defer(self, trigger, deadline=wait.resume_at if wait.deadline is None else wait.deadline)
 
     def _options(self, given: dict[str, Any]) -> RunOptions:
         from airflow_provider_siliconflow.jobs.options import check_options

@@ -187,6 +187,16 @@ def max_cost(name: str, value: Any) -> Any:
     return found
 
 
+def live_after(name: str, value: Any) -> checks.LiveAfter:
+    """Read when open rows are asked one by one: seconds, a ``timedelta``, or a time with its zone."""
+    return checks.check_live_after(name, rendered_seconds(value))
+
+
+def concurrency(name: str, value: Any) -> int:
+    """Read a number of requests, or the text of it."""
+    return checks.check_concurrency(name, rendered_number(value))
+
+
 def parameters(name: str, value: Any) -> Any:
     """Read body parameters for rows that lack them."""
     found = rendered_mapping(value)

@@ -38,6 +38,10 @@ _MISSING_CONNECTION_PATIENCE = 600.0
 _STATE_PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 30.0, 30.0)
 
 
+class _ResumeNow(Exception):  # noqa: N818
+    """The task is to resume, although the connection cannot be read."""
+
+
 class BatchTrigger(BaseTrigger):
     """
     Wait until batches have ended. All triggers of a triggerer share one connection pool for their polls.
@@ -59,6 +63,7 @@ class BatchTrigger(BaseTrigger):
     :param counts_only: whether the event contains only the id, status, counts and errors of each batch.
     :param wait_token: the token that the task recorded for this wait before it deferred, see
         :func:`~airflow_provider_siliconflow.task.deferral.record_wait`.
+    :param resume_at: epoch seconds at which the wait ends with the event of the batches that have ended by then.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class BatchTrigger(BaseTrigger):
         began: float | None = None,
         counts_only: bool = False,
         wait_token: str | None = None,
+        resume_at: float | None = None,
     ) -> None:
         super().__init__()
         self.batch_id = batch_id if batch_ids is None else list(batch_ids)
@@ -87,6 +93,7 @@ class BatchTrigger(BaseTrigger):
         self.began = began
         self.counts_only = counts_only
         self.wait_token = wait_token
+        self.resume_at = resume_at
         self._settings: ClientSettings | None = None
         self._wait: BatchWait | None = None
 
@@ -105,6 +112,7 @@ class BatchTrigger(BaseTrigger):
                 "began": self.began,
                 "counts_only": self.counts_only,
                 "wait_token": self.wait_token,
+                "resume_at": self.resume_at,
             },
         )
 
@@ -139,7 +147,10 @@ class BatchTrigger(BaseTrigger):
         from airflow_provider_siliconflow.jobs.waiting import BatchWait
 
         batch_ids = self._batch_ids()
-        self._settings = await self._read_connection()
+        try:
+            self._settings = await self._read_connection()
+        except _ResumeNow:
+            return TriggerEvent(encode(ended(())))
         self._wait = BatchWait(
             batch_ids,
             time.time(),
@@ -147,6 +158,7 @@ class BatchTrigger(BaseTrigger):
             deadline=self.deadline,
             min_ended=self.min_ended,
             began=self.began,
+            resume_at=self.resume_at,
         )
         async with shared_client(self._settings) as client:
             # Thousands of waits share one copy.
@@ -192,6 +204,8 @@ class BatchTrigger(BaseTrigger):
                         f"connection {self.conn_id!r} is not defined: {brief(str(exc))}. The batches are untouched.",
                         retryable=True,
                     ) from exc
+                if self.resume_at is not None and time.time() >= self.resume_at:
+                    raise _ResumeNow from exc
                 if self.deadline is not None and time.time() >= self.deadline:
                     raise BatchTimeoutError(
                         f"The wait ended at its deadline: connection {self.conn_id!r} could not be read "
@@ -227,7 +241,7 @@ class BatchTrigger(BaseTrigger):
                     elif due:
                         await _run_all([poll(batch_id) for batch_id in due])
             wait.log_summary(time.time())
-            if wait.finished:
+            if wait.is_over(time.time()):
                 return
             wait.check_deadline(time.time())
             await asyncio.sleep(wait.pause(time.time()))

@@ -414,10 +414,8 @@ def test_stuck_polls_do_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("when", ["waiting", "offered"])
 def test_a_poll_that_is_given_up_passes_its_turn_on(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    monkeypatch.setattr("airflow_provider_siliconflow.api.async_client.MAX_CALLS", 1)
-
     async def run() -> float:
-        turns = _Turns()
+        turns = _Turns(1)
         first = await turns.take()
         second, third = (asyncio.ensure_future(turns.take()) for _ in range(2))
         await asyncio.sleep(0)

@@ -26,10 +26,12 @@ def test_runs_tells_how_to_connect_and_ends_on_sigterm(tmp_path: Path) -> None:
     options = ["--port", "0", "--port-file", str(port_file), "--model", "my/model=0.5", "--key", "sk-mine"]
     options += ["--model", "other=1", "--price", "my/model=1/4/0.5", "--price", "other=1/4"]
     options += ["--batch-model", "my/model", "--batch-model", "other", "--no-json-model", "other"]
-    options += ["--no-thinking-model", "my/model"]
+    options += ["--no-thinking-model", "my/model", "--live-price", "other=2/8"]
     odd = {"settle_as": "null", "max_open_batches": 3, "missing_file_status": 400, "list_endless": True}
     odd |= {"late_error_seconds": 2.5, "clock_offset_seconds": -7200.0}
     odd |= {"invalid_rate": 0.1, "wrong_attempts": 2, "thinking_tokens": 40, "cached_share": 0.5}
+    odd |= {"live_latency": 0.5, "live_jitter": 0.25, "live_rpm": 600, "live_tpm": 9000, "live_burst": 2.0}
+    odd |= {"live_retry_after": 1.5, "live_error_rate": 0.125}
     for name, value in odd.items():
         options += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     process = subprocess.Popen(
@@ -55,7 +57,11 @@ def test_runs_tells_how_to_connect_and_ends_on_sigterm(tmp_path: Path) -> None:
         config = requests.get(f"{given['host'].removesuffix('/v1')}/_emulator/config", timeout=20).json()
         assert {name: config[name] for name in odd} == odd
         price = {"prompt": "1", "completion": "4", "cached_prompt": "0.5", "live": None}
-        assert config["prices"] == {"my/model": price, "other": {**price, "cached_prompt": None}}
+        live = {"prompt": "2", "completion": "8", "cached_prompt": None}
+        assert config["prices"] == {
+            "my/model": price,
+            "other": {**price, "cached_prompt": None, "live": live},
+        }
         lists = {name: config[name] for name in ("batch_models", "no_json_models", "no_thinking_models")}
         assert list(lists.values()) == [["my/model", "other"], ["other"], ["my/model"]]
         headers = {"Authorization": "Bearer sk-other"}

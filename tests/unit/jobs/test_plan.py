@@ -58,7 +58,7 @@ def test_a_plan_and_what_came_to_it_are_read_as_they_were_written(tmp_path: Path
     assert folder.read() == made
     first, *more = made.split.shards
     folder.write_round(1, {0: [first], 1: []})
-    assert folder.read_round(1, range(2)) == {0: (first,), 1: ()}
+    assert folder.read_round(1, range(2)) == Round({0: (first,), 1: ()})
     assert folder.read_round(2, range(2)) is None
     rests = [Rest("f" * 32, more[0]), Rest("e" * 32, None)]
     folder.write_rests(rests)
