@@ -258,21 +258,25 @@ class Asking:
                     for _ in range(self._concurrency)
                 ]
                 try:
-                    await self._until_done(workers)
+                    await self._until_done(workers, helpers)
                 finally:
                     for task in (*workers, *helpers):
                         task.cancel()
                     await asyncio.gather(*workers, *helpers, return_exceptions=True)
         self._log_progress(last=True)
 
-    async def _until_done(self, workers: Sequence[asyncio.Task[None]]) -> None:
+    async def _until_done(
+        self, workers: Sequence[asyncio.Task[None]], helpers: Sequence[asyncio.Task[None]]
+    ) -> None:
         stopped = asyncio.create_task(self._stopping.wait())
         waiting: set[asyncio.Task[Any]] = set(workers)
+        beside: set[asyncio.Task[Any]] = {*helpers, stopped}
         try:
             while waiting and not self._stopping.is_set():
-                done, _ = await asyncio.wait({*waiting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait({*waiting, *beside}, return_when=asyncio.FIRST_COMPLETED)
                 waiting -= done
-                for task in done - {stopped}:
+                beside -= done
+                for task in done:
                     if error := task.exception():
                         raise error
             # What is under way is paid for.

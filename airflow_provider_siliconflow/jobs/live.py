@@ -16,9 +16,9 @@ from pathlib import Path
 import msgspec
 
 from airflow_provider_siliconflow.api.async_client import AsyncSiliconFlowClient
+from airflow_provider_siliconflow.api.client import SiliconFlowClient
 from airflow_provider_siliconflow.api.exceptions import IncompleteResultsError, SiliconFlowError
 from airflow_provider_siliconflow.api.models import Outcome
-from airflow_provider_siliconflow.api.settings import ClientSettings
 from airflow_provider_siliconflow.batch_files.atomic_files import open_own, temporary_folder
 from airflow_provider_siliconflow.batch_files.cost_bounds import UnboundedRowError, bound_row
 from airflow_provider_siliconflow.batch_files.custom_ids import custom_id_of
@@ -41,13 +41,13 @@ class LivePhase:
     The live rounds of a job, in one process.
 
     :param job: the job.
-    :param settings: the connection.
+    :param client: has the settings of the connection.
     :param clock: time.
     """
 
-    def __init__(self, job: OpenJob, settings: ClientSettings, *, clock: Clock) -> None:
+    def __init__(self, job: OpenJob, client: SiliconFlowClient, *, clock: Clock) -> None:
         self._job = job
-        self._settings = settings
+        self._client = client
         self._clock = clock
         self._journal = LiveJournal(job.plans.path)
         self._tariff = job.options.live_tariff() if job.options.live_after or job.live_start else None
@@ -82,7 +82,7 @@ class LivePhase:
             rows=left,
             journal=self._journal,
             open_client=lambda: AsyncSiliconFlowClient(
-                self._settings, max_calls=job.options.live_concurrency
+                self._client.settings, max_calls=job.options.live_concurrency
             ),
             concurrency=job.options.live_concurrency,
             purse=self._purse,

@@ -272,7 +272,7 @@ class BatchRun:
     def _take(self, job: OpenJob, *, began: float) -> _Opened:
         collector = Collector(job, self._try.client, self._try.output_dir, clock=self._try.clock)
         tariff, clock = job.options.tariff(), self._try.clock
-        live = LivePhase(job, self._try.client.settings, clock=clock)
+        live = LivePhase(job, self._try.client, clock=clock)
         collector.live, collector.began = live, began
         if tariff is not None:
             collector.budget = Budget(job, tariff, collector.read, clock=clock)

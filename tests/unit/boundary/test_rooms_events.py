@@ -205,10 +205,10 @@ def test_32_stuck_polls_do_not_stop_the_other_waits_of_the_connection(
     request = AsyncSiliconFlowClient._request
 
     @contextlib.asynccontextmanager
-    async def some_hang(self: Any, call: Any, timeout: Any) -> AsyncIterator[Any]:
+    async def some_hang(self: Any, call: Any, *times: Any) -> AsyncIterator[Any]:
         if "stuck" in call.name:
             await asyncio.sleep(60)
-        async with request(self, call, timeout) as response:
+        async with request(self, call, *times) as response:
             yield response
 
     mocker.patch.object(AsyncSiliconFlowClient, "_request", some_hang)

@@ -16,7 +16,7 @@ from airflow_provider_siliconflow.api.exceptions import InvalidInputError
 from airflow_provider_siliconflow.jobs import plan as plans
 from airflow_provider_siliconflow.jobs.identity import Submitter
 from airflow_provider_siliconflow.jobs.options import RunOptions
-from airflow_provider_siliconflow.jobs.plan import Plan, PlanFolder, Rest, digest_of, source_version
+from airflow_provider_siliconflow.jobs.plan import Plan, PlanFolder, Rest, Round, digest_of, source_version
 
 SUBMITTER = Submitter("dag", "run", "task", -1, 3)
 OPTIONS = RunOptions(models=("a", "b"), max_rows=2, max_bytes=10_000)

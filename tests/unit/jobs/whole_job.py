@@ -160,8 +160,10 @@ class Job:
     def wait(self, wait: Wait) -> list[Batch]:
         """Poll until as many batches have ended as a job waits for."""
         client = self.client()
-        state = BatchWait(wait.batch_ids, self.clock.time(), 60.0, min_ended=wait.min_ended)
-        while not state.finished:
+        state = BatchWait(
+            wait.batch_ids, self.clock.time(), 60.0, min_ended=wait.min_ended, resume_at=wait.resume_at
+        )
+        while not state.is_over(self.clock.time()):
             for batch_id in state.due(self.clock.time()):
                 state.observe(batch_id, client.get_batch(batch_id), self.clock.time())
             state.check_deadline(self.clock.time())
