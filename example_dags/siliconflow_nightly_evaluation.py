@@ -270,8 +270,7 @@ with DAG(
         "max_row_attempts": 3,
         "deferrable": True,
         "poll_interval": POLL_SECONDS,
-        # LIVE PHASE: uncomment as soon as RunBatchOperator has the argument.
-        # "live_after": night["live_after"],
+        "live_after": night["live_after"],
     }
     ask = RunBatchOperator(
         task_id="ask", requests=night["requests"], output_dir=night["answers"], models=chosen, **common
