@@ -170,6 +170,7 @@ def _rows(nights: Sequence[Night], colour: Colour, gate_p: float) -> list[_Row]:
 
 
 def _flips(night: Night, gate_p: float, questions: Mapping[str, str]) -> list[_Flips]:
+    """Return what changed by model, significant drops first."""
     flips = []
     for standing in night.ranked:
         each = night.comparison(standing.model)
@@ -187,7 +188,7 @@ def _flips(night: Night, gate_p: float, questions: Mapping[str, str]) -> list[_F
             [questions.get(name, name) for name in names[:_MOST_FLIPS]] for names in (each.worse, each.better)
         )
         flips.append(_Flips(each, verdict, sign, worse, better, _link(night, each.model)))
-    return flips
+    return sorted(flips, key=lambda each: each.sign != "down")
 
 
 def _cards(night: Night, colour: Colour) -> list[tuple[str, str, Markup]]:

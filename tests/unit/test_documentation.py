@@ -26,7 +26,11 @@ from airflow_provider_siliconflow.operators.batch import (
 from airflow_provider_siliconflow.sensors.batch import BatchSensor
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "guides").glob("*.md")),
+]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 CODE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 
