@@ -186,10 +186,14 @@ def test_the_gate_names_the_model_that_became_worse_and_the_questions(
     assert f"{len(flipped)} worse, 0 better of 120 questions" in page
     assert {len(standing["score"]["runs"]) for standing in second["standings"]} == {3}
 
-    # Worse once more, but now the tasks after the gate are only skipped.
-    emulator.service.configure({"models": {good: 0.93, bad: 0.2}})
-    code, told = evaluate(dag_test, emulator, board, {**conf, "gate": "skip"})
+    # Worse once more, but now the tasks after the gate are only skipped. The time for results has passed: no batches.
+    emulator.service.configure({"models": {good: 0.93, bad: 0.2}, "live_latency": 0.01})
+    batches = emulator.request_counts["POST /batches"]
+    late = {**conf, "gate": "skip", "results_by": "2026-01-01T08:00:00+08:00"}
+    code, told = evaluate(dag_test, emulator, board, late)
     assert code == 0, told[-3000:]
+    assert [standing["live"] for standing in lines(board / "history.jsonl")[-1]["standings"]] == [360, 360]
+    assert emulator.request_counts["POST /batches"] == batches
     with contextlib.closing(sqlite3.connect(airflow_home / "airflow.db")) as database:
         states = database.execute(
             "select state from task_instance where task_id = 'gate' order by start_date"
