@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
@@ -582,6 +583,23 @@ def test_the_templates_are_found_in_a_zip_file(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "<style>" in done.stdout
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "example_dags").glob("*.py")), ids=lambda file: file.stem)
+def test_the_trigger_form_can_be_submitted_as_it_is(file: Path) -> None:
+    """The form counts an empty field as missing, unless the parameter may be null."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    optional = {"OPTIONAL": ["null", "string"]}
+    params = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Param"
+    ]
+    assert params
+    for param in params:
+        default = ast.unparse(param.args[0])
+        kind = next(word.value for word in param.keywords if word.arg == "type")
+        value = optional[kind.id] if isinstance(kind, ast.Name) else ast.literal_eval(kind)
+        assert default not in ("''", "[]")
+        assert default != "None" or "null" in value
 
 
 def test_parsing_the_dag_file_imports_nothing_heavy() -> None:
