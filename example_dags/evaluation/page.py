@@ -79,6 +79,7 @@ def render_page(
         subjects=list(dict.fromkeys(name for each in night.standings for name in each.score.subjects)),
         missed=missed,
         nights=len(nights),
+        judge_cost=_judge_cost(night),
     )
 
 
@@ -140,6 +141,11 @@ def _tiles(night: Night) -> list[tuple[str, str, str]]:
         ("Tokens", count_text(sum(each.tokens for each in night.standings)), "billed, including prompts"),
         ("Rows answered", f"{rows - failed:,} of {rows:,}", f"{resent:,} sent again after transient errors"),
     ]
+
+
+def _judge_cost(night: Night) -> str | None:
+    cost = night.judge.cost if night.judge else None
+    return None if cost is None else amount_format([cost])(cost)
 
 
 def _rows(nights: Sequence[Night], colour: Colour, gate_p: float) -> list[_Row]:
