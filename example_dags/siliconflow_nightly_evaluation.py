@@ -175,7 +175,7 @@ with DAG(
     def judge_requests(
         night: dict[str, Any], manifest: dict[str, Any], scores: Any, params: Any = None
     ) -> dict[str, Any]:
-        """Write the requests to the judge: each answer twice, the second time with the reference first."""
+        """Write the requests to the judge: each answer twice, the second time with the texts swapped."""
         import json
 
         from airflow.providers.common.compat.sdk import AirflowSkipException, ObjectStoragePath
