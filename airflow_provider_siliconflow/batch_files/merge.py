@@ -113,6 +113,7 @@ class BatchFiles:
     :param cached: whether these are answers of earlier jobs, which are not billed again.
     :param billed: whether its tokens count as billed; not if they are counted elsewhere.
     :param live: whether its rows were asked one by one: each of its lines is billed, at the price for that.
+    :param due: whether its rows are still to be sent, so that each of them without an accepted answer is worth it.
     """
 
     output: Path | None
@@ -128,6 +129,7 @@ class BatchFiles:
     cached: bool = False
     billed: bool = True
     live: bool = False
+    due: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,7 @@ class MergedShard:
     :param tally: the figures.
     :param retry: a byte per row for ``select_rows``, 1 if the row is worth another attempt.
     :param fresh: a byte per row, 1 if the row is ok by an answer of this job's own, so not a cached one.
+    :param asked_live: a byte per row: in how many rounds it was asked by itself, up to 255.
     :param spoilt: the batches that could not be read completely. Everything readable is in the results.
     :param unjudged: the rows whose answers could not be judged. They are in the results, as invalid.
     """
@@ -179,6 +182,7 @@ class MergedShard:
     tally: ModelTally
     retry: bytearray
     fresh: bytearray
+    asked_live: bytearray
     spoilt: tuple[SpoiltBatch, ...] = ()
     unjudged: Unjudged | None = None
 
@@ -250,9 +254,11 @@ def merge_shard(
             if verdict.unjudged:
                 unjudged = Unjudged(verdict.custom_id, verdict.message or "").after(unjudged)
         retry[position] = worth_it and position not in unaccounted
+    for position in index.due():
+        retry[position] = index.is_lost(position) and position not in unaccounted
     if results is not None or errors is not None:
         _copy(index, results, errors, unaccounted, invalid_rows)
-    return MergedShard(tally, retry, fresh, index.spoilt(), unjudged)
+    return MergedShard(tally, retry, fresh, index.asked_live(), index.spoilt(), unjudged)
 
 
 def merge_batch(
@@ -415,7 +421,7 @@ class _Index:
     def spoilt(self) -> tuple[SpoiltBatch, ...]:
         """Return the batches that could not be read completely."""
         return tuple(
-            SpoiltBatch(read.files.batch_id, read.reason, sum(map(self._is_lost, self._without_result(read))))
+            SpoiltBatch(read.files.batch_id, read.reason, sum(map(self.is_lost, self._without_result(read))))
             for read in self._batches
             if read.problems
         )
@@ -434,14 +440,32 @@ class _Index:
                     found[position] = found.get(position) or said
         return found
 
-    def _without_result(self, read: _ReadBatch) -> Iterator[int]:
-        """Return the positions of a batch's rows that have no result in it."""
+    def due(self) -> Iterator[int]:
+        """Return the positions of rows that are still to be sent."""
+        return (position for read in self._batches if read.files.due for position in self._rows_of(read))
+
+    def asked_live(self) -> bytearray:
+        """Return for each row in how many batches of rows that were asked by themselves it is."""
+        counts = bytearray(len(self.ids))
+        for read in self._batches:
+            if read.files.live:
+                for position in self._rows_of(read):
+                    counts[position] = min(counts[position] + 1, 255)
+        return counts
+
+    def _rows_of(self, read: _ReadBatch) -> Iterator[int]:
+        """Return the positions of a batch's rows."""
         rows: Iterable[int | None] = range(len(self.ids))
         if read.files.requests is not None:
             rows = map(self._positions.get, iter_custom_ids(read.files.requests))
-        return (position for position in rows if position is not None and not read.has_result[position])
+        return (position for position in rows if position is not None)
 
-    def _is_lost(self, position: int) -> bool:
+    def _without_result(self, read: _ReadBatch) -> Iterator[int]:
+        """Return the positions of a batch's rows that have no result in it."""
+        return (position for position in self._rows_of(read) if not read.has_result[position])
+
+    def is_lost(self, position: int) -> bool:
+        """Whether a row is not ok."""
         verdict = self.verdicts[position]
         return verdict is None or verdict.outcome is not Outcome.OK
 

@@ -525,6 +525,8 @@ class Asking:
             failure: Exception | None = None
             try:
                 await loop.run_in_executor(self._files, self._append, [entry for entry, _ in pending])
+                # Written first: these answers are paid for, whoever has the job now.
+                await self._check_owner_now()
             # Stores raise errors of their own.
             except Exception as exc:  # noqa: BLE001
                 log.error("Live: %d lines of the journal cannot be written: %s", len(pending), exc)
@@ -572,13 +574,7 @@ class Asking:
                 return
             if loop.time() - checked >= _OWNER_SECONDS:
                 checked = loop.time()
-                try:
-                    await loop.run_in_executor(self._files, self._check_owner)
-                except SiliconFlowError as exc:
-                    self._halt(exc)
-                    return
-                except OSError as exc:
-                    log.warning("Live: whose job it is cannot be read: %s", exc)
+                await self._check_owner_now()
             if loop.time() - told >= _PROGRESS_SECONDS:
                 told = loop.time()
                 self._log_progress()
@@ -592,6 +588,16 @@ class Asking:
             except _Stopped:
                 self._changed()
                 return
+
+    async def _check_owner_now(self) -> None:
+        """End the phase if another try has taken over the job."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._files, self._check_owner)
+        except SiliconFlowError as exc:
+            self._halt(exc)
+        # Stores raise errors of their own.
+        except Exception as exc:  # noqa: BLE001
+            log.warning("Live: whose job it is cannot be read: %s", exc)
 
     def _log_progress(self, *, last: bool = False) -> None:
         figures = self.figures

@@ -78,6 +78,7 @@ class Collected:
     :param tallies: the figures, by model.
     :param retries: by model, for each shard of the first round a byte per row: 1 if the row is worth another attempt.
     :param fresh: likewise, 1 if the row is ok by an answer of this job's own.
+    :param asked_live: likewise, in how many rounds the row was asked by itself.
     :param spoilt: batches that could not be read, and why.
     :param unanswered: dead batches of this try, and how many of their rows they did not answer.
     :param unjudged: rows whose answers could not be judged; ``None`` if there are none.
@@ -86,6 +87,7 @@ class Collected:
     tallies: dict[int, ModelTally] = field(default_factory=dict)
     retries: dict[int, list[bytearray]] = field(default_factory=dict)
     fresh: dict[int, list[bytearray]] = field(default_factory=dict)
+    asked_live: dict[int, list[bytearray]] = field(default_factory=dict)
     spoilt: dict[str, str] = field(default_factory=dict)
     unanswered: dict[str, int] = field(default_factory=dict)
     unjudged: Unjudged | None = None
@@ -275,7 +277,14 @@ class Collector:
         job = self._job
         sent_in_batches = sum(any(map(job.batch_id, pieces)) for pieces in job.rounds)
         most = max(job.options.max_row_attempts - sent_in_batches, 1)
-        if len(job.live_rounds) >= most or not collected.worth_another_attempt:
+        chosen = {
+            model: [
+                bytearray(wanted and asked < most for wanted, asked in zip(*of_shard, strict=True))
+                for of_shard in zip(shards, collected.asked_live[model], strict=True)
+            ]
+            for model, shards in collected.retries.items()
+        }
+        if not any(any(wanted) for shards in chosen.values() for wanted in shards):
             return None
         if collected.out_of_balance:
             log.error("Rows failed because the account has no balance: no row is asked live")
@@ -284,7 +293,7 @@ class Collector:
             log.error("No row is asked live in this try, since answers cannot be judged")
             return None
         number = len(job.rounds) + len(job.live_rounds)
-        return self._select(collected.retries, number, keeps_unanswered=True)
+        return self._select(chosen, number, keeps_unanswered=True)
 
     def _select(
         self,
@@ -367,6 +376,7 @@ class Collector:
                 tally.add(merged.tally)
                 retries.append(merged.retry)
                 fresh.append(merged.fresh)
+                collected.asked_live.setdefault(model, []).append(merged.asked_live)
             for line in invalid_rows.rest():
                 results.write(line + b"\n")
                 errors.write(line + b"\n")
@@ -484,7 +494,10 @@ class Collector:
                 found.append(BatchFiles(None, path, shared=shared))
             elif job.live_start is not None and job.is_waiting(piece):
                 # Its rows are asked one by one.
-                found.append(BatchFiles(None, None, round=piece.round, shared=shared))
+                requests = job.source(piece) if shared else None
+                found.append(
+                    BatchFiles(None, None, round=piece.round, shared=shared, requests=requests, due=True)
+                )
             elif self.budget is not None and job.is_waiting(piece):
                 requests = job.source(piece) if shared else None
                 unsent = self.budget.reason

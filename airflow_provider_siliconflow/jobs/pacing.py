@@ -17,12 +17,14 @@ _FIRST_WINDOW = 8
 _PROOF = 3
 #: Seconds over which accepted requests are counted.
 _SPAN = 3.0
-#: What a refusal makes of the rate.
-_DECREASE = 0.9
+#: What a refusal makes of the rate, if others were accepted before it, and if that is not known.
+_DECREASE, _UNPROVEN_DECREASE = 0.9, 0.7
 #: By how much each answer raises the rate: so the rate grows by 2 % a second, or by half while it recovers.
 _INCREASE, _RECOVERY = 0.02, 0.5
 #: Lowest and highest rate, in requests per second.
 _LOWEST, _HIGHEST = 0.1, 10_000.0
+#: Seconds by which a timer may be late.
+_TIMER_ERROR = 0.05
 #: First and longest pause while nothing is accepted, in seconds.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 30.0
 
@@ -83,8 +85,9 @@ class Pacer:
         while self._sent_at[0] < now - _SPAN:
             self._sent_at.popleft()
         if self._rate is not None:
-            # What was missed is not caught up with.
-            self._next = max(self._next, now - 1 / self._rate) + 1 / self._rate
+            # A late timer is made up for, a pause is not.
+            interval = 1 / self._rate
+            self._next = max(self._next, now - min(_TIMER_ERROR, interval)) + interval
         return self._epoch
 
     def ended(self) -> None:
@@ -100,10 +103,8 @@ class Pacer:
         self._under_way -= 1
         self.accepted_total += 1
         self._window = min(self._window + 1, self.most)
-        if epoch < self._epoch:
-            return
         self._strikes = 0
-        if self._rate is not None:
+        if self._rate is not None and epoch == self._epoch:
             step = _RECOVERY if self._rate < self._level else _INCREASE
             self._rate = min(self._rate + step, _HIGHEST)
 
@@ -122,21 +123,30 @@ class Pacer:
             self._closed_until = max(self._closed_until, now + retry_after)
         if epoch < self._epoch:
             return
-        seen = self._seen_rate(now)
+        seen, is_first = self._seen_rate(now), self._rate is None
         if self._sent_in_epoch > _PROOF:
             self._rate = max(min(self._rate or seen, seen) * _DECREASE, _LOWEST)
-            self._level = self._rate
+            if not is_first:
+                # The first refusal comes after too short a time for a good guess.
+                self._level = self._rate
             self._strikes = 0
         else:
+            # Perhaps it accepts none at all.
             self._strikes += 1
-            self._rate = max((self._rate or max(seen, 1.0)) / 2, _LOWEST)
-            pause = min(_FIRST_PAUSE * 2.0 ** min(self._strikes - 1, 20), _LONGEST_PAUSE)
-            self._closed_until = max(self._closed_until, now + pause)
+            before = self._rate or max(seen, 1.0)
+            self._rate = max(before * _UNPROVEN_DECREASE, _LOWEST)
+            if self._strikes == 1 and not is_first:
+                # It accepted one since the last refusal.
+                self._level = self._rate
+            if self._strikes > 1:
+                pause = min(_FIRST_PAUSE * 2.0 ** min(self._strikes - 2, 20), _LONGEST_PAUSE)
+                self._closed_until = max(self._closed_until, now + pause)
         self._epoch += 1
         self._sent_in_epoch = 0
         self._next = now + 1 / self._rate
 
     def _seen_rate(self, now: float) -> float:
         """Return how many requests per second were accepted lately, or are not refused yet."""
-        span = min(_SPAN, max(now - (self._began or now), 0.2))
+        began = now if self._began is None else self._began
+        span = min(_SPAN, max(now - began, 0.2))
         return sum(at >= now - span for at in self._sent_at) / span

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "docs" / "guides").glob("*.md")),
+    *sorted((ROOT / "docs/guides").glob("*.md")),
 ]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 CODE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)

@@ -51,14 +51,36 @@ def test_a_manifest_adds_models_up_and_tells_rounds_apart() -> None:
     assert second["cost"]["total"] == 0.1
     assert manifest["cost"]["total"] == 5.1
     assert first["rounds"] == [
-        {"round": 0, "batches": 1, "rows": 10, "ok": 7},
-        {"round": 1, "batches": 1, "rows": 3, "ok": 1},
+        {"round": 0, "route": "batch", "batches": 1, "rows": 10, "ok": 7},
+        {"round": 1, "route": "batch", "batches": 1, "rows": 3, "ok": 1},
     ]
-    assert manifest["rounds"][0] == {"round": 0, "batches": 2, "rows": 20, "ok": 11}
+    assert manifest["rounds"][0] == {"round": 0, "route": "batch", "batches": 2, "rows": 20, "ok": 11}
     assert manifest["usage"]["completion_tokens"] == 1_000_000
     assert manifest["billed_usage"]["total_tokens"] == 6_000_000
     assert manifest["errors"] == {"Internal error (500)": 2}
     assert first["batches"][0]["counts"] == {"total": 10, "completed": 7, "failed": 3}
+
+
+def test_rows_asked_live_cost_their_own_price() -> None:
+    price = {"prompt": 1, "completion": 4, "live": {"prompt": 2, "completion": 8}}
+    tally = ModelTally(
+        rows=10,
+        ok=10,
+        live=4,
+        billed=Usage(10_000_000, 1_000_000),
+        billed_live=Usage(4_000_000, 500_000),
+        ok_in_round={0: 6, 1: 4},
+    )
+    batches = [BatchSummary("batch_1", "cancelled", 10)]
+    manifest = build_manifest([ModelRun("a", tally, batches, live_rounds={1: 4})], prices={"a": price})
+    assert manifest["live"]["rows"] == 4
+    assert manifest["live"]["cost"]["total"] == 12.0
+    assert manifest["cost"]["total"] == 6.0 + 2.0 + 12.0
+    assert manifest["rounds"][1] == {"round": 1, "route": "live", "batches": 0, "rows": 4, "ok": 4}
+    del price["live"]
+    without = build_manifest([ModelRun("a", tally, batches, live_rounds={1: 4})], prices={"a": price})
+    # A sum without the rows that were asked live would look like the bill.
+    assert without["cost"] is None
 
 
 def test_money_is_summed_unrounded_and_rounded_once() -> None:
