@@ -40,10 +40,14 @@ MODELS = [
 ]
 JUDGE = "deepseek-ai/DeepSeek-V3"
 
-# CNY per million tokens. These are examples: replace them with the batch prices of your account.
-PRICES = {
-    "deepseek-ai/DeepSeek-R1": {"prompt": 2.0, "completion": 8.0},
-    "deepseek-ai/DeepSeek-V3": {"prompt": 1.0, "completion": 4.0},
+# CNY per million tokens, in batches and live. These are examples: replace them with the prices of your account.
+PRICES: dict[str, dict[str, Any]] = {
+    "deepseek-ai/DeepSeek-R1": {
+        "prompt": 2.0,
+        "completion": 8.0,
+        "live": {"prompt": 4.0, "completion": 16.0},
+    },
+    "deepseek-ai/DeepSeek-V3": {"prompt": 1.0, "completion": 4.0, "live": {"prompt": 2.0, "completion": 8.0}},
 }
 
 # Batches take hours, so one poll a minute is enough. The local emulator is much faster.

@@ -209,7 +209,7 @@ def night_folder(night: datetime) -> Path:
     return EVALUATION / f"{night:%Y-%m-%dT%H%M%S}"
 
 
-def demo_prices() -> dict[str, dict[str, float]]:
+def demo_prices() -> dict[str, dict[str, Any]]:
     """Return the DAG's own prices, and that of the judge."""
     from example_dags.siliconflow_nightly_evaluation import PRICES
 
