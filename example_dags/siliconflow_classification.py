@@ -9,8 +9,10 @@ file, in input order.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from airflow.providers.common.compat.sdk import DAG, Param, task
@@ -19,6 +21,9 @@ SYSTEM = (
     "Name the subject of the review: delivery, price, quality or service. "
     'Answer as JSON: {"answer": "<subject>"}'
 )
+
+# For a first run. In production, use a bucket or a folder that all workers can reach.
+RESULTS = Path(tempfile.gettempdir()) / "siliconflow_classification"
 
 # Batches take hours, so one poll a minute is enough. The local emulator is much faster.
 POLL_SECONDS = float(os.environ.get("SILICONFLOW_POLL_SECONDS", "60"))
@@ -36,7 +41,9 @@ with DAG(
             100_000, type="integer", minimum=1, description="Number of reviews to generate and classify"
         ),
         "model": Param("deepseek-ai/DeepSeek-V3", type="string"),
-        "output_dir": Param("", type="string", description="Path or URI of the folder for the results"),
+        "output_dir": Param(
+            str(RESULTS), type="string", description="Path or URI of the folder for the results"
+        ),
     },
 ):
 

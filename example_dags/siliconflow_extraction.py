@@ -9,6 +9,7 @@ The last task joins the answers to the tickets in one data frame.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from airflow_provider_siliconflow.api.models import BatchResult
 
 TICKETS = Path(__file__).parent / "data" / "tickets.csv"
+
+# For a first run. In production, use a bucket or a folder that all workers can reach.
+RESULTS = Path(tempfile.gettempdir()) / "siliconflow_extraction"
 
 # Batches take hours, so one poll a minute is enough. The local emulator is much faster.
 POLL_SECONDS = float(os.environ.get("SILICONFLOW_POLL_SECONDS", "60"))
@@ -55,7 +59,9 @@ with DAG(
     params={
         "tickets": Param(str(TICKETS), type="string", description="CSV file with the columns id and text"),
         "model": Param("deepseek-ai/DeepSeek-V3", type="string"),
-        "output_dir": Param("", type="string", description="Path or URI of the folder for the results"),
+        "output_dir": Param(
+            str(RESULTS), type="string", description="Path or URI of the folder for the results"
+        ),
     },
 ):
 

@@ -10,13 +10,18 @@ A single job needs no mapping: `RunBatchOperator` splits any number of rows into
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from airflow.providers.common.compat.sdk import DAG, Param, task
 
 from airflow_provider_siliconflow.operators.batch import RunBatchOperator
+
+# For a first run. In production, use a bucket or a folder that all workers can reach.
+RESULTS = Path(tempfile.gettempdir()) / "siliconflow_mapped"
 
 # Batches take hours, so one poll a minute is enough. The local emulator is much faster.
 POLL_SECONDS = float(os.environ.get("SILICONFLOW_POLL_SECONDS", "60"))
@@ -31,9 +36,14 @@ with DAG(
     tags=["siliconflow", "example"],
     params={
         "input_dir": Param(
-            "", type="string", description="Path or URI of a folder of JSONL files, one per customer"
+            None,
+            # The trigger form takes an empty field for such a parameter, and then passes None.
+            type=["null", "string"],
+            description="Path or URI of a folder of JSONL files, one per customer; empty: no customers",
         ),
-        "output_dir": Param("", type="string", description="Path or URI of the folder for the results"),
+        "output_dir": Param(
+            str(RESULTS), type="string", description="Path or URI of the folder for the results"
+        ),
         "languages": Param(["German", "French", "Japanese"], type="array", items={"type": "string"}),
         "model": Param("deepseek-ai/DeepSeek-V3", type="string"),
     },
@@ -52,6 +62,8 @@ with DAG(
         """Return the arguments of each job: a file of requests and a folder for its results."""
         from airflow.providers.common.compat.sdk import ObjectStoragePath
 
+        if not params["input_dir"]:
+            return []
         files = sorted(ObjectStoragePath(params["input_dir"]).glob("*.jsonl"), key=str)
         return [
             {"requests": str(file), "output_dir": f"{params['output_dir']}/customers/{file.stem}"}

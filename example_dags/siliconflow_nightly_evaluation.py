@@ -1,21 +1,24 @@
 """
 ### Nightly evaluation
 
-Asks several models the same questions over one upload, scores the answers and updates a leaderboard page.
+Asks several models the same questions over one upload, scores the answers against the key, has a judge model look at
+them too, compares each model with the last night and updates a leaderboard page. The last task, `gate`, fails if a
+model became significantly worse. Tasks of your own that need a good night go after it.
 
-The parameter `output_dir`, or else the Airflow variable `siliconflow_evaluation_dir`, is the path or URI of a folder
-that all workers can reach. In it, `leaderboard.html` shows the latest night and `history.jsonl` has one line per
-night. Each night's requests, results and scored answers are in a separate subfolder.
+Nothing has to be set. The parameter `output_dir`, or else the Airflow variable `siliconflow_evaluation_dir`, is the
+path or URI of a folder that all workers can reach; the default is `siliconflow_evaluation` in Airflow's home. In it,
+`leaderboard.html` shows the latest night and links to a page per model, and `history.jsonl` has one line per night.
+Each night's requests, results and scored answers are in a separate subfolder.
 
-With the parameter `cache_dir`, a question that a model answered on an earlier night is not sent again: a night then
-costs what is new, be it a question, a model or a changed parameter.
+With `cache_dir`, a question that a model answered on an earlier night is not sent again: a night then costs what is
+new, be it a question, a model or a changed parameter. With `results_by`, what has no answer at that time is asked live.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +38,23 @@ MODELS = [
     "deepseek-ai/DeepSeek-R1",
     "deepseek-ai/DeepSeek-V3",
 ]
+JUDGE = "deepseek-ai/DeepSeek-V3"
 
-# CNY per million tokens. These are examples: replace them with the batch prices of your account.
-PRICES = {
-    "deepseek-ai/DeepSeek-R1": {"prompt": 2.0, "completion": 8.0},
-    "deepseek-ai/DeepSeek-V3": {"prompt": 1.0, "completion": 4.0},
+# CNY per million tokens, in batches and live. These are examples: replace them with the prices of your account.
+PRICES: dict[str, dict[str, Any]] = {
+    "deepseek-ai/DeepSeek-R1": {
+        "prompt": 2.0,
+        "completion": 8.0,
+        "live": {"prompt": 4.0, "completion": 16.0},
+    },
+    "deepseek-ai/DeepSeek-V3": {"prompt": 1.0, "completion": 4.0, "live": {"prompt": 2.0, "completion": 8.0}},
 }
 
 # Batches take hours, so one poll a minute is enough. The local emulator is much faster.
 POLL_SECONDS = float(os.environ.get("SILICONFLOW_POLL_SECONDS", "60"))
+
+# The trigger form takes an empty field for such a parameter, and then passes None.
+OPTIONAL = ["null", "string"]
 
 with DAG(
     dag_id="siliconflow_nightly_evaluation",
@@ -58,15 +69,42 @@ with DAG(
     params={
         "questions": Param(str(QUESTIONS), type="string", description="Path or URI of the questions (JSONL)"),
         "models": Param(MODELS, type="array", items={"type": "string"}, minItems=1),
-        "output_dir": Param("", type="string", description="Path or URI of the leaderboard's folder"),
+        "repeats": Param(
+            1, type="integer", minimum=1, maximum=25, description="How often each question is asked"
+        ),
+        "judge_model": Param(
+            JUDGE, type=OPTIONAL, description="Model that judges the answers; empty: no judge"
+        ),
+        "output_dir": Param(
+            None,
+            type=OPTIONAL,
+            description="Path or URI of the leaderboard's folder; empty: siliconflow_evaluation in Airflow's home",
+        ),
         "cache_dir": Param(
-            "", type="string", description="Path or URI of cached answers; empty: ask everything"
+            None, type=OPTIONAL, description="Path or URI of cached answers; empty: ask everything"
+        ),
+        "results_by": Param(
+            None,
+            type=OPTIONAL,
+            description="When to ask live what has no answer yet, such as 08:00+08:00; empty: never",
+        ),
+        "gate": Param(
+            "fail", type="string", enum=["fail", "skip", "off"], description="What a significant drop does"
+        ),
+        "gate_p": Param(
+            0.05, type="number", minimum=0, maximum=1, description="Largest p of a change that is significant"
         ),
         "prices": Param(PRICES, type="object", description="CNY per million tokens, by model"),
-        "note": Param("", type="string", description="A sentence for the top of the page"),
+        "note": Param(None, type=OPTIONAL, description="A sentence for the top of the page"),
         "max_tokens": Param(2048, type="integer", minimum=1, description="Maximum length of an answer"),
+        "temperature": Param(0, type="number", minimum=0, maximum=2),
+        "seed": Param(
+            0, type="integer", minimum=0, description="Seed of the first repeat; the others count up"
+        ),
     },
 ) as dag:
+    # Cheap to import: standard library only.
+    from evaluation.judge import VERDICT
 
     @task(multiple_outputs=True)
     def prepare(folder: str, params: Any = None, dag_run: Any = None) -> dict[str, Any]:
@@ -74,30 +112,36 @@ with DAG(
         import json
 
         from airflow.providers.common.compat.sdk import ObjectStoragePath
-        from evaluation.questions import read_questions, request_rows
+        from evaluation.questions import dataset_hash, read_questions, request_rows
+        from evaluation.schedule import live_time
 
-        if not folder:
-            raise ValueError(
-                "set the parameter output_dir or the Airflow variable siliconflow_evaluation_dir"
-            )
+        home = os.environ.get("AIRFLOW_HOME") or "~/airflow"
+        folder = folder or os.path.join(os.path.expanduser(home), "siliconflow_evaluation")
+        live_after = live_time(params["results_by"], datetime.now(UTC))
         # On Airflow 3 a manual run may have no logical date.
         date = dag_run.logical_date or dag_run.run_after
         questions = read_questions(ObjectStoragePath(params["questions"]))
-        night = ObjectStoragePath(folder) / f"{date:%Y-%m-%dT%H%M%S}"
+        name = f"{date:%Y-%m-%dT%H%M%S}"
+        night = ObjectStoragePath(folder) / name
         night.mkdir(parents=True, exist_ok=True)
-        # A date in the prompt would make every night's requests new.
-        shown = None if params["cache_dir"] else f"{date:%Y-%m-%d}"
-        rows = request_rows(questions, date=shown, max_tokens=params["max_tokens"])
+        settings = {key: params[key] for key in ("max_tokens", "temperature", "repeats")}
+        rows = request_rows(questions, **settings, seed=params["seed"])
         requests = night / "requests.jsonl"
-        requests.write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-        )
+        with requests.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         return {
             "date": date.isoformat(),
             "folder": folder,
+            "name": name,
             "night": str(night),
             "requests": str(requests),
+            "answers": str(night / "ask"),
+            "verdicts": str(night / "judge"),
+            "dataset": dataset_hash(questions),
+            "settings": settings,
             "prices": params["prices"],
+            # An empty text, since an XCom of None is as good as none.
+            "live_after": live_after or "",
         }
 
     @task
@@ -106,69 +150,146 @@ with DAG(
         return list(dict.fromkeys(params["models"]))
 
     @task
-    def score(model: str, manifest: dict[str, Any], params: Any = None) -> dict[str, Any]:
-        """Judge one model's answers and write the judged answers next to its results."""
+    def score(
+        model: str, night: dict[str, Any], manifest: dict[str, Any], params: Any = None
+    ) -> dict[str, Any]:
+        """Score one model's answers against the key and write the scored answers to the night's folder."""
         from dataclasses import asdict
 
         from airflow.providers.common.compat.sdk import ObjectStoragePath
+        from evaluation.leaderboard import file_name
         from evaluation.questions import read_questions
         from evaluation.scoring import score_model, write_scored
 
         from airflow_provider_siliconflow.results import read_results
 
         questions = read_questions(ObjectStoragePath(params["questions"]))
-        result, rows = score_model(model, questions, read_results(manifest, model=model))
-        (paths,) = (each["paths"] for each in manifest["models"] if each["model"] == model)
-        scored = ObjectStoragePath(paths["results"]).parent / "scored.jsonl"
-        write_scored(scored, rows)
+        answers = read_results(manifest, model=model)
+        result, rows = score_model(model, questions, answers, night["settings"]["repeats"])
+        folder = ObjectStoragePath(night["night"]) / "scored"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_scored(folder / f"{file_name(model)}.jsonl", rows)
         low, high = result.interval
         print(
             f"{model}: {result.accuracy:.1%} correct ({low:.1%} to {high:.1%}), {result.right} of {result.asked}"
         )
-        return {"score": asdict(result), "scored": str(scored)}
+        return asdict(result)
 
     @task
+    def judge_requests(
+        night: dict[str, Any], manifest: dict[str, Any], scores: Any, params: Any = None
+    ) -> dict[str, Any]:
+        """Write the requests to the judge: each answer twice, the second time with the texts swapped."""
+        import json
+
+        from airflow.providers.common.compat.sdk import AirflowSkipException, ObjectStoragePath
+        from evaluation.judge import judge_rows
+        from evaluation.leaderboard import file_name
+        from evaluation.questions import read_questions
+        from evaluation.scoring import read_scored
+
+        from airflow_provider_siliconflow.results import read_results
+
+        if not params["judge_model"]:
+            raise AirflowSkipException("judge_model is empty: there is no judge")
+        questions = read_questions(ObjectStoragePath(params["questions"]))
+        folder = ObjectStoragePath(night["night"])
+        requests = folder / "judge_requests.jsonl"
+        with requests.open("w", encoding="utf-8") as file:
+            for number, each in enumerate(scores):
+                model = each["model"]
+                scored = read_scored(folder / "scored" / f"{file_name(model)}.jsonl")
+                answers = read_results(manifest, model=model)
+                for row in judge_rows(number, questions, scored, answers, night["settings"]["repeats"]):
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return {"model": params["judge_model"], "requests": str(requests)}
+
+    # Not if a score or `ask` failed. A judge that was skipped does not matter.
+    @task(trigger_rule="none_failed")
     def leaderboard(
         night: dict[str, Any],
         manifest: dict[str, Any],
         scores: Any,
+        verdicts: Any = None,
         params: Any = None,
         dag_run: Any = None,
     ) -> str:
-        """Add the night to the history, write the page and return its path."""
+        """Compare the night with the last one, add it to the history, write the pages and return the path."""
         from airflow.providers.common.compat.sdk import ObjectStoragePath
-        from evaluation.leaderboard import PAGE_FILE, Night, Standing, add_night, most_missed
-        from evaluation.page import render_page
+        from evaluation.gate import describe
+        from evaluation.leaderboard import Judge, Night, Standing, add_night
+        from evaluation.publishing import compare_with_last, publish, store_verdicts
         from evaluation.questions import read_questions
-        from evaluation.scoring import ModelScore, read_scored
+        from evaluation.scoring import ModelScore
 
-        standings, scored = [], {}
-        for each in scores:
-            standing = Standing.from_manifest(ModelScore.from_dict(each["score"]), manifest)
-            standings.append(standing)
-            scored[standing.model] = read_scored(ObjectStoragePath(each["scored"]))
-        folder = ObjectStoragePath(night["folder"])
-        nights = add_night(folder, Night(night["date"], dag_run.run_id, standings))
+        from airflow_provider_siliconflow.results import read_results
+
+        root = ObjectStoragePath(night["folder"])
         questions = read_questions(ObjectStoragePath(params["questions"]))
-        # The page shows the latest night, even if this run repeats an older one.
-        missed = most_missed(questions, scored) if nights[-1].run_id == dag_run.run_id else []
-        page = folder / PAGE_FILE
-        page.write_text(render_page(nights, missed, note=params["note"]), encoding="utf-8")
+        standings = [Standing.from_manifest(ModelScore.from_dict(each), manifest) for each in scores]
+        tonight = Night(
+            night["date"], dag_run.run_id, standings, night["name"], night["dataset"], night["settings"]
+        )
+        if verdicts:
+            results = read_results(verdicts, output_type=VERDICT)
+            tonight.judge = Judge.from_manifest(verdicts, store_verdicts(root, tonight, questions, results))
+        tonight.comparisons = compare_with_last(root, tonight)
+        nights = add_night(root, tonight)
+        print(describe(tonight.comparisons, params["gate_p"]))
+        # The pages show the latest night, even if this run repeats an older one.
+        page = publish(root, nights, questions, note=params["note"] or "", gate_p=params["gate_p"])
         print(f"The leaderboard is in {page}")
         return str(page)
 
+    @task
+    def gate(night: dict[str, Any], params: Any = None, dag_run: Any = None) -> str:
+        """Fail or skip if a model became significantly worse since the last night."""
+        from airflow.providers.common.compat.sdk import (
+            AirflowFailException,
+            AirflowSkipException,
+            ObjectStoragePath,
+        )
+        from evaluation.gate import describe, drops
+        from evaluation.leaderboard import read_history
+        from evaluation.questions import read_questions
+
+        history = read_history(ObjectStoragePath(night["folder"]))
+        (tonight,) = (each for each in history if each.run_id == dag_run.run_id)
+        questions = read_questions(ObjectStoragePath(params["questions"]))
+        texts = {each.id: each.question for each in questions}
+        told: str = describe(tonight.comparisons, params["gate_p"], texts)
+        if params["gate"] == "off" or not (worse := drops(tonight.comparisons, params["gate_p"])):
+            return told
+        message = describe(worse, params["gate_p"], texts)
+        if params["gate"] == "skip":
+            raise AirflowSkipException(message)
+        # Not retried: the answers are what they are.
+        raise AirflowFailException(message)
+
     night = prepare("{{ params.output_dir or var.value.get('siliconflow_evaluation_dir', '') }}")
     chosen = models()
+    common = {
+        "prices": night["prices"],
+        "cache_dir": "{{ params.cache_dir or '' }}",
+        "max_row_attempts": 3,
+        "deferrable": True,
+        "poll_interval": POLL_SECONDS,
+        "live_after": night["live_after"],
+    }
     ask = RunBatchOperator(
-        task_id="ask",
-        requests=night["requests"],
-        output_dir=night["night"],
-        models=chosen,
-        prices=night["prices"],
-        cache_dir="{{ params.cache_dir }}",
-        max_row_attempts=3,
-        deferrable=True,
-        poll_interval=POLL_SECONDS,
+        task_id="ask", requests=night["requests"], output_dir=night["answers"], models=chosen, **common
     )
-    scores = score.partial(manifest=ask.output).expand(model=chosen)
-    leaderboard(night, ask.output, scores)
+    scores = score.partial(night=night, manifest=ask.output).expand(model=chosen)
+    to_judge = judge_requests(night, ask.output, scores)
+    judge = RunBatchOperator(
+        task_id="judge",
+        requests=to_judge["requests"],
+        output_dir=night["verdicts"],
+        model=to_judge["model"],
+        output_type=VERDICT,
+        # An answer that the judge does not judge is shown as such, and no reason to withhold the leaderboard.
+        allow_all_failed=True,
+        skip_if_empty=True,
+        **common,
+    )
+    leaderboard(night, ask.output, scores, judge.output) >> gate(night)

@@ -32,17 +32,21 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".demo"
 EVALUATION = FOLDER / "evaluation"
 QUESTIONS = ROOT / "example_dags" / "data" / "questions.jsonl"
+JUDGE_ANSWERS = ROOT / "example_dags" / "data" / "judge_answers.jsonl"
 DAG_ID = "siliconflow_nightly_evaluation"
 KEY = "sk-demo"
 NIGHTS = 2
 FIRST_NIGHT = datetime(2026, 1, 1, tzinfo=UTC)
-NIGHT_TIMEOUT = 120.0
+NIGHT_TIMEOUT = 180.0
 
 # The default models of the DAG, which has their prices, and the share of questions that each answers correctly.
 SKILLS = {
     "deepseek-ai/DeepSeek-R1": 0.93,
     "deepseek-ai/DeepSeek-V3": 0.88,
 }
+# Judges the answers of the others; the share of verdicts that it gets right.
+JUDGE, JUDGE_SKILL = "Qwen/Qwen3-235B-A22B", 0.85
+JUDGE_PRICE = {"prompt": 1.25, "completion": 5.0}
 NOTE = "Produced by a local emulator: the model names are real, the answers are made up."
 
 # Set in the second process, which runs in the demo's own environment.
@@ -72,12 +76,14 @@ def prepare() -> None:
 def emulator(folder: Path, family: ProcessFamily) -> Iterator[str]:
     """Run the local SiliconFlow in a separate process and yield its base URL."""
     port_file, log_file = folder / "emulator.url", folder / "emulator.log"
+    answers = folder / "answers.jsonl"
+    answers.write_bytes(QUESTIONS.read_bytes() + JUDGE_ANSWERS.read_bytes())
     command = [sys.executable, "-m", "airflow_provider_siliconflow.emulator"]
-    command += ["--port", "0", "--port-file", str(port_file), "--answers", str(QUESTIONS)]
-    for model, skill in SKILLS.items():
+    command += ["--port", "0", "--port-file", str(port_file), "--answers", str(answers)]
+    for model, skill in (SKILLS | {JUDGE: JUDGE_SKILL}).items():
         command += ["--model", f"{model}={skill}"]
     # A batch takes a few seconds: long enough to watch, short enough to wait for.
-    command += ["--queue-seconds", "1", "--rows-per-second", "40", "--finalizing-seconds", "0.5"]
+    command += ["--queue-seconds", "1", "--rows-per-second", "120", "--finalizing-seconds", "0.5"]
     # Some rows fail at first, as on the real service. The DAG sends them again.
     command += ["--row-error-rate", "0.05"]
     with log_file.open("wb") as log:
@@ -113,7 +119,7 @@ class Progress:
     """Shows the progress of a night: a line per change and, on a terminal, a bar over the rows of its batches."""
 
     # Other states are too short-lived to be worth a line.
-    _SHOWN_STATES = frozenset({"deferred", "success", "failed", "upstream_failed", "up_for_retry"})
+    _SHOWN_STATES = frozenset({"deferred", "success", "failed", "skipped", "upstream_failed", "up_for_retry"})
 
     def __init__(self, console: Console, base_url: str) -> None:
         from rich.progress import BarColumn, TextColumn
@@ -203,6 +209,13 @@ def night_folder(night: datetime) -> Path:
     return EVALUATION / f"{night:%Y-%m-%dT%H%M%S}"
 
 
+def demo_prices() -> dict[str, dict[str, Any]]:
+    """Return the DAG's own prices, and that of the judge."""
+    from example_dags.siliconflow_nightly_evaluation import PRICES
+
+    return PRICES | {JUDGE: JUDGE_PRICE}
+
+
 def start_night(airflow: LiveAirflow, night: datetime) -> str:
     """Start the DAG for a night and return the run id."""
     deadline = time.monotonic() + 60
@@ -213,7 +226,17 @@ def start_night(airflow: LiveAirflow, night: datetime) -> str:
             raise DemoError(f"Airflow did not find the DAG {DAG_ID}: {reasons or 'no import errors'}")
         time.sleep(0.5)
     # Few enough tokens that the longest answers are cut: the leaderboard shows how many.
-    conf = {"max_tokens": 16, "models": list(SKILLS), "note": NOTE}
+    conf = {
+        "max_tokens": 16,
+        "models": list(SKILLS),
+        "judge_model": JUDGE,
+        "note": NOTE,
+        # Another seed makes the emulated models answer differently, by chance.
+        "seed": (night - FIRST_NIGHT).days,
+        # Chance may look like a drop now and then. That would show the gate, and must not end the demo.
+        "gate": "skip",
+        "prices": demo_prices(),
+    }
     run_id = f"night-{night:%Y-%m-%d}"
     body = {"dag_run_id": run_id, "logical_date": night.isoformat(), "conf": conf}
     airflow.api("POST", f"/dags/{quote(DAG_ID)}/dagRuns", body)
@@ -263,22 +286,29 @@ def show_leaderboard(console: Console, night: Night) -> None:
     )
     table.add_column("")
     table.add_column("model")
-    for name in ("accuracy", "95 %", "CNY", "tokens", "truncated", "resent", "failed"):
+    for name in ("accuracy", "95 %", "changed", "judge", "CNY", "tokens", "resent"):
         table.add_column(name, justify="right")
     for rank, each in enumerate(night.ranked, 1):
         low, high = each.score.interval
+        change = night.comparison(each.model)
+        judged = night.judge.score(each.model) if night.judge else None
         table.add_row(
             str(rank),
             each.model.rpartition("/")[2],
             f"{each.score.accuracy:.1%}",
             f"{low * 100:.0f}–{high:.0%}",
+            "" if change is None or change.why_not else f"+{change.better_count} −{change.worse_count}",
+            "" if judged is None or judged.agreement is None else f"{judged.agreement:.1%}",
             "" if each.cost is None else f"{each.cost:.4f}",
             f"{each.tokens:,}",
-            str(each.truncated),
             str(each.resent),
-            str(each.failed),
         )
     console.print(table)
+    console.print(
+        "changed: questions that became better and worse since the last night; judge: agrees with the key.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def run() -> int:

@@ -32,6 +32,9 @@ _REASONING_MODEL = re.compile(r"(^|[-/])(R1|QwQ)([-.]|$)|Thinking", re.IGNORECAS
 _canonical = msgspec.json.Encoder(order="sorted").encode
 _encode = msgspec.json.Encoder().encode
 
+#: Where a schema has room for a known answer.
+_ANSWER_FIELDS = ("answer", "verdict")
+
 #: Code and message of a failed row, by HTTP-like status or by what is wrong with its parameters.
 _ROW_ERRORS = {
     "400": ("20015", "The request has invalid parameters."),
@@ -232,10 +235,11 @@ class Answerer:
             text = f"I am fairly sure about this one. Answer: {reply}"
         if writer is not None:
             value = writer.value(Draw(number), prompts[-1][:160].split())
-            if known is not None and isinstance(value, dict) and "answer" in value:
+            field = next((name for name in _ANSWER_FIELDS if isinstance(value, dict) and name in value), None)
+            if known is not None and field is not None:
                 # As the schema wants it: a number, or one of the choices.
-                fitting = [one for one in (reply, str(reply)) if writer.allows("answer", one)]
-                value["answer"] = fitting[0] if fitting else value["answer"]
+                fitting = [one for one in (reply, str(reply)) if writer.allows(field, one)]
+                value[field] = fitting[0] if fitting else value[field]
             text = _encode(value).decode()
         elif as_json:
             text = _encode({"answer": str(reply)}).decode()

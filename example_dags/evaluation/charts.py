@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+
+from markupsafe import Markup
+
+from .formats import percent, short_name, shortened
 
 
 @dataclass(frozen=True)
@@ -22,13 +26,41 @@ class Series:
     colour: str
 
 
-def percent(share: float, digits: int = 1) -> str:
-    return f"{share * 100:.{digits}f}\u202f%"
+@dataclass(frozen=True)
+class Axis:
+    """
+    The y axis of the line chart.
+
+    :param text: writes a tick.
+    :param value: writes a value.
+    """
+
+    low: float
+    high: float
+    ticks: Sequence[float]
+    text: Callable[[float], str]
+    value: Callable[[float], str]
+
+
+def share_axis(values: Sequence[float]) -> Axis:
+    """Return an axis of shares, which begins at a multiple of 5 % below them."""
+    low = max(0.0, math.floor((min(values) - 0.015) * 20) / 20)
+    high = min(1.0, math.ceil((max(values) + 0.005) * 20) / 20)
+    return Axis(low, high, _ticks(low, high, 6), lambda share: percent(share, 0), percent)
+
+
+def amount_axis(values: Sequence[float], text: Callable[[float], str]) -> Axis:
+    """Return an axis of amounts from 0, with at most five round steps."""
+    most = max(max(values), 1e-9)
+    power = 10.0 ** math.floor(math.log10(most / 5))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * 5 >= most * (1 - 1e-9))
+    count = max(1, math.ceil(most / step - 1e-9))
+    return Axis(0.0, count * step, [number * step for number in range(count + 1)], text, text)
 
 
 def interval_mark(
     value: float, low: float, high: float, colour: str, *, start: float, width: int = 220, height: int = 22
-) -> str:
+) -> Markup:
     """Return a dot with its interval. All rows of a table share the axis, from ``start`` to 1."""
 
     def x(share: float) -> float:
@@ -39,7 +71,7 @@ def interval_mark(
         f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="0" y2="{height}" class="grid"/>'
         for tick in _ticks(start, 1.0, 3)
     )
-    return (
+    return Markup(
         f'<svg class="mark" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
         f'aria-label="{percent(value)}, 95 % interval {percent(low)} to {percent(high)}">{ticks}'
         f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{middle}" y2="{middle}" '
@@ -48,14 +80,16 @@ def interval_mark(
     )
 
 
-def interval_axis(start: float, *, width: int = 220) -> str:
+def interval_axis(start: float, *, width: int = 220) -> Markup:
     """Return the axis of :func:`interval_mark`, for the header of its column."""
     labels = "".join(
         f'<text x="{6 + (width - 12) * (tick - start) / (1 - start):.1f}" y="11" '
         f'text-anchor="{"end" if tick == 1 else "start" if tick == start else "middle"}">{tick * 100:.0f}\u202f%</text>'
         for tick in _ticks(start, 1.0, 3)
     )
-    return f'<svg class="mark axis" viewBox="0 0 {width} 14" width="{width}" height="14">{labels}</svg>'
+    return Markup(
+        f'<svg class="mark axis" viewBox="0 0 {width} 14" width="{width}" height="14">{labels}</svg>'
+    )
 
 
 def axis_start(lowest: float) -> float:
@@ -64,17 +98,22 @@ def axis_start(lowest: float) -> float:
 
 
 def line_chart(
-    labels: Sequence[str], series: Sequence[Series], *, width: int = 1040, height: int = 300
-) -> str:
+    labels: Sequence[str],
+    series: Sequence[Series],
+    axis: Axis,
+    *,
+    title: str,
+    width: int = 1040,
+    height: int = 300,
+) -> Markup:
     """
-    Return a chart of shares over time, with each line labelled at its end.
+    Return a chart of values over time, with each line labelled at its end.
 
     :param labels: one per point of the x axis.
+    :param title: for readers who cannot see the chart.
     """
-    known = [value for each in series for value in each.values if value is not None]
-    low = max(0.0, math.floor((min(known) - 0.015) * 20) / 20)
-    high = min(1.0, math.ceil((max(known) + 0.005) * 20) / 20)
-    left, right, top, bottom = 46, 232, 12, 30
+    low, high = axis.low, axis.high
+    left, right, top, bottom = 58, 232, 12, 30
     bottom_y = height - bottom
     count = len(labels)
 
@@ -86,8 +125,8 @@ def line_chart(
 
     parts = [
         f'<line x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" class="grid"/>'
-        f'<text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick * 100:.0f}\u202f%</text>'
-        for tick in _ticks(low, high, 6)
+        f'<text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{escape(axis.text(tick))}</text>'
+        for tick in axis.ticks
     ]
     every = math.ceil(count / 10)
     parts += [
@@ -102,7 +141,7 @@ def line_chart(
         parts.append(f'<polyline points="{path}" fill="none" stroke="{each.colour}" stroke-width="2"/>')
         parts += [
             f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" fill="{each.colour}" class="dot">'
-            f"<title>{escape(each.name)}, {escape(labels[i])}: {percent(value)}</title></circle>"
+            f"<title>{escape(each.name)}, {escape(labels[i])}: {escape(axis.value(value))}</title></circle>"
             for px, py, value, i in points
         ]
     ends = []
@@ -119,16 +158,16 @@ def line_chart(
         parts.append(
             f'<path d="M{from_x + 7:.1f},{from_y:.1f} L{label_x - 6},{place:.1f}" '
             f'stroke="{each.colour}" opacity=".45" fill="none"/>'
-            f'<text x="{label_x}" y="{place + 4:.1f}" class="name">{escape(_short(each.name))} '
-            f'<tspan class="value">{percent(value)}</tspan></text>'
+            f'<text x="{label_x}" y="{place + 4:.1f}" class="name">{escape(shortened(short_name(each.name), 20))} '
+            f'<tspan class="value">{escape(axis.value(value))}</tspan></text>'
         )
-    return (
-        f'<svg class="lines" viewBox="0 0 {width} {height}" role="img" aria-label="Accuracy by night">'
+    return Markup(
+        f'<svg class="lines" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
         f"{''.join(parts)}</svg>"
     )
 
 
-def bars(rows: Sequence[tuple[str, str, Sequence[tuple[float, str]]]], *, least: float = 0.0) -> str:
+def bars(rows: Sequence[tuple[str, str, Sequence[tuple[float, str]]]], *, least: float = 0.0) -> Markup:
     """
     Return horizontal bars on a common scale.
 
@@ -145,10 +184,10 @@ def bars(rows: Sequence[tuple[str, str, Sequence[tuple[float, str]]]], *, least:
             if amount
         )
         lines.append(
-            f'<div class="bar"><span class="name">{escape(_short(name))}</span>'
+            f'<div class="bar"><span class="name">{escape(short_name(name))}</span>'
             f'<span class="value">{escape(value)}</span><span class="track">{shares}</span></div>'
         )
-    return "".join(lines)
+    return Markup("".join(lines))
 
 
 def _ticks(low: float, high: float, most: int) -> list[float]:
@@ -174,8 +213,3 @@ def _spread(places: Sequence[float], *, gap: float, low: float, high: float) -> 
 
 def _anchor(index: int, count: int) -> str:
     return "middle" if 0 < index < count - 1 or count < 3 else "start" if index == 0 else "end"
-
-
-def _short(model: str) -> str:
-    """Return the name of a model without its owner."""
-    return model.rpartition("/")[2]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 _SYSTEM = "You answer quiz questions."
-_DATE = " Today is {date}."
 _USER = "{question}\n\nThink it through, then write only the short answer on the last line, as 'Answer: ...'."
 
 
@@ -59,26 +59,50 @@ def read_questions(path: Any) -> list[Question]:
     return list(questions.values())
 
 
+def dataset_hash(questions: Iterable[Question]) -> str:
+    """
+    Return the SHA-256 of the questions and their answers, in hexadecimal.
+
+    It depends on neither the order of the questions nor the way in which their file writes them.
+    """
+    digest = hashlib.sha256()
+    for question in sorted(questions, key=lambda each: each.id):
+        fields = asdict(question) | {"accept": sorted(question.accept)}
+        digest.update(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def row_id(question: str, run: int, repeats: int) -> str:
+    """
+    Return the ``custom_id`` of the row that asks a question.
+
+    :param run: from 0 to ``repeats`` - 1.
+    """
+    return question if repeats == 1 else f"{question}#{run + 1}"
+
+
 def request_rows(
-    questions: Iterable[Question], *, date: str | None, max_tokens: int
+    questions: Iterable[Question], *, max_tokens: int, temperature: float = 0, seed: int = 0, repeats: int = 1
 ) -> Iterator[dict[str, Any]]:
     """
-    Return one request per question, for any model.
+    Return the requests, for any model: each question ``repeats`` times.
 
-    :param date: the date of the night, which goes into the prompt, as in chat applications; ``None`` to ask the same
-        every night, so that a cache can answer.
+    The prompt is the same every night, so that a change of the answers comes from the model.
+
     :param max_tokens: maximum length of an answer; longer ones are cut and counted as truncated.
+    :param seed: seed of the first run. The others have the next ones, so that a cache tells them apart.
     """
-    system = _SYSTEM + (_DATE.format(date=date) if date else "")
     for question in questions:
-        yield {
-            "custom_id": question.id,
-            "body": {
-                "messages": [
-                    {"role": "system", "content": system},
-                    {"role": "user", "content": _USER.format(question=question.question)},
-                ],
-                "temperature": 0,
-                "max_tokens": max_tokens,
-            },
-        }
+        for run in range(repeats):
+            yield {
+                "custom_id": row_id(question.id, run, repeats),
+                "body": {
+                    "messages": [
+                        {"role": "system", "content": _SYSTEM},
+                        {"role": "user", "content": _USER.format(question=question.question)},
+                    ],
+                    "temperature": temperature,
+                    "max_tokens": max_tokens,
+                    "seed": seed + run,
+                },
+            }

@@ -1,4 +1,4 @@
-"""Judges answers as right or wrong, and computes accuracies with confidence intervals."""
+"""Scores answers as right or wrong against the key, and computes accuracies with confidence intervals."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any, Protocol
 
-from .questions import Question
+from .questions import Question, row_id
 
 _THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 # "Answer: 42", "**Answer:** 42", "The final answer is: 42". The last match counts.
@@ -52,6 +52,11 @@ class Answered(Protocol):
     def error_message(self) -> str | None: ...
 
 
+def without_thinking(text: str) -> str:
+    """Return a text without what the model thought aloud in ``<think>``, and without what UTF-8 cannot encode."""
+    return _THINKING.sub("", text).strip().encode("utf-8", "replace").decode()
+
+
 def extract_answer(text: str) -> str:
     """
     Return the final answer in a text, as written.
@@ -59,7 +64,7 @@ def extract_answer(text: str) -> str:
     It is what follows the last ``Answer:``, on the same line or the next one. Without ``Answer:`` it is the last
     ``\\boxed{}``, and otherwise the last line.
     """
-    text = _THINKING.sub("", text).strip()
+    text = without_thinking(text)
     marked = list(_MARKED.finditer(text))
     if marked:
         answer = marked[-1].group(1).strip(" \t*_")
@@ -129,11 +134,21 @@ def wilson_interval(right: int, asked: int, z: float = 1.96) -> tuple[float, flo
 
 @dataclass
 class ScoredRow:
-    """A judged answer. ``answer`` is the extracted text, or the error if the row has none."""
+    """
+    A question with a model's answer and its score.
+
+    :param right: the answer is right; with repeats, more than half of the answers are.
+    :param answer: the extracted answer, or the error if there is none; with repeats, of the first run that was scored
+        as the majority.
+    :param run: the run that ``answer`` is from.
+    :param runs: whether the answer is right, by run.
+    """
 
     id: str
     right: bool
     answer: str
+    run: int = 0
+    runs: list[bool] = field(default_factory=list)
 
 
 @dataclass
@@ -142,13 +157,16 @@ class ModelScore:
     The score of one model.
 
     :param asked: all questions. A question without an answer counts as wrong, as it would in use.
+    :param right: questions that were answered right; with repeats, by more than half of the runs.
     :param subjects: counts of right answers and of questions, by subject.
+    :param runs: right answers in each run over all questions.
     """
 
     model: str
     asked: int = 0
     right: int = 0
     subjects: dict[str, list[int]] = field(default_factory=dict)
+    runs: list[int] = field(default_factory=list)
 
     @property
     def accuracy(self) -> float:
@@ -159,48 +177,76 @@ class ModelScore:
         """Return the 95 % interval of the accuracy."""
         return wilson_interval(self.right, self.asked)
 
+    @property
+    def spread(self) -> tuple[float, float, float] | None:
+        """Return the mean, the lowest and the highest accuracy of the runs; ``None`` if there is only one."""
+        if len(self.runs) < 2 or not self.asked:
+            return None
+        shares = [count / self.asked for count in self.runs]
+        return sum(shares) / len(shares), min(shares), max(shares)
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelScore:
-        return cls(data["model"], data["asked"], data["right"], dict(data["subjects"]))
+        return cls(
+            data["model"], data["asked"], data["right"], dict(data["subjects"]), list(data.get("runs", ()))
+        )
 
 
 def score_model(
-    model: str, questions: Iterable[Question], results: Iterable[Answered]
+    model: str, questions: Sequence[Question], results: Iterable[Answered], repeats: int = 1
 ) -> tuple[ModelScore, list[ScoredRow]]:
     """
-    Judge a model's results.
+    Score a model's results.
 
-    :param results: results for these questions, in any order. A question without a result counts as wrong.
+    :param results: results for these questions, in any order. A question without a result counts as wrong. They are
+        read one at a time, and only the extracted answers are kept.
+    :param repeats: how often each question was asked.
     """
-    by_id = {result.custom_id: result for result in results}
-    score = ModelScore(model)
+    asked = {row_id(each.id, run, repeats): each for each in questions for run in range(repeats)}
+    given: dict[str, tuple[bool, str]] = {}
+    for result in results:
+        question = asked.get(result.custom_id)
+        if question is None:
+            continue
+        if result.ok:
+            answer = extract_answer(result.text or "")
+            given[result.custom_id] = is_right(answer, question), answer
+        else:
+            given[result.custom_id] = False, f"({result.error_message or 'no answer'})"
+    score = ModelScore(model, runs=[0] * repeats)
     rows = []
     for question in questions:
-        result = by_id.get(question.id)
-        if result is not None and result.ok:
-            answer = extract_answer(result.text or "")
-            right = is_right(answer, question)
-        else:
-            answer = f"({result.error_message or 'no answer'})" if result is not None else "(no result)"
-            right = False
-        rows.append(ScoredRow(question.id, right, answer))
+        runs = [
+            given.get(row_id(question.id, run, repeats), (False, "(no result)")) for run in range(repeats)
+        ]
+        row = _scored(question, runs)
+        rows.append(row)
         tally = score.subjects.setdefault(question.subject, [0, 0])
-        tally[0] += right
+        tally[0] += row.right
         tally[1] += 1
-        score.right += right
+        score.right += row.right
         score.asked += 1
+        for run, right in enumerate(row.runs):
+            score.runs[run] += right
     return score, rows
 
 
 def write_scored(path: Any, rows: Iterable[ScoredRow]) -> None:
-    """Write judged answers as JSONL."""
+    """Write scored answers as JSONL."""
     path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
 
 
 def read_scored(path: Any) -> dict[str, ScoredRow]:
-    """Return the judged answers that :func:`write_scored` wrote, by question id."""
+    """Return the scored answers that :func:`write_scored` wrote, by question id."""
     rows = (ScoredRow(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line)
     return {row.id: row for row in rows}
+
+
+def _scored(question: Question, runs: Sequence[tuple[bool, str]]) -> ScoredRow:
+    rights = [right for right, _ in runs]
+    majority = 2 * sum(rights) > len(rights)
+    shown = rights.index(majority) if majority in rights else 0
+    return ScoredRow(question.id, majority, runs[shown][1], shown, rights)
 
 
 def _first_line(text: str) -> str:

@@ -258,14 +258,18 @@ def test_a_known_answer_takes_the_form_of_the_schema(tmp_path: Path) -> None:
         "text": {"type": "string"},
         "choice": {"enum": ["41", "42", "43"]},
         "short": {"type": "boolean"},
+        # Of a judge.
+        "verdict": {"enum": ["41", "42", "43"]},
     }
     lines = []
     for name, kind in kinds.items():
-        schema = {"type": "object", "properties": {"answer": kind}, "required": ["answer"]}
+        field = "verdict" if name == "verdict" else "answer"
+        schema = {"type": "object", "properties": {field: kind}, "required": [field]}
         wanted = {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
         lines.append(row(name, "What is six times seven?", model="sure", response_format=wanted))
-    found = {name: json.loads(text)["answer"] for name, text in contents(account, account.run(lines)).items()}
-    assert (found["text"], found["choice"]) == ("42", "42")
+    answered = contents(account, account.run(lines)).items()
+    found = {name: next(iter(json.loads(text).values())) for name, text in answered}
+    assert (found["text"], found["choice"], found["verdict"]) == ("42", "42", "42")
     assert type(found["short"]) is bool
 
 
