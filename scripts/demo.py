@@ -1,8 +1,9 @@
 """`make demo`: a nightly evaluation on a real Airflow, against a local SiliconFlow.
 
 Creates an environment below .demo/, starts the emulator and Airflow, runs `siliconflow_nightly_evaluation` for two
-nights with progress output, prints the leaderboard and stops everything. Each further run adds nights to the same
-leaderboard. The exit status is 0 only if every night succeeded.
+nights with progress output, prints the leaderboard and stops everything. In the second night the service answers only
+one model in time, and the other one is asked live. Each further run adds nights to the same leaderboard. The exit
+status is 0 only if every night succeeded.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ KEY = "sk-demo"
 NIGHTS = 2
 FIRST_NIGHT = datetime(2026, 1, 1, tzinfo=UTC)
 NIGHT_TIMEOUT = 180.0
+#: Seconds until the results of the second night are wanted.
+RESULTS_IN = 20
 
 # The default models of the DAG, which has their prices, and the share of questions that each answers correctly.
 SKILLS = {
@@ -46,7 +49,7 @@ SKILLS = {
 }
 # Judges the answers of the others; the share of verdicts that it gets right.
 JUDGE, JUDGE_SKILL = "Qwen/Qwen3-235B-A22B", 0.85
-JUDGE_PRICE = {"prompt": 1.25, "completion": 5.0}
+JUDGE_PRICE = {"prompt": 1.25, "completion": 5.0, "live": {"prompt": 2.5, "completion": 10.0}}
 NOTE = "Produced by a local emulator: the model names are real, the answers are made up."
 
 # Set in the second process, which runs in the demo's own environment.
@@ -126,11 +129,12 @@ class Progress:
         from rich.progress import Progress as Bars
 
         self._console = console
-        self._base_url = base_url
+        self.base_url = base_url
         self._started = time.monotonic()
         self._shown: dict[str, str] = {}
         self._shown_done = 0
         self._before: frozenset[str] | None = None
+        self._answered_live = 0
         columns = [
             TextColumn("           {task.description}"),
             BarColumn(),
@@ -165,6 +169,13 @@ class Progress:
                     f"task {task}: {state}{' (waits without a worker slot)' if state == 'deferred' else ''}"
                 )
 
+    def live(self) -> None:
+        """Show the rows that were asked live, if any were."""
+        answered = control(self.base_url, "live")["answered"]
+        if answered > self._answered_live:
+            self._answered_live = answered
+            self.show(f"{answered:,} rows answered live, one by one")
+
     def rows(self) -> None:
         """Show the row counts that the service reports for this night's batches."""
         batches = [batch for batch in self._batches() if batch["id"] not in (self._before or ())]
@@ -185,7 +196,7 @@ class Progress:
 
     def _batches(self) -> list[dict[str, Any]]:
         request = urllib.request.Request(
-            f"{self._base_url}/batches?limit=100", headers={"Authorization": f"Bearer {KEY}"}
+            f"{self.base_url}/batches?limit=100", headers={"Authorization": f"Bearer {KEY}"}
         )
         try:
             with urllib.request.urlopen(request, timeout=5) as answer:
@@ -216,8 +227,39 @@ def demo_prices() -> dict[str, dict[str, Any]]:
     return PRICES | {JUDGE: JUDGE_PRICE}
 
 
-def start_night(airflow: LiveAirflow, night: datetime) -> str:
-    """Start the DAG for a night and return the run id."""
+def control(base_url: str, call: str, **changes: Any) -> dict[str, Any]:
+    """Make a control call to the emulator, and return its answer."""
+    data = json.dumps(changes).encode() if changes else None
+    request = urllib.request.Request(
+        f"{base_url.removesuffix('/v1')}/_emulator/{call}",
+        data=data,
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found
+
+
+def keep_waiting(base_url: str) -> None:
+    """Let the service be so busy from now on that no batch begins."""
+    control(base_url, "config", queue_seconds=86_400)
+
+
+def end_one_batch(base_url: str) -> bool:
+    """Let one of the batches that are waiting end after all; return whether there was one for each model."""
+    waiting = [each for each in control(base_url, "state")["batches"] if each["status"] == "in_queue"]
+    if len(waiting) < len(SKILLS):
+        return False
+    control(base_url, f"batches/{waiting[0]['id']}/status", status="completed")
+    return True
+
+
+def start_night(airflow: LiveAirflow, night: datetime, *, is_late: bool) -> str:
+    """
+    Start the DAG for a night and return the run id.
+
+    :param is_late: whether the results are wanted before the batches are done.
+    """
     deadline = time.monotonic() + 60
     while not airflow.query("select 1 from serialized_dag where dag_id = ?", (DAG_ID,)):
         if time.monotonic() > deadline:
@@ -237,21 +279,29 @@ def start_night(airflow: LiveAirflow, night: datetime) -> str:
         "gate": "skip",
         "prices": demo_prices(),
     }
+    if is_late:
+        conf["results_by"] = (datetime.now(UTC) + timedelta(seconds=RESULTS_IN)).isoformat()
     run_id = f"night-{night:%Y-%m-%d}"
     body = {"dag_run_id": run_id, "logical_date": night.isoformat(), "conf": conf}
     airflow.api("POST", f"/dags/{quote(DAG_ID)}/dagRuns", body)
     return run_id
 
 
-def follow(airflow: LiveAirflow, run_id: str, progress: Progress) -> str:
+def follow(airflow: LiveAirflow, run_id: str, progress: Progress, *, is_late: bool) -> str:
     """Show changes until the run has ended and return its final state."""
     started = time.monotonic()
     while True:
+        if is_late and end_one_batch(progress.base_url):
+            is_late = False
+            progress.show(
+                f"the service ends one batch and lets the other wait; results are wanted after {RESULTS_IN} s"
+            )
         # Read before the tasks, so that the last change of a task is still shown.
         state = airflow.run_state(DAG_ID, run_id)
         tasks = airflow.task_states(DAG_ID, run_id)
         progress.tasks(tasks)
         progress.rows()
+        progress.live()
         if state in ("success", "failed"):
             return state
         if "up_for_retry" in tasks.values():
@@ -353,13 +403,17 @@ def run() -> int:
             )
             questions = sum(1 for line in QUESTIONS.read_text().splitlines() if line.strip())
             for night in nights:
+                is_late = night == nights[-1]
                 print(
-                    f"Night of {night:%Y-%m-%d}: {questions} questions for {len(SKILLS)} models, one upload",
+                    f"Night of {night:%Y-%m-%d}: {questions} questions for {len(SKILLS)} models, one upload"
+                    + (", finished live since the batches are slow" if is_late else ""),
                     flush=True,
                 )
+                if is_late:
+                    keep_waiting(base_url)
                 with Progress(console, base_url) as progress:
-                    run_id = start_night(airflow, night)
-                    state = follow(airflow, run_id, progress)
+                    run_id = start_night(airflow, night, is_late=is_late)
+                    state = follow(airflow, run_id, progress, is_late=is_late)
                 if state != "success":
                     explain_failure(airflow, run_id)
                     print(f"\nThe run failed. The logs are in {work}.", file=sys.stderr)
