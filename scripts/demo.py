@@ -40,7 +40,7 @@ NIGHTS = 2
 FIRST_NIGHT = datetime(2026, 1, 1, tzinfo=UTC)
 NIGHT_TIMEOUT = 180.0
 #: Seconds until the results of the second night are wanted.
-RESULTS_IN = 20
+RESULTS_IN = 12
 
 # The default models of the DAG, which has their prices, and the share of questions that each answers correctly.
 SKILLS = {
@@ -171,8 +171,10 @@ class Progress:
 
     def live(self) -> None:
         """Show the rows that were asked live, if any were."""
-        answered = control(self.base_url, "live")["answered"]
-        if answered > self._answered_live:
+        figures = control(self.base_url, "live")
+        answered = figures["answered"]
+        # At the start, at the end, and now and then.
+        if answered >= self._answered_live + 200 or (answered > self._answered_live and not figures["open"]):
             self._answered_live = answered
             self.show(f"{answered:,} rows answered live, one by one")
 
