@@ -14,7 +14,7 @@ from airflow_provider_siliconflow.jobs.identity import BatchWork, Submitter, Upl
 from airflow_provider_siliconflow.jobs.ledger import FolderLedger
 from airflow_provider_siliconflow.jobs.options import RunOptions
 from airflow_provider_siliconflow.jobs.plan import FIRST_ROUND, LiveStart, Piece, Plan, PlanFolder, Rest
-from airflow_provider_siliconflow.jobs.settled import is_settled
+from airflow_provider_siliconflow.jobs.settled import SETTLE_PATIENCE, is_settled
 from airflow_provider_siliconflow.jobs.states import Ended, Planned, Refused, Sending, Sent, State
 from airflow_provider_siliconflow.jobs.submission import Submission
 
@@ -316,6 +316,16 @@ class OpenJob:
     def awaited(self) -> tuple[str, ...]:
         """Ids of those that are to be waited for: all but the ones that are left out."""
         return tuple(state.batch_id for state in self._awaited)
+
+    @property
+    def settles_at(self) -> float | None:
+        """
+        When the results of all batches that are awaited are certainly complete, in epoch seconds.
+
+        ``None`` if one of them has not reached a terminal status.
+        """
+        since = [state.terminal_since for state in self._awaited]
+        return max(since) + SETTLE_PATIENCE + 1.0 if since and all(since) else None
 
     @property
     def running(self) -> int:

@@ -85,6 +85,8 @@ class _Opened:
 
 #: Most seconds between two polls of a batch that was cancelled so that its rows can be asked one by one.
 _LIVE_POLL = 10.0
+#: Seconds after which the job looks again at batches that it cancelled and that have not ended, for ten times as long.
+_LIVE_LOOK = 60.0
 
 
 class BatchRun:
@@ -232,9 +234,15 @@ class BatchRun:
     def _ask_live(self, opened: _Opened) -> Wait | None:
         """End the batches; once all have ended, ask the rows that are left, in rounds."""
         job = opened.job
-        opened.sender.end_batches(self._try.clock.time())
+        opened.collector.settle(opened.sender.end_batches(self._try.clock.time()))
         if awaited := job.awaited:
-            return Wait(awaited, None, job.ledger.deadline, poll_limit=_LIVE_POLL)
+            return Wait(
+                awaited,
+                None,
+                job.ledger.deadline,
+                resume_at=job.settles_at or self._next_look(job),
+                poll_limit=_LIVE_POLL,
+            )
         self._opening.refuse_sibling()
         self._opening.withdraw_manifest(job)
         while True:
@@ -253,6 +261,12 @@ class BatchRun:
                 pieces[0].round,
                 sum(piece.shard.rows for piece in pieces),
             )
+
+    def _next_look(self, job: OpenJob) -> float | None:
+        """Return when to look at batches that were cancelled and have not ended; ``None``: when they have."""
+        now = self._try.clock.time()
+        is_recent = job.live_start is not None and now - job.live_start.at < 10 * _LIVE_LOOK
+        return now + _LIVE_LOOK if is_recent else None
 
     @staticmethod
     def _min_ended(job: OpenJob) -> int | None:

@@ -37,6 +37,10 @@ _REFUSALS_OF_A_MODEL = 3
 FULL_ACCOUNT_PATIENCE = 20.0
 
 
+#: Seconds that a worker waits for batches that it cancelled, and between two looks at them.
+_CANCELLING_PATIENCE, _CANCELLING_POLL = 30.0, 2.0
+
+
 class _AccountIsFull(Exception):  # noqa: N818
     """The service accepts no more batches until one of this job ends."""
 
@@ -159,11 +163,12 @@ class Sender:
 
     # Asking row by row ------------------------------------------------------------------------------------
 
-    def end_batches(self, at: float) -> None:
+    def end_batches(self, at: float) -> list[Batch]:
         """
         Send no more batches, and cancel the open ones: what they do not answer is asked row by row.
 
         :param at: epoch seconds.
+        :returns: the batches that have reached a terminal status, some of which may not be settled yet.
         :raises SiliconFlowError: the job belongs to another try, or the service refuses every call.
         """
         job = self._job
@@ -185,6 +190,31 @@ class Sender:
         if open_ids:
             log.info("Live: %d open batches are cancelled; what they answered is kept", len(open_ids))
             cancel_all(open_ids, lambda: SiliconFlowClient(self._client.settings), is_ours=self.owns)
+        return self._see_ends()
+
+    def _see_ends(self) -> list[Batch]:
+        """
+        Record which batches have reached a terminal status, and wait a little for those that were just cancelled.
+
+        From that moment on counts the time in which their results may still change; nobody else would see it so soon.
+        """
+        job, found = self._job, dict[str, Batch]()
+        until = self._clock.monotonic() + _CANCELLING_PATIENCE
+        while True:
+            for batch_id in job.awaited:
+                if batch_id not in found:
+                    try:
+                        batch = self._client.get_batch(batch_id)
+                    except SiliconFlowError as exc:
+                        log.info("Batch %s cannot be read now: %s", batch_id, exc)
+                        continue
+                    if batch.is_terminal:
+                        found[batch_id] = batch
+            job.record_ended(found.values(), at=self._clock.time())
+            if all(batch_id in found for batch_id in job.awaited) or self._clock.monotonic() >= until:
+                return list(found.values())
+            self._job.submission.check_not_stopped("A row")
+            self._clock.sleep(_CANCELLING_POLL)
 
     def _look_up_or_leave_out(self, piece: Piece) -> None:
         try:

@@ -437,3 +437,25 @@ def test_another_job_does_not_start_where_rows_are_asked(emulator: Emulator, tmp
     with pytest.raises(InvalidInputError, match="was asking rows live there within the last hour"):
         other.attempt()
     assert job.attempt()["rows"]["ok"] == 8
+
+
+def test_a_batch_that_was_stopped_in_its_middle_settles_once(emulator: Emulator, tmp_path: Path) -> None:
+    emulator.service.configure({"queue_seconds": 0.0, "rows_per_second": 1.0, "cancelling_seconds": 3.0})
+    job = live_job(emulator, tmp_path, rows(40), after=20.0, models=[V3], max_rows_per_batch=40)
+    run = job.next_try()
+    wait = run.start(lambda: job.requests, "requests", timeout=None)
+    assert wait is not None
+    assert wait.resume_at is not None
+    cut = wait.resume_at
+    emulator.service.advance(cut - job.clock.time() + 0.1)
+    wait = run.resume([])
+    assert wait is not None
+    # Two minutes after it was cancelled, which took three seconds.
+    assert wait.resume_at == pytest.approx(cut + 124, abs=6)
+    assert wait.resume_at is not None
+    emulator.service.advance(wait.resume_at - job.clock.time())
+    assert run.resume([]) is None
+    manifest = run.finish()
+    assert manifest["rows"]["ok"] == 40
+    assert 0 < manifest["live"]["rows"] < 40
+    assert manifest["cost"]["total"] == pytest.approx(float(emulator.bill.total), abs=1e-6)
