@@ -112,6 +112,8 @@ class BatchFiles:
         be any.
     :param cached: whether these are answers of earlier jobs, which are not billed again.
     :param billed: whether its tokens count as billed; not if they are counted elsewhere.
+    :param wanted: whether its rows were to be sent whatever earlier results say: one that has no result here or later
+        is worth another attempt, even if an earlier one failed for good.
     :param live: whether its rows were asked one by one: each of its lines is billed, at the price for that.
     """
 
@@ -127,6 +129,7 @@ class BatchFiles:
     requests: Source | None = None
     cached: bool = False
     billed: bool = True
+    wanted: bool = False
     live: bool = False
 
 
@@ -233,7 +236,7 @@ def merge_shard(
     index = _Index(tally, asked.ids, held=_HELD_BYTES if results is not None or errors is not None else 0)
     for batch in batches:
         index.read(batch, strict=strict, judge=judge)
-    unaccounted = index.unaccounted()
+    unaccounted, wanted = index.unaccounted(), index.wanted()
     retry, fresh = bytearray(len(asked.ids)), bytearray(len(asked.ids))
     # The answers of earlier jobs belong to no round of this one.
     rounds = [None if batch.cached else batch.round for batch in batches]
@@ -244,7 +247,9 @@ def merge_shard(
             worth_it = worth_retrying(Outcome.MISSING)
         else:
             number = rounds[verdict.batch]
-            worth_it = _count_row(verdict, model or asked.models[position], number, tally)
+            worth_it = (
+                _count_row(verdict, model or asked.models[position], number, tally) or position in wanted
+            )
             tally.live += verdict.outcome is Outcome.OK and batches[verdict.batch].live
             fresh[position] = verdict.outcome is Outcome.OK and number is not None
             if verdict.unjudged:
@@ -433,6 +438,17 @@ class _Index:
                 for position in self._without_result(read):
                     found[position] = found.get(position) or said
         return found
+
+    def wanted(self) -> set[int]:
+        """Return the rows without an accepted answer that were to be sent again, and have no result since."""
+        return {
+            position
+            for number, read in enumerate(self._batches)
+            if read.files.wanted
+            for position in self._without_result(read)
+            if self._is_lost(position)
+            and not any(later.has_result[position] for later in self._batches[number + 1 :])
+        }
 
     def _without_result(self, read: _ReadBatch) -> Iterator[int]:
         """Return the positions of a batch's rows that have no result in it."""
