@@ -32,7 +32,6 @@ from airflow_provider_siliconflow.jobs.asking import (
     NO_ANSWER,
     UNREADABLE,
     Asking,
-    Figures,
     Purse,
     Question,
 )
@@ -62,7 +61,7 @@ class LivePhase:
         self._prices = live_prices(job.options.prices)
         self._purse = Purse(None if self._tariff is None else self._tariff.max_cost)
         self._others = Fraction()
-        self._figures = Figures()
+        self._unaffordable, self._unaffordable_cost = 0, Fraction()
         self._asking: Asking | None = None
         self._stopped = False
         #: Whether another process has begun to ask rows. It may be alive, as far as anybody knows.
@@ -108,7 +107,9 @@ class LivePhase:
         if self._stopped:
             self._asking.stop()
         self._asking.run()
-        self.problem, self._figures = self._asking.problem, self._asking.figures
+        self.problem = self._asking.problem
+        self._unaffordable += self._asking.figures.unaffordable
+        self._unaffordable_cost += self._asking.figures.unaffordable_cost
         if self._stopped and self.problem is None:
             self.problem = SiliconFlowError("No more rows are asked: the task was ended from outside")
 
@@ -247,11 +248,11 @@ class LivePhase:
 
     def unasked(self, piece: Piece) -> str | None:
         """Return why rows of a piece were not asked; ``None`` if all were."""
-        if piece not in self._job.live_rounds[-1]:
-            return None
-        if self.problem is not None:
+        is_last = piece in self._job.live_rounds[-1]
+        if self.problem is not None and is_last:
             return f"not asked: {self.problem}"
-        if self._figures.unaffordable and self._tariff is not None:
+        # An earlier round ended with rows that were not asked for no other reason.
+        if (self._unaffordable or not is_last) and self._tariff is not None:
             most = float(self._tariff.max_cost)
             return f"not asked, since it could cost more than is left of max_cost ({most:g} CNY)"
         return None
@@ -259,7 +260,7 @@ class LivePhase:
     @property
     def unaffordable(self) -> tuple[int, Fraction]:
         """Rows that were not asked because of ``max_cost``, and the most that they could cost."""
-        return self._figures.unaffordable, self._figures.unaffordable_cost
+        return self._unaffordable, self._unaffordable_cost
 
 
 def _named_model(line: bytes) -> str:

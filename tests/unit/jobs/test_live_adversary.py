@@ -17,6 +17,7 @@ from airflow_provider_siliconflow.emulator.server import Emulator
 from airflow_provider_siliconflow.jobs.live_journal import LiveJournal
 from tests.unit.jobs.test_live import PRICES, QWEN, V3, Killed, live_job
 from tests.unit.jobs.test_live import hasty as hasty
+from tests.unit.jobs.test_whole_life import TYPED
 from tests.unit.jobs.whole_job import Job, rows
 
 pytestmark = [
@@ -228,6 +229,21 @@ def test_a_clear_asks_rows_again_that_were_refused_for_good(emulator: Emulator, 
         assert manifest["rows"]["ok"] == 6 - left
     assert manifest["live"]["rows"] == 6 == emulator.live.answered
     assert manifest["cost"]["total"] == pytest.approx(float(emulator.bill.total), abs=1e-6)
+
+
+@pytest.mark.parametrize("attempts", [2, 3])
+def test_a_row_that_is_too_dear_stays_named_in_later_rounds(
+    make_emulator: Any, tmp_path: Path, attempts: int
+) -> None:
+    emulator = make_emulator(speed=1.0, live_latency=0.0, prices=PRICES, invalid_rate=0.9)
+    asked = bounded(9)
+    asked[8]["max_tokens"] = 100_000
+    options: dict[str, Any] = {**TYPED, "max_row_attempts": attempts}
+    job = live_job(emulator, tmp_path, asked, models=[V3], prices=WITH_THINKING, max_cost=0.5, **options)
+    manifest = job.attempt()
+    assert [each["rows"] for each in manifest["rounds"]] == [9, 8]
+    assert manifest["budget"]["rows_not_sent"] == 1
+    assert "max_cost" in lines_of(tmp_path)[8]["error"]["message"]
 
 
 # The end --------------------------------------------------------------------------------------------------------
