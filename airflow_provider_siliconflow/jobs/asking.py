@@ -216,22 +216,28 @@ class Asking:
         :raises Exception: a defect, or what a signal handler of the calling thread raises.
         """
         failure: list[BaseException] = []
+        # Not `Thread.join`: up to Python 3.12, a signal handler that raises there makes the thread count as ended.
+        ended = threading.Event()
 
         def work() -> None:
             try:
                 asyncio.run(self._main())
             except BaseException as exc:  # noqa: BLE001
                 failure.append(exc)
+            finally:
+                ended.set()
 
-        thread = threading.Thread(target=work, name="siliconflow-live", daemon=True)
-        thread.start()
+        threading.Thread(target=work, name="siliconflow-live", daemon=True).start()
         try:
-            while thread.is_alive():
-                # With a limit, so that signals are handled.
-                thread.join(0.2)
+            # With a limit, so that signals are handled.
+            while not ended.wait(0.2):
+                if self._killed.is_set():
+                    # A store that hangs must not keep a task that is being ended.
+                    ended.wait(_KILL_GRACE + 1.0)
+                    break
         except BaseException:
             self.stop()
-            thread.join(_KILL_GRACE + 1.0)
+            ended.wait(_KILL_GRACE + 1.0)
             raise
         if failure:
             raise failure[0]

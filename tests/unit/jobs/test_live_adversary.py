@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -277,3 +278,44 @@ def test_a_kill_ends_the_phase_even_while_answers_are_awaited(
     run.stop(cancels=False)
     thread.join(15)
     assert time.monotonic() - began < 5
+
+
+class Ended(Exception):  # noqa: N818
+    """What a signal handler of Airflow raises."""
+
+
+def test_answers_that_come_within_three_seconds_of_a_signal_are_kept(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    def end(*_: Any) -> None:
+        raise Ended
+
+    emulator.service.config = emulator.service.config.changed({"live_latency": 2.5})
+    job = live_job(emulator, tmp_path, rows(30), models=[V3], live_concurrency=4)
+    before = signal.signal(signal.SIGTERM, end)
+    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    try:
+        with pytest.raises(Ended):
+            job.attempt()
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGTERM, before)
+    assert emulator.live.answered == 4
+    emulator.service.config = emulator.service.config.changed({"live_latency": 0.0})
+    assert job.attempt()["rows"]["ok"] == 30
+    assert emulator.live.asked_again == 0
+
+
+def test_a_store_that_hangs_does_not_keep_a_task_that_is_ended(
+    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(LiveJournal, "_write", lambda *_: released.wait(30))
+    run, thread, _ = begun(live_job(emulator, tmp_path, rows(30), models=[V3]))
+    time.sleep(1.5)
+    began = time.monotonic()
+    run.stop(cancels=False)
+    thread.join(15)
+    released.set()
+    assert time.monotonic() - began < 6
