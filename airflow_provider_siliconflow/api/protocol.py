@@ -11,7 +11,7 @@ import logging
 import random
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -189,7 +189,7 @@ class CompletionCall(Call[Completion]):
                 whole = answers.unpack(
                     body, headers.get("Content-Encoding"), self.limit(status), status=status
                 )
-                fields = answers.fields_of(whole)
+                fields, whole = _completion_in(whole)
             except ValueError as exc:
                 wrong: str | None = _problems(exc)
             else:
@@ -202,6 +202,25 @@ class CompletionCall(Call[Completion]):
                 raise self.unexpected(status, headers, f"{snippet(body)} ({wrong})")
         # The class is named, since slots make another one of it.
         return Call.answer(self, status, headers, body)
+
+
+def _completion_in(body: bytes) -> tuple[Collection[str], bytes]:
+    """
+    Return the names of the fields of a JSON object, and the object as bytes that can be a part of a line.
+
+    It is paid for. So one with a control character or half a surrogate pair, as in a text that was cut, is repaired as
+    such a line of a result file is: taken for no answer, its row would be asked and paid for again.
+
+    :raises ValueError: it is no object, even so.
+    """
+    try:
+        return answers.fields_of(body), body
+    except ValueError:
+        data = answers.parse(body.decode("utf-8-sig", "replace").encode())
+        if not isinstance(data, dict):
+            raise
+        # In ASCII, so that half a pair can be written.
+        return data, json.dumps(data, separators=(",", ":")).encode()
 
 
 # Calls ----------------------------------------------------------------------------------------------------

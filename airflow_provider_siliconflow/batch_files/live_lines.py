@@ -59,6 +59,19 @@ def without_route(line: bytes) -> bytes:
     return line if head == line.rstrip() else head + b"}"
 
 
+class _Response(msgspec.Struct, gc=False):
+    response: msgspec.Raw = msgspec.Raw(b"null")
+
+
+def is_answer(line: bytes) -> bool:
+    """Whether a result line is that of an answer, see :func:`answer_line`, and so billed whatever it says."""
+    try:
+        return bytes(msgspec.json.decode(line, type=_Response).response) != b"null"
+    except msgspec.DecodeError:
+        # Our own error lines are in order; an answer may be damaged.
+        return True
+
+
 def error_line(custom_id: str, code: str, message: str) -> bytes:
     """
     Return the result line of a row that got no answer, without its newline.

@@ -112,8 +112,9 @@ class BatchFiles:
         be any.
     :param cached: whether these are answers of earlier jobs, which are not billed again.
     :param billed: whether its tokens count as billed; not if they are counted elsewhere.
+    :param wanted: whether its rows were to be sent whatever earlier results say: one that has no result here or later
+        is worth another attempt, even if an earlier one failed for good.
     :param live: whether its rows were asked one by one: each of its lines is billed, at the price for that.
-    :param due: whether its rows are still to be sent, so that each of them without an accepted answer is worth it.
     """
 
     output: Path | None
@@ -128,8 +129,8 @@ class BatchFiles:
     requests: Source | None = None
     cached: bool = False
     billed: bool = True
+    wanted: bool = False
     live: bool = False
-    due: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +238,7 @@ def merge_shard(
     index = _Index(tally, asked.ids, held=_HELD_BYTES if results is not None or errors is not None else 0)
     for batch in batches:
         index.read(batch, strict=strict, judge=judge)
-    unaccounted = index.unaccounted()
+    unaccounted, wanted = index.unaccounted(), index.wanted()
     retry, fresh = bytearray(len(asked.ids)), bytearray(len(asked.ids))
     # The answers of earlier jobs belong to no round of this one.
     rounds = [None if batch.cached else batch.round for batch in batches]
@@ -248,14 +249,14 @@ def merge_shard(
             worth_it = worth_retrying(Outcome.MISSING)
         else:
             number = rounds[verdict.batch]
-            worth_it = _count_row(verdict, model or asked.models[position], number, tally)
+            worth_it = (
+                _count_row(verdict, model or asked.models[position], number, tally) or position in wanted
+            )
             tally.live += verdict.outcome is Outcome.OK and batches[verdict.batch].live
             fresh[position] = verdict.outcome is Outcome.OK and number is not None
             if verdict.unjudged:
                 unjudged = Unjudged(verdict.custom_id, verdict.message or "").after(unjudged)
         retry[position] = worth_it and position not in unaccounted
-    for position in index.due():
-        retry[position] = index.is_lost(position) and position not in unaccounted
     if results is not None or errors is not None:
         _copy(index, results, errors, unaccounted, invalid_rows)
     return MergedShard(tally, retry, fresh, index.asked_live(), index.spoilt(), unjudged)
@@ -411,17 +412,22 @@ class _Index:
                 tally.billed_live.add(used)
         if duplicates:
             tally.duplicates += duplicates
-            log.warning(
-                "Batch %s: %d lines of %s were left out, since the batch already has results for their rows",
-                batch.batch_id or "",
-                duplicates,
-                path.name,
-            )
+            if batch.live:
+                log.warning(
+                    "%d answers to rows that were asked live twice are left out; they are billed", duplicates
+                )
+            else:
+                log.warning(
+                    "Batch %s: %d lines of %s were left out, since the batch already has results for their rows",
+                    batch.batch_id or "",
+                    duplicates,
+                    path.name,
+                )
 
     def spoilt(self) -> tuple[SpoiltBatch, ...]:
         """Return the batches that could not be read completely."""
         return tuple(
-            SpoiltBatch(read.files.batch_id, read.reason, sum(map(self.is_lost, self._without_result(read))))
+            SpoiltBatch(read.files.batch_id, read.reason, sum(map(self._is_lost, self._without_result(read))))
             for read in self._batches
             if read.problems
         )
@@ -440,9 +446,16 @@ class _Index:
                     found[position] = found.get(position) or said
         return found
 
-    def due(self) -> Iterator[int]:
-        """Return the positions of rows that are still to be sent."""
-        return (position for read in self._batches if read.files.due for position in self._rows_of(read))
+    def wanted(self) -> set[int]:
+        """Return the rows without an accepted answer that were to be sent again, and have no result since."""
+        return {
+            position
+            for number, read in enumerate(self._batches)
+            if read.files.wanted
+            for position in self._without_result(read)
+            if self._is_lost(position)
+            and not any(later.has_result[position] for later in self._batches[number + 1 :])
+        }
 
     def asked_live(self) -> bytearray:
         """Return for each row in how many batches of rows that were asked by themselves it is."""
@@ -464,8 +477,7 @@ class _Index:
         """Return the positions of a batch's rows that have no result in it."""
         return (position for position in self._rows_of(read) if not read.has_result[position])
 
-    def is_lost(self, position: int) -> bool:
-        """Whether a row is not ok."""
+    def _is_lost(self, position: int) -> bool:
         verdict = self.verdicts[position]
         return verdict is None or verdict.outcome is not Outcome.OK
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -57,10 +59,14 @@ OUTAGE_PATIENCE = 600.0
 _REFUSALS_OF_A_MODEL = 3
 #: Seconds that requests under way get after a kill, after which Airflow ends the process, and after the deadline.
 _KILL_GRACE, _DEADLINE_GRACE = 3.0, 60.0
+#: Seconds after which a kill is noticed meanwhile.
+_GRACE_POLL = 0.2
 #: Seconds for which lines that cannot be written are tried again.
 _WRITE_PATIENCE = 60.0
 #: Seconds in which lines are collected for one write, if the journal cannot append.
 _LINGER = 1.0
+#: Seconds after which a process that lost the job to another try has certainly noticed it.
+FENCE_SECONDS = 4.0
 #: Seconds between two checks of the owner, and between two progress lines.
 _OWNER_SECONDS, _PROGRESS_SECONDS = 2.0, 30.0
 #: Rows and bytes that are read ahead.
@@ -144,7 +150,8 @@ class _Lane:
     #: Held by the one request that waits for its turn; the others wait for it.
     gate: asyncio.Lock = field(default_factory=asyncio.Lock)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    refusals: int = 0
+    #: Refusals in a row of each model: rows that name their models share a lane.
+    refusals: Counter[str] = field(default_factory=Counter)
     ends: bool = False
 
 
@@ -211,22 +218,28 @@ class Asking:
         :raises Exception: a defect, or what a signal handler of the calling thread raises.
         """
         failure: list[BaseException] = []
+        # Not `Thread.join`: up to Python 3.12, a signal handler that raises there makes the thread count as ended.
+        ended = threading.Event()
 
         def work() -> None:
             try:
                 asyncio.run(self._main())
             except BaseException as exc:  # noqa: BLE001
                 failure.append(exc)
+            finally:
+                ended.set()
 
-        thread = threading.Thread(target=work, name="siliconflow-live", daemon=True)
-        thread.start()
+        threading.Thread(target=work, name="siliconflow-live", daemon=True).start()
         try:
-            while thread.is_alive():
-                # With a limit, so that signals are handled.
-                thread.join(0.2)
+            # With a limit, so that signals are handled.
+            while not ended.wait(0.2):
+                if self._killed.is_set():
+                    # A store that hangs must not keep a task that is being ended.
+                    ended.wait(_KILL_GRACE + 1.0)
+                    break
         except BaseException:
             self.stop()
-            thread.join(_KILL_GRACE + 1.0)
+            ended.wait(_KILL_GRACE + 1.0)
             raise
         if failure:
             raise failure[0]
@@ -282,17 +295,20 @@ class Asking:
                     if error := task.exception():
                         raise error
             # What is under way is paid for.
-            if waiting:
-                await asyncio.wait(waiting, timeout=self._grace())
+            await self._until_answered(waiting)
         finally:
             stopped.cancel()
 
-    def _grace(self) -> float | None:
-        if self._killed.is_set():
-            return _KILL_GRACE
-        if self._deadline is None:
-            return None
-        return max(self._deadline - self._clock.time(), 0.0) + _DEADLINE_GRACE
+    async def _until_answered(self, waiting: set[asyncio.Task[Any]]) -> None:
+        now = asyncio.get_running_loop().time
+        ends, is_killed = math.inf, False
+        if self._deadline is not None:
+            ends = now() + max(self._deadline - self._clock.time(), 0.0) + _DEADLINE_GRACE
+        while waiting and now() < ends:
+            if self._killed.is_set() and not is_killed:
+                # A kill may come while answers are waited for because of something else.
+                is_killed, ends = True, now() + _KILL_GRACE
+            _, waiting = await asyncio.wait(waiting, timeout=min(ends - now(), _GRACE_POLL))
 
     def _halt(self, problem: SiliconFlowError) -> None:
         """Send nothing from now on, since something is wrong with more than one row."""
@@ -341,13 +357,18 @@ class Asking:
     async def _next(self, lane: _Lane) -> Question | None:
         """Return the next row of a lane; ``None`` if there is none."""
         async with lane.lock:
-            if not lane.ahead and not lane.ends and not self._stopping.is_set():
-                rows = await asyncio.get_running_loop().run_in_executor(self._files, _read_ahead, lane.rows)
-                lane.ends = not rows
-                lane.ahead = rows[::-1]
-            if self._stopping.is_set() or lane.refusals >= _REFUSALS_OF_A_MODEL or not lane.ahead:
-                return None
-            return lane.ahead.pop()
+            while not self._stopping.is_set():
+                if not lane.ahead and not lane.ends:
+                    rows = await asyncio.get_running_loop().run_in_executor(
+                        self._files, _read_ahead, lane.rows
+                    )
+                    lane.ends = not rows
+                    lane.ahead = rows[::-1]
+                elif not lane.ahead:
+                    return None
+                elif lane.refusals[(question := lane.ahead.pop()).model] < _REFUSALS_OF_A_MODEL:
+                    return question
+            return None
 
     async def _ask(self, question: Question, lane: _Lane) -> None:
         """Ask a row until it has a line."""
@@ -447,7 +468,7 @@ class Asking:
         except UnreadableLineError as exc:
             verdict = None
             line = error_line(question.custom_id, UNREADABLE, f"the answer cannot be read: {exc}")
-        self._losses, lane.refusals = 0, 0
+        self._losses = lane.refusals[question.model] = 0
         self._progressed()
         await self._write(question.piece, line)
         self.figures.answered += 1
@@ -469,9 +490,9 @@ class Asking:
         self.figures.failed += 1
         self._settle(question, Fraction())
         if isinstance(error, NotFoundError | PermissionDeniedError) or error.code in _MODEL_CODES:
-            lane.refusals += 1
-            if lane.refusals == _REFUSALS_OF_A_MODEL and self.problem is None:
-                self.problem = error
+            lane.refusals[question.model] += 1
+            if lane.refusals[question.model] == _REFUSALS_OF_A_MODEL:
+                self.problem = self.problem or error
                 log.error("Live: the other rows of %s are not asked in this try: %s", question.model, error)
 
     def _refused(self, lane: _Lane, epoch: int, error: SiliconFlowError) -> None:
@@ -543,7 +564,7 @@ class Asking:
                 else:
                     written.set_exception(failure)
 
-    def _append(self, entries: Sequence[Entry]) -> None:
+    def _append(self, entries: list[Entry]) -> None:
         """
         Write lines, repeatedly if need be: they are paid for.
 

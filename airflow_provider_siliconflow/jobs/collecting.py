@@ -496,7 +496,7 @@ class Collector:
                 # Its rows are asked one by one.
                 requests = job.source(piece) if shared else None
                 found.append(
-                    BatchFiles(None, None, round=piece.round, shared=shared, requests=requests, due=True)
+                    BatchFiles(None, None, round=piece.round, shared=shared, requests=requests, wanted=shared)
                 )
             elif self.budget is not None and job.is_waiting(piece):
                 requests = job.source(piece) if shared else None
@@ -524,6 +524,7 @@ class Collector:
                     if self._is_not_to_be_asked(ended):
                         requests = self._job.source(piece)
                         return replace(files, unsent=_CANCELLED_BY_HAND, requests=requests)
+                    return replace(files, wanted=shared and self._job.live_start is not None)
                 return files
             except SiliconFlowError as exc:
                 self._spoil(ended.batch_id, exc, collected)

@@ -23,11 +23,18 @@ from airflow_provider_siliconflow.batch_files.atomic_files import open_own, temp
 from airflow_provider_siliconflow.batch_files.cost_bounds import UnboundedRowError, bound_row
 from airflow_provider_siliconflow.batch_files.custom_ids import custom_id_of
 from airflow_provider_siliconflow.batch_files.lines import LineReader
-from airflow_provider_siliconflow.batch_files.live_lines import chat_body
+from airflow_provider_siliconflow.batch_files.live_lines import chat_body, is_answer
 from airflow_provider_siliconflow.batch_files.prices import cost, live_prices, price_of, prompt_cost
-from airflow_provider_siliconflow.batch_files.shards import NamedRow, iter_rows
+from airflow_provider_siliconflow.batch_files.shards import NamedRow, iter_custom_ids, iter_rows
 from airflow_provider_siliconflow.batch_files.verdicts import UnreadableLineError, Verdict, read_verdict
-from airflow_provider_siliconflow.jobs.asking import NO_ANSWER, UNREADABLE, Asking, Figures, Purse, Question
+from airflow_provider_siliconflow.jobs.asking import (
+    FENCE_SECONDS,
+    NO_ANSWER,
+    UNREADABLE,
+    Asking,
+    Purse,
+    Question,
+)
 from airflow_provider_siliconflow.jobs.clock import Clock
 from airflow_provider_siliconflow.jobs.job import OpenJob
 from airflow_provider_siliconflow.jobs.live_journal import LiveJournal
@@ -54,9 +61,11 @@ class LivePhase:
         self._prices = live_prices(job.options.prices)
         self._purse = Purse(None if self._tariff is None else self._tariff.max_cost)
         self._others = Fraction()
-        self._figures = Figures()
+        self._unaffordable, self._unaffordable_cost = 0, Fraction()
         self._asking: Asking | None = None
         self._stopped = False
+        #: Whether another process has begun to ask rows. It may be alive, as far as anybody knows.
+        self._was_begun = bool(job.live_rounds)
         #: Why rows of the last round were not asked, although a retry may ask them.
         self.problem: SiliconFlowError | None = None
 
@@ -70,9 +79,13 @@ class LivePhase:
         """
         job = self._job
         pieces = job.live_rounds[-1]
+        if self._was_begun:
+            # What it asks until it notices that the job is not its own any more would be asked twice.
+            job.ledger.check_owner()
+            self._clock.sleep(FENCE_SECONDS)
+            self._was_begun = False
         self._purse = self._spent_so_far(spent)
-        rows = sum(piece.shard.rows for piece in pieces)
-        left = rows - sum(len(self._answered(piece)) for piece in pieces)
+        left = sum(map(self._left, pieces))
         if not left:
             return
         log.info("Live: %d rows are asked one by one, up to %d at once", left, job.options.live_concurrency)
@@ -94,7 +107,9 @@ class LivePhase:
         if self._stopped:
             self._asking.stop()
         self._asking.run()
-        self.problem, self._figures = self._asking.problem, self._asking.figures
+        self.problem = self._asking.problem
+        self._unaffordable += self._asking.figures.unaffordable
+        self._unaffordable_cost += self._asking.figures.unaffordable_cost
         if self._stopped and self.problem is None:
             self.problem = SiliconFlowError("No more rows are asked: the task was ended from outside")
 
@@ -117,6 +132,13 @@ class LivePhase:
                     if custom_id not in answered:
                         bound, named = self._bound(line, model)
                         yield Question(piece, custom_id, chat_body(line, model), named, bound)
+
+    def _left(self, piece: Piece) -> int:
+        """Return how many rows of a piece have no line; lines of other rows do not count."""
+        answered = self._answered(piece)
+        if not answered:
+            return piece.shard.rows
+        return sum(custom_id not in answered for custom_id in iter_custom_ids(self._job.source(piece)))
 
     def _answered(self, piece: Piece) -> set[str]:
         return {custom_id for custom_id, _ in self._journal.answers(piece)}
@@ -180,8 +202,8 @@ class LivePhase:
             return None
         if verdict is None or verdict.code in (NO_ANSWER, UNREADABLE):
             return None
-        if verdict.outcome is Outcome.ERROR:
-            # The service refused the row.
+        if verdict.outcome is Outcome.ERROR and not is_answer(line):
+            # The service refused the row. An answer may be an error, too, such as one without a choice; it is billed.
             return Fraction()
         model = self._job.options.replacements[piece.model]
         return self._cost_of(model or named.get(verdict.custom_id, ""), verdict)
@@ -226,11 +248,11 @@ class LivePhase:
 
     def unasked(self, piece: Piece) -> str | None:
         """Return why rows of a piece were not asked; ``None`` if all were."""
-        if piece not in self._job.live_rounds[-1]:
-            return None
-        if self.problem is not None:
+        is_last = piece in self._job.live_rounds[-1]
+        if self.problem is not None and is_last:
             return f"not asked: {self.problem}"
-        if self._figures.unaffordable and self._tariff is not None:
+        # An earlier round ended with rows that were not asked for no other reason.
+        if (self._unaffordable or not is_last) and self._tariff is not None:
             most = float(self._tariff.max_cost)
             return f"not asked, since it could cost more than is left of max_cost ({most:g} CNY)"
         return None
@@ -238,7 +260,7 @@ class LivePhase:
     @property
     def unaffordable(self) -> tuple[int, Fraction]:
         """Rows that were not asked because of ``max_cost``, and the most that they could cost."""
-        return self._figures.unaffordable, self._figures.unaffordable_cost
+        return self._unaffordable, self._unaffordable_cost
 
 
 def _named_model(line: bytes) -> str:

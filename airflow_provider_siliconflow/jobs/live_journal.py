@@ -8,11 +8,12 @@ write. What a killed process left of its last line is dropped.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 
@@ -26,6 +27,7 @@ from airflow_provider_siliconflow.batch_files.atomic_files import (
 )
 from airflow_provider_siliconflow.batch_files.custom_ids import custom_id_of
 from airflow_provider_siliconflow.batch_files.lines import LineReader
+from airflow_provider_siliconflow.batch_files.verdicts import UnreadableLineError, read_verdict
 from airflow_provider_siliconflow.jobs.folder import names_in
 from airflow_provider_siliconflow.jobs.plan import Piece
 
@@ -70,18 +72,21 @@ class LiveJournal:
 
     # Writing ----------------------------------------------------------------------------------------------
 
-    def append(self, entries: Iterable[Entry]) -> None:
+    def append(self, entries: list[Entry]) -> None:
         """
         Write lines; when this returns they survive a crash of the machine.
 
-        :raises OSError: they cannot be written. None of them counts then; writing them again is safe.
+        :param entries: those that are written are removed from it.
+        :raises OSError: what is left cannot be written, and does not count; call this again with it.
         """
-        grouped: dict[tuple[str, Kind], list[bytes]] = {}
+        grouped: dict[tuple[str, Kind], list[Entry]] = {}
         for entry in entries:
-            grouped.setdefault((_folder_of(entry.piece), entry.kind), []).append(entry.line)
+            grouped.setdefault((_folder_of(entry.piece), entry.kind), []).append(entry)
         try:
-            for (name, kind), lines in grouped.items():
-                self._write(name, kind, b"".join(line + b"\n" for line in lines))
+            for (name, kind), of_file in grouped.items():
+                self._write(name, kind, b"".join(entry.line + b"\n" for entry in of_file))
+                done = set(map(id, of_file))
+                entries[:] = [entry for entry in entries if id(entry) not in done]
         except BaseException:
             # A line of which only a part was written must stay the last one of its file.
             self._token = secrets.token_hex(8)
@@ -101,10 +106,17 @@ class LiveJournal:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(local / f"{self._token}.{kind}", flags, 0o600)
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view) :]
-            os.fdatasync(descriptor)
+            size = os.fstat(descriptor).st_size
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(descriptor, view) :]
+                os.fdatasync(descriptor)
+            except BaseException:
+                # All of it is written again, and a line that is there twice would count as billed twice.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, size)
+                raise
         finally:
             os.close(descriptor)
 
@@ -113,9 +125,9 @@ class LiveJournal:
     def answers(self, piece: Piece) -> Iterator[tuple[str, bytes]]:
         """Yield the custom id and line of each answer to the rows of a piece. A row may have several."""
         for line in self._lines(piece, "answers"):
-            try:
-                yield custom_id_of(line), line
-            except (msgspec.DecodeError, UnicodeDecodeError):
+            if (custom_id := _row_of(line)) is not None:
+                yield custom_id, line
+            else:
                 log.warning("A line of the journal in %s is damaged; its row is asked again", self._folder)
 
     def asked(self, piece: Piece) -> Mapping[str, int]:
@@ -147,6 +159,18 @@ class LiveJournal:
                     # A line without its end was being written when its process died.
                     if line and reader.ends_with_newline:
                         yield line
+
+
+def _row_of(line: bytes) -> str | None:
+    """Return the custom id of a line; ``None`` if it is damaged. What only an answer says wrongly does not matter."""
+    try:
+        return custom_id_of(line)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        try:
+            verdict = read_verdict(line)
+        except UnreadableLineError:
+            return None
+        return None if verdict is None else verdict.custom_id
 
 
 def _folder_of(piece: Piece) -> str:

@@ -273,6 +273,10 @@ class Opening:
             )
         job = self._open(stored)
         owner = job.ledger.owner()
+        if not stored.began:
+            # A version before this one made the plan, while the task waited.
+            began = self._try.clock.time() if owner is None else owner.at
+            job = self._open(replace(stored, began=began or self._try.clock.time()))
         if owner is None:
             log.warning("%s does not name an owner; this try claims it", self.plans)
             job.ledger.claim(self._try.owner)

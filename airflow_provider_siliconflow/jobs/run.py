@@ -248,7 +248,7 @@ class BatchRun:
         while True:
             if job.live_rounds:
                 budget = opened.collector.budget
-                opened.live.ask(Fraction() if budget is None else budget.spent().total)
+                opened.live.ask(Fraction() if budget is None else budget.read_spent().total)
             self._collected = opened.collector.collect()
             if opened.live.problem is not None:
                 return None

@@ -167,6 +167,12 @@ class Budget:
         """Return what the batches that exist, or may exist, cost, with those of a job that was cleared."""
         return sum((self._spent_on(piece) for piece in self._job.pieces), self._before)
 
+    def read_spent(self) -> _Spent:
+        """Return the same, after reading what is not known of ended batches: what a killed process knew is gone."""
+        self._read_ended()
+        self._write()
+        return self.spent()
+
     def _spent_on(self, piece: Piece) -> _Spent:
         job = self._job
         spent = sum((self._cost(piece, retired) for retired in job.retired(piece)), _Spent())
