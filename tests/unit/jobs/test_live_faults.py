@@ -1,4 +1,4 @@
-"""What an adversary found about rows that are asked one by one."""
+"""Rows asked one by one, under odd answers, damaged journals, changed rows, two tries at once and kills."""
 
 from __future__ import annotations
 
