@@ -218,7 +218,7 @@ class Asking:
         :raises Exception: a defect, or what a signal handler of the calling thread raises.
         """
         failure: list[BaseException] = []
-        # Not `Thread.join`: up to Python 3.12, a signal handler that raises there makes the thread count as ended.
+        # Not `Thread.join`: on Python 3.11, a signal handler that raises there makes the thread count as ended.
         ended = threading.Event()
 
         def work() -> None:
@@ -263,7 +263,7 @@ class Asking:
         if self._killed.is_set():
             return
         self._lanes = [_Lane(feed, Pacer(self._concurrency)) for feed in self._feeds]
-        # One thread: the journal is written in the order of the answers, and shards are read beside it.
+        # One writes the journal, and the other reads the next rows.
         with ThreadPoolExecutor(2, thread_name_prefix="siliconflow-files") as self._files:
             async with self._open_client() as self._client:
                 helpers = [asyncio.create_task(self._commit_all()), asyncio.create_task(self._watch())]
