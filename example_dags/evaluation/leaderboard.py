@@ -87,7 +87,10 @@ class Standing:
             score,
             truncated=figures["truncated"],
             failed=rows["total"] - rows["ok"],
-            resent=sum(each["rows"] for each in figures["rounds"] if each["round"] > 0),
+            # Rows that are asked live were not answered before, and are shown as such.
+            resent=sum(
+                each["rows"] for each in figures["rounds"] if each["round"] > 0 and each["route"] == "batch"
+            ),
             prompt_tokens=usage["prompt_tokens"],
             # The service includes reasoning tokens in the completion tokens.
             answer_tokens=usage["completion_tokens"] - usage["reasoning_tokens"],
