@@ -172,6 +172,8 @@ class Sender:
         :raises SiliconFlowError: the job belongs to another try, or the service refuses every call.
         """
         job = self._job
+        # A newer try may want these batches.
+        job.ledger.check_owner()
         for piece in job.current:
             state = job.state(piece)
             may_exist = isinstance(state, Sending) or (isinstance(state, Planned) and not job.ledger.complete)
@@ -204,7 +206,7 @@ class Sender:
             for batch_id in job.awaited:
                 if batch_id not in found:
                     try:
-                        batch = self._client.get_batch(batch_id)
+                        batch = self._client.get_batch(batch_id, repeat=False)
                     except SiliconFlowError as exc:
                         log.info("Batch %s cannot be read now: %s", batch_id, exc)
                         continue
