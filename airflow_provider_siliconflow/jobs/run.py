@@ -139,6 +139,10 @@ class BatchRun:
             log.warning(
                 "%d rows of %s are invalid: they are not sent, and count as errors", split.invalid, name
             )
+        if self._is_live(job) and job.live_start is None and not job.has_paid and job.live_at:
+            log.warning(
+                "live_after has passed already: no batch is sent, and all rows are asked live, at the live price"
+            )
         job.ledger.deadline = None if timeout is None else self._try.clock.time() + timeout
         opened.sender.take_up()
         return self._advance(opened)

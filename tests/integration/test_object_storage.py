@@ -89,7 +89,7 @@ def context(task: Any, try_number: int = 1) -> Any:
     }
 
 
-def run_job(output_dir: str = OUTPUT, try_number: int = 1) -> dict[str, Any]:
+def run_job(output_dir: str = OUTPUT, try_number: int = 1, **arguments: Any) -> dict[str, Any]:
     from airflow_provider_siliconflow.operators.batch import RunBatchOperator
 
     task = RunBatchOperator(
@@ -102,6 +102,7 @@ def run_job(output_dir: str = OUTPUT, try_number: int = 1) -> dict[str, Any]:
         poll_interval=0.05,
         deferrable=False,
         retries=3,
+        **arguments,
     )
     return task.execute(context(task, try_number))
 
@@ -260,3 +261,22 @@ def test_a_file_on_s3_is_whole_or_not_there(s3: S3FileSystem, megabytes: int) ->
     with pytest.raises(Crash):
         write(fails=True)
     assert s3.size(f"{OUTPUT}/results.jsonl") == megabytes * 1_000_000, "what was there before stays"
+
+
+def test_rows_are_asked_live_with_a_journal_on_s3(s3: S3FileSystem, emulator: Emulator) -> None:
+    emulator.service.configure({"live_latency": 0.05})
+    emulator.faults.add(match="POST /chat/completions", kind="status", status=401, skip=9, times=-1)
+    with pytest.raises(Exception, match="401"):
+        run_job(live_after=0, live_concurrency=2)
+    kept = [name for name in files(s3) if name.endswith(".answers")]
+    assert kept
+    emulator.faults.clear()
+    manifest = run_job(try_number=2, live_after=0, live_concurrency=2)
+    assert posts(emulator) == (0, 0)
+    assert manifest["rows"]["ok"] == manifest["live"]["rows"] == 20
+    # What was on S3 was not asked again.
+    assert emulator.live.asked_again == 0
+    found = files(s3)
+    assert not [name for name in found if ".siliconflow" in name]
+    for model in MODELS:
+        assert ids(found[f"/{model.replace('/', '--')}/results.jsonl"]) == [f"q{n}" for n in range(ROWS)]
