@@ -273,7 +273,8 @@ def start_night(airflow: LiveAirflow, night: datetime, *, is_late: bool) -> str:
     conf = {
         "max_tokens": 16,
         "models": list(SKILLS),
-        "judge_model": JUDGE,
+        # Once is enough to see it, and each time takes a batch.
+        "judge_model": JUDGE if is_late else None,
         "note": NOTE,
         # Another seed makes the emulated models answer differently, by chance.
         "seed": (night - FIRST_NIGHT).days,
