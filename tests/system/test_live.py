@@ -22,7 +22,7 @@ PRICES: dict[str, Any] = {
     QWEN: {"prompt": 0.7, "completion": 2.9, "live": {"prompt": 1.4, "completion": 5.8}},
 }
 #: Rows that the tests of kills ask.
-ASKED = 400
+ASKED = 400 if EXHAUSTIVE else 240
 CHAT = "POST /chat/completions"
 TERMINATING = "Terminating instance" if AIRFLOW < (3, 0) else "Terminating process"
 
@@ -91,7 +91,7 @@ def test_a_deferred_job_is_finished_live_by_the_morning(
 
 
 class Asking:
-    """A run of a DAG whose task asks rows for 50 seconds."""
+    """A run of a DAG whose task asks rows for 30 seconds."""
 
     def __init__(self, name: str, airflow: LiveAirflow, open_account: OpenAccount, folder: Path) -> None:
         self.airflow, self.folder, self.dag_id = airflow, folder, f"asked_live_{name}"
