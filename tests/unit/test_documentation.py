@@ -30,9 +30,16 @@ PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs/guides").glob("*.md")),
+    ROOT / "README.zh-CN.md",
+    *sorted((ROOT / "docs/zh").rglob("*.md")),
+]
+TRANSLATIONS = [
+    (ROOT / "README.md", ROOT / "README.zh-CN.md"),
+    *((ROOT / "docs/guides" / page.name, page) for page in sorted((ROOT / "docs/zh/guides").glob("*.md"))),
 ]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 CODE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def section(title: str) -> str:
@@ -45,7 +52,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if target.startswith("https://"):
@@ -56,7 +63,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(there), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_is_code(page: Path) -> None:
     for language, code in CODE.findall(page.read_text(encoding="utf-8")):
         if language == "python":
@@ -66,6 +73,28 @@ def test_code_is_code(page: Path) -> None:
                 json.loads(code)
             except ValueError:
                 assert all(json.loads(line) for line in code.splitlines())
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Return the language and code of each fenced block, without comments: those are translated."""
+    return [
+        (language, ast.dump(ast.parse(code)) if language == "python" else re.sub(r" *#.*", "", code))
+        for language, code in FENCED.findall(page.read_text(encoding="utf-8"))
+    ]
+
+
+def headings_and_names(page: Path) -> tuple[list[str], set[str]]:
+    """Return the levels of the headings, and what is set as code within the text."""
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    return re.findall(r"^#+(?= )", text, re.MULTILINE), set(re.findall(r"`([^`\n]+)`", text))
+
+
+@pytest.mark.parametrize(
+    ("original", "translation"), TRANSLATIONS, ids=[str(page.relative_to(ROOT)) for _, page in TRANSLATIONS]
+)
+def test_a_translation_has_the_code_and_the_names_of_its_original(original: Path, translation: Path) -> None:
+    assert blocks(translation) == blocks(original)
+    assert headings_and_names(translation) == headings_and_names(original)
 
 
 @pytest.mark.parametrize(
